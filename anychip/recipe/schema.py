@@ -1,0 +1,293 @@
+"""The recipe: every number of a run, from corpus to chat, in one schema.
+
+Model fields carry Hugging Face `config.json` names, training fields Megatron's. Lengths are in tokens, times in
+seconds, sizes in bytes, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A section refuses fields it does not know, so that a typing mistake never passes silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RopeScaling(Section):
+    """TeleChat2's dynamic NTK: base and attention scale follow the sequence length in steps."""
+
+    base_length: Positive = Field(8192, description="published `base_seqlen`: the length one NTK step covers")
+    training_length: Positive = Field(8192, description="published `training_seqlen`: no scaling up to this length")
+    cached_keys: Literal["rerotate", "published"] = Field(
+        "rerotate",
+        description="rerotate: cached keys follow when the base steps up, so decoding equals a full forward pass; "
+        "published: they keep the old base and tables are rounded to fp16, as the published code does",
+    )
+
+
+class ModelConfig(Section):
+    """A decoder of the TeleChat2 family. Shapes follow from these numbers alone."""
+
+    preset: str | None = Field(None, description="a published model to start from, such as telechat2-7b")
+    family: Literal["telechat2"] = "telechat2"
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: Positive = 8192
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _shapes_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} (hidden_size / num_attention_heads) must be even for RoPE")
+        return self
+
+
+class SourceConfig(Section):
+    """One corpus. Its share of the training tokens is its weight over the sum of weights."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    path: str = Field(
+        description="a file or folder (text, Markdown, source code, .jsonl[.gz|.zst], .parquet), `python:stdlib` for "
+        "the sources and documentation of the Python standard library, `python:PACKAGE` for an installed package, "
+        "or a Megatron prefix (PATH without .bin/.idx)"
+    )
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    format: Literal["auto", "text", "jsonl", "parquet", "megatron"] = "auto"
+    text_field: str = Field("text", description="the field of a JSON line or Parquet row that holds the text")
+    include: list[str] = Field(default_factory=list, description="file-name patterns to keep, such as *.py")
+
+
+class CleaningConfig(Section):
+    enabled: bool = True
+    min_characters: Annotated[int, Field(ge=0)] = 64
+    max_characters: Positive = 2_000_000
+    max_line_characters: Positive = Field(2_000, description="mean line length above which a document is data, not text")
+    min_alphanumeric_fraction: Fraction = 0.25
+    max_repeated_line_fraction: Fraction = 0.5
+    normalize: bool = Field(True, description="repair mojibake and line ends (ftfy), drop control characters")
+
+
+class DedupConfig(Section):
+    enabled: bool = True
+    ngram: Positive = Field(5, description="words a shingle")
+    buckets: Positive = Field(14, description="MinHash LSH buckets; with 8 hashes each, near 0.7 similarity")
+    hashes_per_bucket: Positive = 8
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "json", "sentencepiece"] = "bpe"
+    path: str | None = Field(None, description="tokenizer.json or tokenizer.model to load; for bpe: none, it is trained")
+    vocab_size: Positive | None = Field(None, description="pieces to train, special tokens included; default: the model's")
+    training_bytes: Positive = Field(50_000_000, description="text the BPE learns from, sampled over all documents")
+
+    @model_validator(mode="after")
+    def _path_matches_kind(self) -> TokenizerConfig:
+        if (self.kind == "bpe") == (self.path is not None):
+            raise ValueError("kind bpe is trained and takes no path; kinds json and sentencepiece need one")
+        return self
+
+
+class MixtureChange(Section):
+    """From `step` on, the sources are drawn with these weights."""
+
+    step: Positive
+    weights: dict[str, Annotated[float, Field(ge=0)]]
+
+
+class ExecutorConfig(Section):
+    """Where datatrove's cleaning and deduplication tasks run."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    tasks: Positive = Field(2, description="pieces the corpus is cut into")
+    slurm_partition: str | None = None
+    slurm_time: str = "10:00:00"
+
+
+class DataConfig(Section):
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    validation_fraction: Fraction = Field(0.02, description="share of documents held out, chosen by their digest")
+    cleaning: CleaningConfig = CleaningConfig()
+    dedup: DedupConfig = DedupConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    mixture: list[MixtureChange] = Field(default_factory=list, description="weights that change at a step")
+    executor: ExecutorConfig = ExecutorConfig()
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes; 0 means one per core")
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> DataConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, found {names}")
+        for change in self.mixture:
+            if unknown := set(change.weights) - set(names):
+                raise ValueError(f"mixture at step {change.step} names unknown sources {sorted(unknown)}; known: {names}")
+            if not any(change.weights.values()):
+                raise ValueError(f"mixture at step {change.step} gives every source weight 0")
+        steps = [change.step for change in self.mixture]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"mixture steps must rise, found {steps}")
+        return self
+
+
+class TrainingConfig(Section):
+    seq_length: Positive = 512
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 8
+    steps: Positive
+    compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 on a chip that multiplies bf16 matrices in hardware, else fp32"
+    )
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = Field(False, description="torch.compile the decoder layer; pays on long runs")
+    loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits exist at one time")
+    eval_interval: Annotated[int, Field(ge=0)] = Field(100, description="steps between validations; 0: only at the end")
+    eval_tokens: Positive = Field(65_536, description="validation tokens read each time")
+    deterministic: bool = Field(False, description="refuse operators without a deterministic implementation")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainingConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_fraction: Fraction = Field(0.2, description="wsd: last share of the steps, in which the rate falls")
+    min_lr_fraction: Fraction = Field(0.1, description="final rate over peak rate")
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, everything else by AdamW")
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class CheckpointConfig(Section):
+    save_interval: Annotated[int, Field(ge=0)] = Field(200, description="steps between saves; 0: only at the end")
+    keep: Annotated[int, Field(ge=0)] = Field(2, description="newest checkpoints kept; 0: all")
+    asynchronous: bool = True
+
+
+class GuardConfig(Section):
+    """What happens to a step whose loss or gradient norm is not finite."""
+
+    on_nonfinite: Literal["stop"] = "stop"
+
+
+class LogConfig(Section):
+    interval: Positive = Field(10, description="steps between log lines")
+    tensorboard: bool = True
+
+
+class SftConfig(Section):
+    """Supervised tuning on question and answer pairs, from the last pretraining checkpoint."""
+
+    dataset: str = Field(
+        "python:docstrings",
+        description="`python:docstrings` (pairs made from installed documentation strings) or a .jsonl of messages",
+    )
+    steps: Positive = 100
+    seq_length: Positive = 256
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 8
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, schedule=ScheduleConfig(warmup_steps=10))
+    system_prompt: str = ""
+    questions: list[str] = Field(default_factory=list, description="questions asked of the tuned model in the report")
+
+
+class TuneConfig(Section):
+    sft: SftConfig | None = None
+
+
+class EvalConfig(Section):
+    baselines: bool = Field(True, description="also measure xz -9 and a 5-gram model on the same held-out text")
+    max_tokens: Positive = Field(262_144, description="held-out tokens scored")
+
+
+class ExportConfig(Section):
+    dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    max_shard_bytes: Positive = 5_000_000_000
+    license: str = "apache-2.0"
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="0 takes the likeliest token")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: no limit")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 256
+
+
+class ServeConfig(Section):
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class Recipe(Section):
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run directory is runs/NAME")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    log: LogConfig = LogConfig()
+    tune: TuneConfig = TuneConfig()
+    eval: EvalConfig = EvalConfig()
+    export: ExportConfig = ExportConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Recipe:
+        if self.training.seq_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"training.seq_length {self.training.seq_length} is above model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        wanted = self.data.tokenizer.vocab_size
+        if wanted is not None and wanted > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size {wanted} is above model.vocab_size {self.model.vocab_size}"
+            )
+        return self

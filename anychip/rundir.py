@@ -1,0 +1,81 @@
+"""One run is one directory; this file knows where everything in it lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from anychip.errors import InputError
+from anychip.files import write_json, write_text
+from anychip.recipe import Recipe, dump_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside `runs/NAME`. Nothing is created until something is written."""
+
+    root: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def data(self) -> Path:
+        """Cleaned documents, `tokenizer/`, packed `train/NAME.{bin,idx}` and `validation/NAME.{bin,idx}`."""
+        return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.data / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Pretraining checkpoints, `step-N/` each."""
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def sft(self) -> Path:
+        """Supervised tuning: `checkpoints/`, `logs/`, `tb/`, `data/` of its own."""
+        return self.root / "sft"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def stage_marker(self, stage: str) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe kept with the run."""
+        if not self.recipe_path.is_file():
+            raise InputError("is not a run directory: it holds no recipe.yaml.", where=self.root, do="Give runs/NAME.")
+        return load_recipe(self.recipe_path)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_text(self.recipe_path, dump_recipe(recipe))
+
+    def finished(self, stage: str) -> dict[str, object] | None:
+        """What `finish` recorded for this stage, or None when it has not ended."""
+        path = self.stage_marker(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def finish(self, stage: str, record: dict[str, object]) -> None:
+        write_json(self.stage_marker(stage), record)
