@@ -47,11 +47,15 @@ def dump_recipe(recipe: Recipe) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
-            raise InputError("is larger than 1 MiB and so not a recipe.", where=path, do="Give the path of a YAML recipe.")
+            raise InputError(
+                "is larger than 1 MiB and so not a recipe.", where=path, do="Give the path of a YAML recipe."
+            )
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"cannot be read ({error.strerror}).", where=path, do="Give the path of a recipe, such as recipes/demo.yaml."
+            f"cannot be read ({error.strerror}).",
+            where=path,
+            do="Give the path of a recipe, such as recipes/demo.yaml.",
         ) from None
     except UnicodeDecodeError:
         raise InputError("is not text in UTF-8.", where=path, do="Give the path of a YAML recipe.") from None
@@ -69,11 +73,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise InputError(f"--set {override} is not of the form section.field=value.", do="Example: --set training.steps=100")
+        raise InputError(
+            f"--set {override} is not of the form section.field=value.", do="Example: --set training.steps=100"
+        )
     try:
         value = _yaml_value(text)
     except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML.", do="Quote it if it holds special characters.") from None
+        raise InputError(
+            f"--set {override}: the value is not valid YAML.", do="Quote it if it holds special characters."
+        ) from None
     node: Any = raw
     for key in keys[:-1]:
         node = _descend(node, key, override)

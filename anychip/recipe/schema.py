@@ -90,7 +90,9 @@ class CleaningConfig(Section):
     enabled: bool = True
     min_characters: Annotated[int, Field(ge=0)] = 64
     max_characters: Positive = 2_000_000
-    max_line_characters: Positive = Field(2_000, description="mean line length above which a document is data, not text")
+    max_line_characters: Positive = Field(
+        2_000, description="mean line length above which a document is data, not text"
+    )
     min_alphanumeric_fraction: Fraction = 0.25
     max_repeated_line_fraction: Fraction = 0.5
     normalize: bool = Field(True, description="repair mojibake and line ends (ftfy), drop control characters")
@@ -105,8 +107,12 @@ class DedupConfig(Section):
 
 class TokenizerConfig(Section):
     kind: Literal["bpe", "json", "sentencepiece"] = "bpe"
-    path: str | None = Field(None, description="tokenizer.json or tokenizer.model to load; for bpe: none, it is trained")
-    vocab_size: Positive | None = Field(None, description="pieces to train, special tokens included; default: the model's")
+    path: str | None = Field(
+        None, description="tokenizer.json or tokenizer.model to load; for bpe: none, it is trained"
+    )
+    vocab_size: Positive | None = Field(
+        None, description="pieces to train, special tokens included; default: the model's"
+    )
     training_bytes: Positive = Field(50_000_000, description="text the BPE learns from, sampled over all documents")
 
     @model_validator(mode="after")
@@ -149,7 +155,9 @@ class DataConfig(Section):
             raise ValueError(f"source names must differ, found {names}")
         for change in self.mixture:
             if unknown := set(change.weights) - set(names):
-                raise ValueError(f"mixture at step {change.step} names unknown sources {sorted(unknown)}; known: {names}")
+                raise ValueError(
+                    f"mixture at step {change.step} names unknown sources {sorted(unknown)}; known: {names}"
+                )
             if not any(change.weights.values()):
                 raise ValueError(f"mixture at step {change.step} gives every source weight 0")
         steps = [change.step for change in self.mixture]
@@ -287,7 +295,5 @@ class Recipe(Section):
             )
         wanted = self.data.tokenizer.vocab_size
         if wanted is not None and wanted > self.model.vocab_size:
-            raise ValueError(
-                f"data.tokenizer.vocab_size {wanted} is above model.vocab_size {self.model.vocab_size}"
-            )
+            raise ValueError(f"data.tokenizer.vocab_size {wanted} is above model.vocab_size {self.model.vocab_size}")
         return self

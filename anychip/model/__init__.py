@@ -1,0 +1,1 @@
+"""The decoder, its initialisation, and the arithmetic of its parameters and FLOPs."""

@@ -1,0 +1,62 @@
+"""Keys and values of the tokens that were already read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anychip.model.rope import cos_sin, rope_scale
+from anychip.recipe.schema import ModelConfig
+
+
+class KeyValueCache:
+    """Preallocated keys and values of every layer for `batch` sequences of equal length.
+
+    keys, values: [layers, batch, kv_heads, capacity, head_dim] in the compute dtype. `length` tokens are filled.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.config = config
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+        self._alpha = 1
+
+    def extend(self, tokens: int) -> None:
+        """Make room for `tokens` more, turning the cached keys when the rotary base steps up (see rope.py)."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {self.length + tokens} are needed")
+        alpha = rope_scale(self.config, self.length + tokens).alpha
+        scaling = self.config.rope_scaling
+        if alpha != self._alpha and self.length and scaling is not None and scaling.cached_keys == "rerotate":
+            self._rerotate(alpha)
+        self._alpha = alpha
+        self.length += tokens
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest [batch, kv_heads, new, head_dim]; return everything up to `length`."""
+        start = self.length - keys.shape[2]
+        self.keys[layer, :, :, start : self.length] = keys
+        self.values[layer, :, :, start : self.length] = values
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def _rerotate(self, alpha: int) -> None:
+        positions = torch.arange(self.length, device=self.keys.device)
+        old_cos, old_sin = cos_sin(self.config, positions, self._alpha)
+        new_cos, new_sin = cos_sin(self.config, positions, alpha)
+        cos, sin = new_cos * old_cos + new_sin * old_sin, new_sin * old_cos - new_cos * old_sin  # new angle - old angle
+        half = self.config.head_dim // 2
+        for layer in self.keys:  # one layer at a time bounds the fp32 copies
+            keys = layer[:, :, : self.length].float()
+            first, second = keys[..., :half], keys[..., half:]
+            layer[:, :, : self.length] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
+                layer.dtype
+            )

@@ -1,0 +1,132 @@
+"""One decoder in plain PyTorch: pre-norm, rotary grouped-query attention, SwiGLU, untied head.
+
+Parameters are fp32 masters; products run in the dtype of the activations, norms and softmax in fp32. Shapes in
+comments: b batch, s sequence, h hidden, n query heads, k key/value heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anychip.model.cache import KeyValueCache
+from anychip.model.rope import cos_sin, rope_scale, rotate
+from anychip.recipe.schema import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in fp32 (arXiv 1910.07467), returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A product in the dtype of its input; `weight` [out, in] stays the fp32 master."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=True)
+        self.grouped = config.num_attention_heads != config.num_key_value_heads
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None) -> Tensor:
+        batch, seq, _ = x.shape
+        q = rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, n, s, d]
+        k = rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, k, s, d]
+        v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        mask = None
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+            if 1 < seq < k.shape[2]:  # new tokens see all cached ones and their own past
+                mask = torch.ones(seq, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - seq)
+        causal = mask is None and seq > 1
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self.grouped
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, scale, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A causal language model. Build it on the meta device to count, or fill it with `init_parameters`."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty_embedding(config))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """input_ids [b, s] int64 -> normed hidden states [b, s, h] in the compute dtype.
+
+        With a cache, `input_ids` continue the cached tokens and are added to them.
+        """
+        start = 0 if cache is None else cache.length
+        length = start + input_ids.shape[1]
+        if cache is not None:
+            cache.extend(input_ids.shape[1])
+        rope = rope_scale(self.config, length)
+        cos, sin = cos_sin(self.config, torch.arange(start, length, device=input_ids.device), rope.alpha)
+        scale = rope.mscale**2 / self.config.head_dim**0.5
+        x = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute_dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, scale, cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., h] -> logits [..., vocab_size] in the compute dtype."""
+        return self.lm_head(hidden)
+
+
+def _empty_embedding(config: ModelConfig) -> Tensor:
+    return torch.empty(config.vocab_size, config.hidden_size)
