@@ -1,0 +1,61 @@
+"""Bits per byte: how many bits a model needs for one byte of held-out text. Comparable over any tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from anychip.data.batch import Batch
+
+if TYPE_CHECKING:
+    from anychip.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """The code length of a text: `bits` for `tokens` predicted tokens, which stand for `utf8_bytes` bytes of text."""
+
+    bits: float
+    tokens: int
+    utf8_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.utf8_bytes
+
+    @property
+    def nats_per_token(self) -> float:
+        """The usual validation loss."""
+        return self.bits * math.log(2) / self.tokens
+
+
+def evaluate_bits_per_byte(
+    model: Decoder, batches: Iterable[tuple[Batch, int]], chunk_tokens: int = 1024
+) -> BitsPerByte:
+    """Code length of held-out batches under `model`, in its own compute dtype; softmax and sums are fp32 or wider.
+
+    `batches` yields a Batch and the UTF-8 bytes that its labels stand for; labels of -100 are context only. Logits of
+    `chunk_tokens` tokens exist at one time. Special tokens such as `<_end>` cost bits and stand for no bytes, so the
+    model pays for knowing where a document ends. Raises ValueError when no byte was scored.
+    """
+    import torch
+
+    from anychip.train.loss import IGNORE_INDEX, head_cross_entropy
+
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    nats, tokens, utf8_bytes = 0.0, 0, 0
+    with torch.no_grad():
+        for batch, batch_bytes in batches:
+            labels = batch.labels.to(device).flatten()
+            hidden = model(batch.input_ids.to(device)).flatten(0, 1)
+            nats += head_cross_entropy(hidden, model.lm_head.weight, labels, chunk_tokens).item()
+            tokens += int((labels != IGNORE_INDEX).sum())
+            utf8_bytes += batch_bytes
+    model.train(was_training)
+    if utf8_bytes == 0:
+        raise ValueError("no held-out text was scored")
+    return BitsPerByte(nats / math.log(2), tokens, utf8_bytes)

@@ -1,0 +1,1 @@
+"""Tuning after pretraining: data and losses for the same training loop."""
