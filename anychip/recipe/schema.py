@@ -200,8 +200,7 @@ class ScheduleConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, everything else by AdamW")
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak rate; Muon's updates are scaled to AdamW's size")
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8

@@ -1,0 +1,49 @@
+"""The CPU: the oracle that every chip is compared with, and a laptop's only chip."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+class CpuBackend:
+    vendor = "cpu"
+    collective_backend = "gloo"
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def multiplies_bf16(self) -> bool:
+        import torch
+
+        if not hasattr(torch.cpu, "get_capabilities"):
+            return False
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+    def peak_memory_bytes(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def synchronize(self) -> None:
+        """Nothing is queued on a CPU."""
+
+    def prepare_process(self) -> None:
+        """Keep freed memory. A step frees and takes the same large tensors; giving them back to the system each time
+        means a page fault for every 4 KiB at the next step."""
+        if not sys.platform.startswith("linux"):
+            return
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl has not
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,1 @@
+"""How work is split over processes: one file per dimension."""

@@ -1,0 +1,254 @@
+"""The stages of a run, in order. Each reads the recipe and what earlier stages left, and leaves its result.
+
+A stage that ended is recorded with a fingerprint of everything it depends on: its recipe sections and the stages before
+it. With the same fingerprint it is not run again; with another one the run is refused, because its results would no
+longer be what the recipe says.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anychip.errors import InputError
+from anychip.files import sha256_json
+from anychip.recipe import Recipe, load_recipe
+from anychip.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from anychip.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`depends_on` names recipe fields; `after` names the stages whose results this one reads."""
+
+    name: str
+    run: Callable[[Recipe, RunDirectory], dict[str, Any]]
+    depends_on: Sequence[str]
+    after: Sequence[str] = ()
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
+
+
+def open_run(recipe_path: Path, overrides: Sequence[str], runs: Path) -> tuple[Recipe, RunDirectory]:
+    """Load a recipe, keep it resolved in its run directory, refuse one that contradicts finished stages."""
+    recipe = load_recipe(recipe_path, overrides)
+    run = RunDirectory(runs / recipe.name)
+    if run.recipe_path.is_file():
+        _check_unchanged(recipe, run)
+    if int(os.environ.get("RANK", "0")) == 0 and not (run.recipe_path.is_file() and run.read_recipe() == recipe):
+        run.write_recipe(recipe)
+    return recipe, run
+
+
+def run_stages(recipe: Recipe, run: RunDirectory) -> None:
+    """Run every wanted stage that has not ended."""
+    for stage in STAGES.values():
+        if stage.wanted(recipe):
+            run_stage(stage.name, recipe, run)
+    print(f"report: {run.report}\ntalk to it: anychip chat {run.root}")
+
+
+def run_stage(name: str, recipe: Recipe, run: RunDirectory) -> None:
+    """Run one stage unless it has ended; the stages before it must have ended."""
+    stage = STAGES[name]
+    if not stage.wanted(recipe):
+        raise InputError(f"the recipe has no section for the stage {name}.", where=run.root, do=f"Add tune.{name}.")
+    for earlier in stage.after:
+        if STAGES[earlier].wanted(recipe) and run.finished(earlier) is None:
+            raise InputError(
+                f"the stage {name} needs the stage {earlier}, which has not ended.",
+                where=run.root,
+                do=f"Run `anychip {_verb(earlier)} RECIPE` first, or `anychip run RECIPE` for all stages.",
+            )
+    if run.finished(name) is not None and name != "report":
+        print(f"{name}: done before")
+        return
+    print(f"{name}: starts", flush=True)
+    started = time.monotonic()
+    record = stage.run(recipe, run)
+    seconds = time.monotonic() - started
+    if int(os.environ.get("RANK", "0")) == 0:
+        run.finish(name, {"fingerprint": _fingerprint(stage, recipe), "seconds": round(seconds, 3), **record})
+    print(f"{name}: done in {seconds:.1f} s", flush=True)
+
+
+def _verb(stage: str) -> str:
+    return "data prepare" if stage == "data" else stage
+
+
+def _check_unchanged(recipe: Recipe, run: RunDirectory) -> None:
+    kept = run.read_recipe()
+    for stage in STAGES.values():
+        record = run.finished(stage.name)
+        if record is None or stage.name == "report" or record.get("fingerprint") == _fingerprint(stage, recipe):
+            continue
+        changed = _differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        raise InputError(
+            f"the stage {stage.name} of this run was made with another recipe; fields that differ: "
+            f"{', '.join(changed) or 'defaults of this release'}.",
+            where=run.root,
+            do="Give the new recipe another name (--set name=...), or remove the run directory.",
+        )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+def _fingerprint(stage: Stage, recipe: Recipe) -> str:
+    fields = {path: _field(recipe.model_dump(mode="json"), path) for path in stage.depends_on}
+    earlier = [_fingerprint(STAGES[name], recipe) for name in stage.after if STAGES[name].wanted(recipe)]
+    return sha256_json({"stage": stage.name, "fields": fields, "after": earlier})
+
+
+def _field(recipe: Mapping[str, Any], path: str) -> Any:
+    value: Any = recipe
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+def _data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.data.prepare import prepare_data
+
+    return {"summary": prepare_data(recipe, run)}
+
+
+def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.data.loader import TrainingData
+    from anychip.model.init import init_parameters
+    from anychip.train.job import TrainingJob
+    from anychip.train.loop import run_training
+
+    def initialize(model: Decoder) -> None:
+        init_parameters(model, recipe.model, recipe.seed)
+
+    training = recipe.training
+    job = TrainingJob(
+        title="train",
+        directory=run.root,
+        model=recipe.model,
+        source=TrainingData(run, recipe),
+        initialize=initialize,
+        evaluate=_validation(recipe, run),
+        identity=_fingerprint(STAGES["train"], recipe),
+        steps=training.steps,
+        seq_length=training.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        optimizer=recipe.optimizer,
+        checkpoint=recipe.checkpoint,
+        log=recipe.log,
+        compute_dtype=training.compute_dtype,
+        recompute=training.recompute,
+        compile=training.compile,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+        eval_interval=training.eval_interval,
+        deterministic=training.deterministic,
+    )
+    return {"step": run_training(job)}
+
+
+def _validation(recipe: Recipe, run: RunDirectory) -> Callable[[Decoder], Mapping[str, float]]:
+    from anychip.data.loader import validation_batches
+    from anychip.evals.bits_per_byte import evaluate_bits_per_byte
+
+    def evaluate(model: Decoder) -> Mapping[str, float]:
+        batches = validation_batches(run, recipe, recipe.training.micro_batch_size, recipe.training.eval_tokens)
+        measured = evaluate_bits_per_byte(model, batches, recipe.training.loss_chunk_tokens)
+        return {"validation_bits_per_byte": measured.bits_per_byte, "validation_loss": measured.nats_per_token}
+
+    return evaluate
+
+
+def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.recipe.schema import CheckpointConfig
+    from anychip.train.checkpoint import CheckpointStore
+    from anychip.train.job import TrainingJob
+    from anychip.train.loop import run_training
+    from anychip.tune.sft import SftData
+
+    assert recipe.tune.sft is not None
+    sft = recipe.tune.sft
+
+    def initialize(model: Decoder) -> None:
+        store = CheckpointStore(run.checkpoints)
+        newest = store.latest()
+        if newest is None:
+            raise InputError("there is no pretrained checkpoint to tune.", where=run.checkpoints)
+        store.load(newest, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+
+    job = TrainingJob(
+        title="sft",
+        directory=run.sft,
+        model=recipe.model,
+        source=SftData(recipe, run),
+        initialize=initialize,
+        evaluate=None,
+        identity=_fingerprint(STAGES["sft"], recipe),
+        steps=sft.steps,
+        seq_length=sft.seq_length,
+        micro_batch_size=sft.micro_batch_size,
+        global_batch_size=sft.global_batch_size,
+        optimizer=sft.optimizer,
+        checkpoint=CheckpointConfig(save_interval=recipe.checkpoint.save_interval, keep=1),
+        log=recipe.log,
+        compute_dtype=recipe.training.compute_dtype,
+        recompute=recipe.training.recompute,
+        loss_chunk_tokens=recipe.training.loss_chunk_tokens,
+        deterministic=recipe.training.deterministic,
+    )
+    return {"step": run_training(job)}
+
+
+def _eval(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.evals.run import evaluate_run
+
+    return {"evaluation": evaluate_run(run, recipe)}
+
+
+def _export(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.interchange.export import export_run
+
+    return {"path": str(export_run(run))}
+
+
+def _report(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.report import write_report
+
+    return {"path": str(write_report(run))}
+
+
+_TRAINED_WITH = (
+    "seed",
+    "model",
+    "optimizer",
+    "training.seq_length",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.steps",
+    "training.compute_dtype",
+    "training.loss_chunk_tokens",
+    "data.mixture",
+)
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data", _data, ["seed", "data.sources", "data.validation_fraction", "data.cleaning", "data.dedup",
+                              "data.tokenizer", "model.vocab_size"]),
+        Stage("train", _train, _TRAINED_WITH, after=["data"]),
+        Stage("sft", _sft, ["tune.sft"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("eval", _eval, ["eval"], after=["train"]),
+        Stage("export", _export, ["export"], after=["train", "sft", "eval"]),
+        Stage("report", _report, [], after=["train"]),
+    )
+}  # fmt: skip

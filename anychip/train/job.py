@@ -1,0 +1,50 @@
+"""What the training loop is given: pretraining and supervised tuning differ only in this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from anychip.data.batch import Batch
+from anychip.model.decoder import Decoder
+from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig
+
+
+class BatchSource(Protocol):
+    """Batches by step: a pure function of the recipe, so that nothing of the reader needs saving."""
+
+    def batch(self, step: int) -> Batch:
+        """The whole global batch of `step`, counted from 0."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training run over `steps` global batches.
+
+    `initialize` fills a new model when there is no checkpoint; `evaluate` returns named numbers for the log (every
+    `eval_interval` steps, 0 for the end only). `identity` is kept in each checkpoint; a checkpoint of another identity
+    is refused.
+    """
+
+    title: str
+    directory: Path
+    model: ModelConfig
+    source: BatchSource
+    initialize: Callable[[Decoder], None]
+    evaluate: Callable[[Decoder], Mapping[str, float]] | None
+    identity: str
+    steps: int
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    loss_chunk_tokens: int = 1024
+    eval_interval: int = 0
+    deterministic: bool = False

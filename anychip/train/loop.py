@@ -1,0 +1,280 @@
+"""The training loop. Read `run_training` top to bottom; everything it calls is one idea.
+
+A step is: take the global batch of this step, run its micro-batches forward and backward, add up gradients over
+processes, check them, clip, update. What a step does depends on (recipe, seed, step) and the weights alone, so a run
+that was stopped or killed continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from anychip.train.checkpoint import CheckpointStore
+from torch import Tensor
+
+from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
+from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.errors import AnychipError, InputError
+from anychip.model.arithmetic import flops_per_token
+from anychip.model.decoder import Decoder
+from anychip.parallel.data import DataParallel
+from anychip.progress import progress
+from anychip.train.guard import check_finite
+from anychip.train.job import TrainingJob
+from anychip.train.loss import head_cross_entropy
+from anychip.train.metrics import MetricsLog, StepMetrics
+from anychip.train.optimizer import Optimizer
+from anychip.train.precision import compute_dtype
+from anychip.train.recompute import apply_recompute
+from anychip.train.schedule import lr_share
+
+
+class Stopped(AnychipError):
+    """A signal asked the run to stop; it saved its state first."""
+
+    exit_code = 130
+
+
+@dataclass
+class _Clock:
+    """What has passed since the last log line."""
+
+    started: float
+    step: int
+    data_seconds: float = 0.0
+
+
+def run_training(job: TrainingJob) -> int:
+    """Train until `job.steps`, from the newest good checkpoint if there is one. Returns the last step.
+
+    Raises Stopped after SIGINT or SIGTERM (state saved), UnfitError when numbers stop being finite, InputError when a
+    checkpoint belongs to another recipe.
+    """
+    backend = detect_backend()
+    backend.prepare_process()
+    replicas = DataParallel.from_environment(backend.collective_backend)
+    rows = replicas.rows(job.global_batch_size, job.micro_batch_size)
+    device, dtype = backend.device(replicas.rank), compute_dtype(job.compute_dtype, backend)
+    torch.use_deterministic_algorithms(job.deterministic)
+
+    model = Decoder(job.model, dtype).to(device)
+    optimizer = Optimizer(model, job.optimizer, dtype)
+    store = CheckpointStore(job.directory / "checkpoints", keep=job.checkpoint.keep)
+    step = _restore(job, model, optimizer, store)
+    apply_recompute(model, job.recompute)
+    if job.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    if step >= job.steps:
+        return step
+
+    is_writer = replicas.rank == 0
+    board = job.directory / "tb" if job.log.tensorboard else None
+    log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
+    peak = measure_matmul_flops(device, dtype) if is_writer else None
+    saved = step
+    with _stop_requests() as stop, _Prefetch(job, step) as batches, progress(job.title, job.steps, "steps") as bar:
+        bar.advance(step)
+        clock = _Clock(time.perf_counter(), step)
+        while step < job.steps:
+            waited = time.perf_counter()
+            batch = batches.get(step)
+            clock.data_seconds += time.perf_counter() - waited
+            loss = _forward_backward(job, model, batch, rows, replicas)
+            grad_norm = _clip(model, job.optimizer.grad_clip)
+            check_finite(model, step + 1, loss, grad_norm)
+            lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
+            optimizer.step(lr)
+            model.zero_grad(set_to_none=True)
+            step += 1
+            bar.advance()
+
+            if log and (step % job.log.interval == 0 or step in (1, job.steps)):
+                backend.synchronize()
+                metrics = _measure(job, backend, clock, step, loss, grad_norm, lr, replicas.size, peak)
+                print(metrics.line(job.steps), flush=True)
+                log.write_step(metrics)
+                clock = _Clock(time.perf_counter(), step)
+            if log and job.evaluate and (step == job.steps or (job.eval_interval and step % job.eval_interval == 0)):
+                started = time.perf_counter()
+                values = job.evaluate(model)
+                print(
+                    " | ".join([f"step {step}/{job.steps}", *(f"{k} {v:.4f}" for k, v in values.items())]), flush=True
+                )
+                log.write({"step": step, **values})
+                clock.started += time.perf_counter() - started
+            leaving = stop.requested or step == job.steps
+            if is_writer and (leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0)):
+                _save(job, model, optimizer, store, step, wait=leaving or not job.checkpoint.asynchronous)
+                saved = step
+            if stop.requested and step < job.steps:
+                break
+    replicas.barrier()
+    if log:
+        log.close()
+    if step < job.steps:
+        raise Stopped(f"Stopped at step {step} of {job.steps}; step {saved} is saved.", do="Run it again to continue.")
+    return step
+
+
+def _forward_backward(job: TrainingJob, model: Decoder, batch: Batch, rows: range, replicas: DataParallel) -> float:
+    """Gradients of the mean loss over all labels of the global batch; returns that mean (nats a token)."""
+    device = model.lm_head.weight.device
+    labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for start in range(rows.start, rows.stop, job.micro_batch_size):
+        part = slice(start, start + job.micro_batch_size)
+        hidden = model(batch.input_ids[part].to(device))
+        labels = batch.labels[part].to(device).flatten()
+        loss = head_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels, job.loss_chunk_tokens)
+        loss = loss / labels_in_batch
+        loss.backward()
+        total += loss.detach()
+    replicas.sum_gradients(model.parameters())
+    return float(replicas.sum(total))
+
+
+def _clip(model: Decoder, largest: float) -> float:
+    """Scale gradients down to the norm `largest` (0: leave them); returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return float(norm)
+
+
+def _state(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, by logical name; the live tensors, not copies."""
+    named = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return named | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
+
+
+def _restore(job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore) -> int:
+    """Fill model and optimizer from the newest good checkpoint, or initialise them; returns the step."""
+    newest = store.latest()
+    if newest is None:
+        job.initialize(model)
+        return 0
+    if newest.extra.get("identity") not in (None, job.identity):
+        raise InputError(
+            "holds a checkpoint of a different model, data or schedule.",
+            where=newest.path,
+            do="Give this recipe another name, or restore the recipe that the run was started with.",
+        )
+    weights_only = newest.extra.get("weights_only", False)
+    state = _state(model, optimizer)
+    store.load(newest, {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state)
+    if newest.extra.get("threads", torch.get_num_threads()) != torch.get_num_threads():
+        print(
+            f"note: the checkpoint was written with {newest.extra['threads']} threads, this process has "
+            f"{torch.get_num_threads()}; sums may round differently from here on",
+            file=sys.stderr,
+        )
+    return newest.step
+
+
+def _save(
+    job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore, step: int, *, wait: bool
+) -> None:
+    """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
+    extra = {"identity": job.identity, "threads": torch.get_num_threads()}
+    try:
+        if wait:
+            store.wait()
+            if step not in store.steps():
+                store.save(step, _state(model, optimizer), extra)
+        else:
+            store.save_async(step, _state(model, optimizer), extra)
+    except AnychipError as error:
+        if wait and job.checkpoint.asynchronous:
+            raise
+        print(f"warning: checkpoint of step {step} failed, training goes on: {error}", file=sys.stderr, flush=True)
+
+
+def _measure(
+    job: TrainingJob,
+    backend: Backend,
+    clock: _Clock,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    devices: int,
+    peak: float | None,
+) -> StepMetrics:
+    seconds = time.perf_counter() - clock.started
+    tokens_per_step = job.global_batch_size * job.seq_length
+    rate = (step - clock.step) * tokens_per_step / seconds / devices
+    flops = rate * flops_per_token(job.model, job.seq_length).model
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=step * tokens_per_step,
+        memory_bytes=backend.peak_memory_bytes(),
+        tokens_per_second=rate,
+        tflops=flops / 1e12,
+        mfu=flops / peak if peak else None,
+        data_share=clock.data_seconds / seconds,
+        seconds=seconds,
+        eta_seconds=(job.steps - step) * seconds / (step - clock.step),
+    )
+
+
+class _Prefetch:
+    """Prepares the next step's batch while this one trains."""
+
+    def __init__(self, job: TrainingJob, step: int) -> None:
+        self._job = job
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: Future[Batch] = self._pool.submit(job.source.batch, step)
+
+    def get(self, step: int) -> Batch:
+        batch = self._next.result()
+        if step + 1 < self._job.steps:
+            self._next = self._pool.submit(self._job.source.batch, step + 1)
+        return batch
+
+    def __enter__(self) -> _Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """The first SIGINT or SIGTERM asks to stop after this step; a second one acts at once."""
+    stop, previous = _Stop(), {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.requested = True
+        print("stopping after this step; the state will be saved", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, request)
+        except ValueError:  # not the main thread: the caller handles signals
+            break
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
