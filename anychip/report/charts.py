@@ -87,7 +87,7 @@ def bar_chart(bars: Sequence[Bar], title: str, unit: str, *, width: int = 900, l
     """Horizontal bars from zero, in the order given, each with its value and `unit` beside it."""
     pitch, thick = 52, 26
     height = pitch * len(bars) + 8
-    room = width - label_width - 110
+    room = width - label_width - 150
     largest = max((bar.value for bar in bars), default=0.0) or 1.0
     parts = []
     for row, bar in enumerate(bars):
@@ -119,14 +119,16 @@ def bar_chart(bars: Sequence[Bar], title: str, unit: str, *, width: int = 900, l
     return _svg(title, width, height, parts)
 
 
-def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """Exponential moving average over about `window` points, without the bias of its start."""
-    keep = 1.0 - 1.0 / max(window, 1)
-    total = weight = 0.0
+def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
+    """Centred moving average over a window that grows with the position: steep starts stay sharp, long tails calm."""
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
     result = []
-    for x, y in points:
-        total, weight = keep * total + y, keep * weight + 1.0
-        result.append((x, total / weight))
+    for i, (x, _) in enumerate(points):
+        reach = min(int(i * share), len(points) - 1 - i)
+        low, high = i - reach, i + reach + 1
+        result.append((x, (sums[high] - sums[low]) / (high - low)))
     return result
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from anychip.report.charts import Bar, Series, bar_chart, line_chart, short, smoothed
 from anychip.report.inputs import Inputs
-from anychip.report.words import Fact, duration, number
+from anychip.report.words import Fact, duration, number, text
 
 _TOKENS = "tokens 词元"
+_STEEP_START = 0.05
 
 
 def score(inputs: Inputs) -> dict[str, Any] | None:
@@ -33,7 +35,7 @@ def score(inputs: Inputs) -> dict[str, Any] | None:
     chart = bar_chart(sorted(bars, key=lambda bar: bar.value), "bits per byte of held-out text", "bits/byte")
     tokens, size = number(evaluation, "held_out", "tokens"), number(evaluation, "held_out", "utf8_bytes")
     note = f"All of them read the same {short(size or 0)} bytes ({short(tokens or 0)} tokens) of held-out documents."
-    digest = evaluation.get("held_out", {}).get("sha256")
+    digest = text(evaluation, "held_out", "sha256")
     return {"chart": chart, "note": f"{note} SHA-256 of that text: {digest}." if digest else note}
 
 
@@ -45,14 +47,14 @@ def learning(inputs: Inputs) -> dict[str, Any] | None:
     loss = metrics.column("loss")
     series = [
         Series("training", loss, "line-faint"),
-        Series("training, smoothed", smoothed(loss, max(len(loss) // 40, 3)), "line-main"),
+        Series("training, smoothed", smoothed(loss), "line-main"),
         Series("validation", metrics.validated("validation_loss"), "line-second", dots=True),
     ]
     legend = [("line-faint", "training 训练"), ("line-main", "training, smoothed 训练（平滑）")]
     if series[2].points:
         legend.append(("line-second", "validation 验证"))
     return {
-        "loss": line_chart(series, "loss over tokens", _TOKENS),
+        "loss": line_chart([_without_start(one, loss[-1][0]) for one in series], "loss over tokens", _TOKENS),
         "loss_log": line_chart(series, "loss over tokens, logarithmic", _TOKENS, x_log=True),
         "legend": legend,
         "lr": line_chart([Series("learning rate", metrics.column("lr"))], "learning rate", _TOKENS, y_from_zero=True),
@@ -62,14 +64,19 @@ def learning(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
+def _without_start(series: Series, last: float) -> Series:
+    """Without the steep first 5 % of the tokens, which would flatten everything after them."""
+    return replace(series, points=[point for point in series.points if point[0] >= _STEEP_START * last])
+
+
 def speed(inputs: Inputs) -> dict[str, Any] | None:
     """Tokens per second, and the share of the measured peak or, without a peak, TFLOP/s."""
     metrics = inputs.metrics
     if metrics is None or not metrics.column("tokens_per_second"):
         return None
     charts = {
-        key: line_chart([Series(title, metrics.column(key))], title, _TOKENS, y_from_zero=True, y_format=text)
-        for key, title, text in (
+        key: line_chart([Series(title, metrics.column(key))], title, _TOKENS, y_from_zero=True, y_format=shown)
+        for key, title, shown in (
             ("tokens_per_second", "tokens per second", short),
             ("mfu", "share of the measured peak", lambda share: f"{share:.0%}"),
             ("tflops", "TFLOP/s", short),
@@ -87,7 +94,7 @@ def tuning(inputs: Inputs) -> dict[str, Any] | None:
     held_out = [(row["step"], row["validation_loss"]) for row in metrics.validation if "validation_loss" in row]
     series = [
         Series("tuning", points, "line-faint"),
-        Series("tuning, smoothed", smoothed(points, max(len(points) // 20, 3)), "line-main"),
+        Series("tuning, smoothed", smoothed(points), "line-main"),
         Series("held out", held_out, "line-second", dots=True),
     ]
     facts = [

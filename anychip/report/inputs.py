@@ -93,6 +93,16 @@ def read_metrics(path: Path) -> Metrics | None:
     return Metrics([training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)])
 
 
+def finite(value: object) -> float | None:
+    """A number that a chart can show, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer above any float
+        return None
+
+
 def _numbers(line: str) -> Row:
     """The finite numbers of one JSON line; nothing for a line that a crash cut short."""
     try:
@@ -101,11 +111,7 @@ def _numbers(line: str) -> Row:
         return {}
     if not isinstance(raw, Mapping):
         return {}
-    return {
-        key: float(value)
-        for key, value in raw.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {key: value for key, value in ((key, finite(value)) for key, value in raw.items()) if value is not None}
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from anychip.model.arithmetic import flops_per_token, kv_cache_bytes_per_token, num_parameters
 from anychip.report.charts import short
-from anychip.report.inputs import Inputs
+from anychip.report.inputs import Inputs, finite
 
 _STAGE_NAMES = {
     "data": ("data", "数据"),
@@ -38,11 +38,14 @@ class Tile(NamedTuple):
 
 
 def number(tree: Mapping[str, Any] | None, *path: str) -> float | None:
-    """The number at this path of nested mappings, or None."""
-    node: Any = tree
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return float(node) if isinstance(node, (int, float)) and not isinstance(node, bool) else None
+    """The finite number at this path of nested mappings, or None."""
+    return finite(_at(tree, path))
+
+
+def text(tree: Mapping[str, Any] | None, *path: str) -> str:
+    """The text at this path of nested mappings, or nothing."""
+    found = _at(tree, path)
+    return found if isinstance(found, str) else ""
 
 
 def duration(seconds: float) -> str:
@@ -104,6 +107,9 @@ def tiles(inputs: Inputs) -> list[Tile]:
         found.append(Tile("training speed, median", "训练速度（中位数）", short(rates[len(rates) // 2]), "tok/s"))
     if shares := sorted(row["mfu"] for row in rows if "mfu" in row):
         found.append(Tile("of the measured matrix peak", "实测算力利用率", f"{shares[len(shares) // 2]:.0%}"))
+    if memory := max((row["memory_bytes"] for row in rows if "memory_bytes" in row), default=0.0):
+        value, unit = size(memory).split(" ")
+        found.append(Tile("peak memory", "内存峰值", value, unit))
     if seconds := sum(number(record, "seconds") or 0.0 for record in inputs.stages.values()):
         found.append(Tile("from corpus to report", "总用时", duration(seconds)))
     return found
@@ -190,6 +196,13 @@ def _flops(model_flops: float, full: float) -> str:
 def _tokens_trained(inputs: Inputs) -> float | None:
     rows = inputs.metrics.training if inputs.metrics else []
     return next((row["tokens"] for row in reversed(rows) if "tokens" in row), None)
+
+
+def _at(tree: Mapping[str, Any] | None, path: Sequence[str]) -> Any:
+    node: Any = tree
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
 
 
 def _badges(sample: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -96,9 +97,10 @@ def split_dialogs(dialogs: Iterable[Dialog]) -> DialogSplit:
         if _share(subject) < _SUBJECTS_HELD_OUT:
             split.held_out_subjects.extend(group)
             continue
-        trained = [dialog for dialog in group if _share(subject, dialog.question) >= _PHRASINGS_HELD_OUT] or group[:1]
-        split.training.extend(trained)
-        split.held_out_phrasings.extend(dialog for dialog in group if not any(dialog is kept for kept in trained))
+        shares = [_share(subject, dialog.question) for dialog in group]
+        kept = [share >= _PHRASINGS_HELD_OUT or share == max(shares) for share in shares]
+        split.training.extend(compress(group, kept))
+        split.held_out_phrasings.extend(compress(group, (not keep for keep in kept)))
     return split
 
 
