@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,31 @@ def write_document_table(path: Path, ids: Sequence[bytes], text_bytes: npt.NDArr
     Layout, little-endian: 8 bytes of magic, int64 n, int64[n + 1] offsets into the names, int64[n] UTF-8 bytes of
     each document's text, then the names one after another.
     """
-    offsets = np.zeros(len(ids) + 1, dtype="<i8")
-    np.cumsum([len(name) for name in ids], out=offsets[1:])
+    sizes = np.fromiter(map(len, ids), np.int64, len(ids))
     with atomic_writer(path) as handle:
-        handle.write(_MAGIC + len(ids).to_bytes(8, "little"))
-        handle.write(offsets.tobytes())
-        handle.write(text_bytes.astype("<i8").tobytes())
+        _write_columns(handle, sizes, text_bytes)
         handle.writelines(ids)
+
+
+def join_document_tables(tables: Sequence[DocumentTable], path: Path) -> None:
+    """Write one table with the documents of all tables, in order."""
+    none = np.empty(0, np.int64)
+    sizes = np.concatenate([none, *(table.name_bytes for table in tables)])
+    text_bytes = np.concatenate([none, *(table.text_bytes for table in tables)])
+    with atomic_writer(path) as handle:
+        _write_columns(handle, sizes, text_bytes)
+        for table in tables:
+            handle.write(table.names)
+
+
+def _write_columns(
+    handle: IO[bytes], name_bytes: npt.NDArray[np.int64], text_bytes: npt.NDArray[np.int64]
+) -> None:
+    offsets = np.zeros(len(name_bytes) + 1, dtype="<i8")
+    np.cumsum(name_bytes, out=offsets[1:])
+    handle.write(_MAGIC + len(name_bytes).to_bytes(8, "little"))
+    handle.write(offsets.tobytes())
+    handle.write(text_bytes.astype("<i8").tobytes())
 
 
 class DocumentTable:
@@ -58,10 +77,15 @@ class DocumentTable:
         integers = np.frombuffer(self._data, dtype="<i8", offset=_HEADER_BYTES, count=2 * count + 1)
         self._offsets = integers[: count + 1]
         self.text_bytes: npt.NDArray[np.int64] = integers[count + 1 :]
-        self._names = self._data[names_start:]
+        self.names = self._data[names_start:]
         rising = bool(np.all(np.diff(self._offsets) >= 0))
-        if self._offsets[0] != 0 or not rising or int(self._offsets[-1]) != self._names.size:
+        if self._offsets[0] != 0 or not rising or int(self._offsets[-1]) != self.names.size:
             raise self._broken("has name offsets that do not fit its size")
+
+    @property
+    def name_bytes(self) -> npt.NDArray[np.int64]:
+        """UTF-8 size of each id."""
+        return np.diff(self._offsets)
 
     def __len__(self) -> int:
         return len(self.text_bytes)
@@ -69,15 +93,15 @@ class DocumentTable:
     def id(self, index: int) -> str:
         """The id of document `index`."""
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        return self._names[start:end].tobytes().decode("utf-8", "replace")
+        return self.names[start:end].tobytes().decode("utf-8", "replace")
 
     def find(self, document_id: str) -> int | None:
         """The index of the document with this id, or None."""
         wanted = document_id.encode()
-        fitting = np.flatnonzero(np.diff(self._offsets) == len(wanted))
+        fitting = np.flatnonzero(self.name_bytes == len(wanted))
         for index in fitting:
             start = int(self._offsets[index])
-            if self._names[start : start + len(wanted)].tobytes() == wanted:
+            if self.names[start : start + len(wanted)].tobytes() == wanted:
                 return int(index)
         return None
 

@@ -1,0 +1,55 @@
+"""Which documents fed a step, and which steps saw a document: computed from the schedule, so always complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anychip.data.corpora import DocumentSpan
+from anychip.data.loader import TrainingData
+from anychip.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A document, or a part of it, as labels of one row of one step."""
+
+    step: int
+    row: int
+    source: str
+    epoch: int
+    document: DocumentSpan
+
+
+def documents_of_step(data: TrainingData, step: int) -> list[Sighting]:
+    """Every document whose tokens the step learned to predict, row by row."""
+    return [
+        Sighting(step, sample.row, sample.source, sample.epoch, span)
+        for sample in data.samples(step)
+        for span in sample.documents
+    ]
+
+
+def steps_of_document(data: TrainingData, document_id: str, steps: int) -> list[Sighting]:
+    """Every row before step number `steps` that learned from a document, in order of time.
+
+    Raises InputError when no training corpus has a document of this id.
+    """
+    for number, corpus in enumerate(data.corpora):
+        document = corpus.find_document(document_id)
+        if document is None:
+            continue
+        start, stop = corpus.document_range(document)
+        found = []
+        for sample in range(start // data.seq_length, -(-stop // data.seq_length)):
+            first, last = sample * data.seq_length, (sample + 1) * data.seq_length
+            span = DocumentSpan(
+                document_id, document, max(first, start) - start, min(last, stop) - max(first, start)
+            )
+            for place, epoch in data.schedule.places_of(number, sample, steps * data.global_batch_size):
+                step, row = divmod(place, data.global_batch_size)
+                found.append(Sighting(step, row, corpus.name, epoch, span))
+        return sorted(found, key=lambda sighting: (sighting.step, sighting.row))
+    raise InputError(
+        f"no training document has the id {document_id}.",
+        do="Ids look like SOURCE:path/inside/it; held-out documents are never trained on.",
+    )
