@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anychip.model.rope import cos_sin, rope_scale
+from anychip.model.rope import cos_sin, keeps_published_hazard, rope_scale
 from anychip.recipe.schema import ModelConfig
 
 
 class KeyValueCache:
     """Preallocated keys and values of every layer for `batch` sequences of equal length.
 
-    keys, values: [layers, batch, kv_heads, capacity, head_dim] in the compute dtype. `length` tokens are filled.
+    keys, values: [layers, batch, kv_heads, capacity, head_dim] in `dtype`. `length` tokens are filled. Memory is only
+    touched as it fills, so a large capacity costs nothing until it is used.
     """
 
     def __init__(
@@ -20,22 +21,22 @@ class KeyValueCache:
     ) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.config = config
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.length = 0
         self._alpha = 1
 
     def extend(self, tokens: int) -> None:
-        """Make room for `tokens` more, turning the cached keys when the rotary base steps up (see rope.py)."""
-        if self.length + tokens > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {self.length + tokens} are needed")
-        alpha = rope_scale(self.config, self.length + tokens).alpha
-        scaling = self.config.rope_scaling
-        if alpha != self._alpha and self.length and scaling is not None and scaling.cached_keys == "rerotate":
+        """Make room for `tokens` more, turning the cached keys when the rotary base steps (see rope.py)."""
+        length = self.length + tokens
+        if length > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {length} are needed")
+        alpha = rope_scale(self.config, length).alpha
+        if alpha != self._alpha and self.length and not keeps_published_hazard(self.config):
             self._rerotate(alpha)
         self._alpha = alpha
-        self.length += tokens
+        self.length = length
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest [batch, kv_heads, new, head_dim]; return everything up to `length`."""

@@ -7,16 +7,23 @@ The published rule, for a sequence of length S, with d = head_dim:
     base = rope_theta * alpha ** (d / (d - 2))
     mscale = 1 if S' == training_length else 0.1 * ln(S' / training_length) + 1      on cos and sin alike
 
-mscale multiplies queries and keys alike, hence scores by mscale ** 2: here it is part of the softmax scale, so cached
-keys never depend on it. What remains in a cached key is alpha. When S passes a power of two, alpha steps up and keys
-that were rotated with the old base no longer match a full forward pass. `rerotate` turns the cached keys by the
-difference of the two rotations; `published` leaves them, and rounds cos and sin to fp16, as the published code does.
+A forward pass over a whole sequence uses one S for all its positions. Decoding with cached keys does not: a key was
+rotated when the sequence was shorter, perhaps with a smaller alpha and mscale. `rope_scaling.cached_keys` says what
+happens then:
+
+`rerotate`   Decoding equals a full forward pass. mscale, which multiplies queries and keys alike and so scores by its
+             square, is part of the softmax scale, and cached keys never depend on it; when alpha steps up the cache
+             turns its keys by the difference of the two rotations. Angles in fp64, tables in fp32.
+`published`  What the published code computes, number for number: mscale is multiplied into cos and sin, angles are
+             fp32, tables are rounded to fp16, and a cached key keeps the alpha and the mscale of the length at which
+             it was cached. Scores of old keys then differ from a full forward pass.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +39,14 @@ class RopeScale:
     mscale: float
 
 
+class Rotary(NamedTuple):
+    """What attention needs to know about positions: tables for its new tokens and the factor on all its scores."""
+
+    cos: Tensor  # [tokens, head_dim / 2] fp32
+    sin: Tensor  # [tokens, head_dim / 2] fp32
+    score_scale: float
+
+
 def rope_scale(config: ModelConfig, length: int) -> RopeScale:
     """alpha and mscale at this sequence length (tokens); (1, 1.0) for a model without scaling."""
     scaling = config.rope_scaling
@@ -43,19 +58,53 @@ def rope_scale(config: ModelConfig, length: int) -> RopeScale:
     return RopeScale(alpha, 0.1 * math.log(length / scaling.training_length) + 1 if beyond else 1.0)
 
 
+def keeps_published_hazard(config: ModelConfig) -> bool:
+    """Whether cached keys stay as they were when the sequence outgrows them."""
+    return config.rope_scaling is not None and config.rope_scaling.cached_keys == "published"
+
+
+def rotary(config: ModelConfig, start: int, length: int, device: torch.device | str = "cpu") -> Rotary:
+    """Tables and score scale for tokens `start` to `length` of a sequence that is `length` tokens long."""
+    scale = rope_scale(config, length)
+    plain = config.head_dim**-0.5
+    positions = torch.arange(start, length, device=device)
+    if keeps_published_hazard(config):
+        return Rotary(*_published_cos_sin(config, positions, scale), plain)
+    return Rotary(*cos_sin(config, positions, scale.alpha), plain * scale.mscale**2)
+
+
+class RotaryTable:
+    """`rotary` for one model, with the tables of the last alpha kept: decoding asks for one more token each time."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._alpha = 0
+        self._cos = self._sin = torch.empty(0)
+
+    def rows(self, start: int, length: int) -> Rotary:
+        """Equal to `rotary(config, start, length)`."""
+        if keeps_published_hazard(self.config):
+            return rotary(self.config, start, length, self.device)
+        scale = rope_scale(self.config, length)
+        if scale.alpha != self._alpha or length > len(self._cos):
+            capacity = max(length, min(2 * length, self.config.max_position_embeddings))
+            self._cos, self._sin = cos_sin(self.config, torch.arange(capacity, device=self.device), scale.alpha)
+            self._alpha = scale.alpha
+        return Rotary(
+            self._cos[start:length], self._sin[start:length], self.config.head_dim**-0.5 * scale.mscale**2
+        )
+
+
 def inverse_frequencies(config: ModelConfig, alpha: int) -> Tensor:
     """Angle per position, [head_dim / 2] fp64."""
     dim = config.head_dim
-    base = config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
-    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return _base(config, alpha) ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
 def cos_sin(config: ModelConfig, positions: Tensor, alpha: int) -> tuple[Tensor, Tensor]:
     """cos and sin, [len(positions), head_dim / 2] fp32 (angles in fp64, so that long positions keep their phase)."""
     angles = positions.to("cpu", torch.float64)[:, None] * inverse_frequencies(config, alpha)
     cos, sin = angles.cos().float(), angles.sin().float()
-    if config.rope_scaling is not None and config.rope_scaling.cached_keys == "published":
-        cos, sin = cos.half().float(), sin.half().float()
     return cos.to(positions.device), sin.to(positions.device)
 
 
@@ -65,3 +114,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x[..., :half].float(), x[..., half:].float()
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _base(config: ModelConfig, alpha: int) -> float:
+    dim = config.head_dim
+    return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
+
+
+def _published_cos_sin(config: ModelConfig, positions: Tensor, scale: RopeScale) -> tuple[Tensor, Tensor]:
+    """fp32 angles; cos and sin rounded to fp16, multiplied by mscale, and rounded to fp16 again."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions.float()[:, None] * (1.0 / _base(config, scale.alpha) ** exponents)
+    return (scale.mscale * angles.cos().half()).float(), (scale.mscale * angles.sin().half()).float()

@@ -1,0 +1,59 @@
+"""Weight matrices held the way one step of decoding reads them fastest.
+
+Decoding one token reads every weight once, so its speed is the speed of memory, provided that the product keeps up.
+bf16 products do so on a chip that multiplies bf16 in hardware. On a CPU that does not, they fall behind by half, and
+packed fp16 weights take their place (FBGEMM's layout, read 16 columns at a time, products and sums in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.chips.backend import detect_backend
+
+# bf16 has 8 significant bits and fp16 has 11, so every bf16 weight from 2**-17 to 65,504 is an fp16 number. A smaller
+# one moves by at most 2**-25; a matrix that loses more than this share of its norm keeps its own dtype.
+_LARGEST_LOSS = 2.0**-14
+
+Product = Callable[[Tensor], Tensor]  # [tokens, in] -> [tokens, out] in the activation dtype
+
+
+@dataclass(frozen=True)
+class Precision:
+    """weights: how matrices are stored. activations: dtype of everything between them. packed: fp16 by FBGEMM."""
+
+    weights: torch.dtype
+    activations: torch.dtype
+    packed: bool = False
+
+
+def choose_precision(weights: torch.dtype, device: torch.device) -> Precision:
+    """How weights of this dtype (fp32 or bf16) are best read on this device. Depends on the chip, never on a clock."""
+    if weights == torch.float32 or device.type != "cpu" or detect_backend().multiplies_bf16():
+        return Precision(weights, weights)
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        return Precision(weights, torch.float32, packed=True)
+    return Precision(weights, weights)
+
+
+def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> Product:
+    """x -> x @ weight.T + bias, for weight [out, in] and bias [out]. Keeps its own copy of what it needs."""
+    weight = weight.detach().to(precision.weights)
+    bias = None if bias is None else bias.detach().to(precision.weights)
+    if precision.packed and _fits_fp16(weight):
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    dtype = precision.activations
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _fits_fp16(weight: Tensor) -> bool:
+    exact = weight.float()
+    lost = torch.linalg.vector_norm(exact - exact.half().float())
+    return bool(lost <= _LARGEST_LOSS * torch.linalg.vector_norm(exact))  # false for an overflow, which gives nan or inf
