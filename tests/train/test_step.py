@@ -1,0 +1,129 @@
+"""One step's gradients do not depend on how the batch is cut, on recomputation, or on the number of processes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.model.decoder import Decoder
+from anychip.model.init import init_parameters
+from anychip.recipe.schema import ModelConfig
+from anychip.train.loss import head_cross_entropy
+from anychip.train.recompute import apply_recompute
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def decoder() -> Decoder:
+    model = Decoder(CONFIG)
+    init_parameters(model, CONFIG, 3)
+    return model
+
+
+def batch() -> Batch:
+    tokens = torch.randint(0, 64, (8, 17), generator=torch.Generator().manual_seed(5))
+    labels = tokens[:, 1:].clone()
+    labels[::3, :9] = IGNORE_LABEL  # rows with unequal numbers of labels: a mean of means would be wrong
+    return Batch(tokens[:, :-1], labels)
+
+
+def gradients(model: Decoder, rows_at_a_time: int) -> dict[str, torch.Tensor]:
+    whole = batch()
+    count = int((whole.labels != IGNORE_LABEL).sum())
+    for start in range(0, 8, rows_at_a_time):
+        part = slice(start, start + rows_at_a_time)
+        hidden = model(whole.input_ids[part]).flatten(0, 1)
+        (head_cross_entropy(hidden, model.lm_head.weight, whole.labels[part].flatten(), 16) / count).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 4])
+def test_micro_batches_add_up_to_the_whole_batch(rows_at_a_time: int) -> None:
+    whole, cut = gradients(decoder(), 8), gradients(decoder(), rows_at_a_time)
+    for name, expected in whole.items():
+        torch.testing.assert_close(cut[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_bit(mode: str) -> None:
+    plain, model = gradients(decoder(), 4), decoder()
+    apply_recompute(model, mode)  # type: ignore[arg-type]
+    for name, expected in gradients(model, 4).items():
+        assert torch.equal(plain[name], expected), name
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_recomputation_keeps_less(mode: str) -> None:
+    """Count what autograd keeps between forward and backward."""
+    model = decoder()
+    apply_recompute(model, mode)  # type: ignore[arg-type]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(batch().input_ids)
+    hidden.sum().backward()
+    bytes_kept = sum(kept.values())
+    reference = getattr(test_recomputation_keeps_less, "reference", None)
+    if mode == "none":
+        test_recomputation_keeps_less.reference = bytes_kept  # type: ignore[attr-defined]
+    elif reference is not None and mode == "full":
+        assert bytes_kept < reference
+
+
+RANK_PROGRAM = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_step import batch, decoder
+from anychip.data.batch import IGNORE_LABEL
+from anychip.parallel.data import DataParallel
+from anychip.train.loss import head_cross_entropy
+
+torch.set_num_threads(1)
+replicas = DataParallel.from_environment("gloo")
+model, whole = decoder(), batch()
+count = int((whole.labels != IGNORE_LABEL).sum())
+rows = replicas.rows(8, 2)
+for start in range(rows.start, rows.stop, 2):
+    part = slice(start, start + 2)
+    hidden = model(whole.input_ids[part]).flatten(0, 1)
+    (head_cross_entropy(hidden, model.lm_head.weight, whole.labels[part].flatten(), 16) / count).backward()
+replicas.sum_gradients(model.parameters())
+if replicas.rank == 0:
+    from safetensors.torch import save_file
+    save_file({n: p.grad for n, p in model.named_parameters()}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = tmp_path / "rank.py"
+    program.write_text(RANK_PROGRAM, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", str(program), str(Path(__file__).parent), str(tmp_path / "grads.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = gradients(decoder(), 8)
+    for name, value in load_file(tmp_path / "grads.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
