@@ -65,9 +65,7 @@ def test_recomputation_changes_no_bit(mode: str) -> None:
         assert torch.equal(plain[name], expected), name
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_recomputation_keeps_less(mode: str) -> None:
-    """Count what autograd keeps between forward and backward."""
+def bytes_kept_for_backward(mode: str) -> int:
     model = decoder()
     apply_recompute(model, mode)  # type: ignore[arg-type]
     kept: dict[int, int] = {}
@@ -78,13 +76,12 @@ def test_recomputation_keeps_less(mode: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model(batch().input_ids)
-    hidden.sum().backward()
-    bytes_kept = sum(kept.values())
-    reference = getattr(test_recomputation_keeps_less, "reference", None)
-    if mode == "none":
-        test_recomputation_keeps_less.reference = bytes_kept  # type: ignore[attr-defined]
-    elif reference is not None and mode == "full":
-        assert bytes_kept < reference
+    assert hidden.shape == (8, 16, 32)
+    return sum(kept.values())
+
+
+def test_full_recomputation_keeps_less_than_none() -> None:
+    assert bytes_kept_for_backward("full") < bytes_kept_for_backward("none") / 2
 
 
 RANK_PROGRAM = """

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Set everything up and run the main job: text -> tokenizer -> pretraining -> tuning -> evaluation -> export -> report.
+cd "$(dirname "$0")"
+source environment.sh cpu
+exec .venv/bin/anychip run recipes/demo.yaml "$@"
