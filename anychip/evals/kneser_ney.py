@@ -1,8 +1,8 @@
 """Interpolated modified Kneser-Ney in numpy (Chen & Goodman 1998, "An Empirical Study of Smoothing Techniques").
 
 The model is a trie held in sorted arrays: node k of level n is the k-th distinct n-gram, found by the key
-`prefix node * vocab_size + last token`. Training and scoring walk all positions of a stream at once, level by level, so
-the cost is one sort of the stream a level and one binary search a token and level.
+`prefix node * vocab_size + last token`. Training and scoring walk all positions of a text at once, level by level, so
+the cost is one sort of the text a level and one binary search a token and level.
 
     p_n(w | h) = max(c(hw) - D(c(hw)), 0) / c(h.) + g(h) * p_{n-1}(w | h'),      p_0(w) = 1 / vocab_size
 
@@ -22,7 +22,6 @@ from anychip.progress import progress
 Tokens = npt.NDArray[np.int64]
 Nodes = npt.NDArray[np.int32]
 _ABSENT = -1
-_EMPTY_KEYS = np.zeros(1, dtype=np.int64)
 _SMALLEST_DISCOUNT = 0.05  # above 0, so that no token is ever impossible
 
 
@@ -46,28 +45,30 @@ class KneserNey:
         return len(self._levels)
 
     @classmethod
-    def train(cls, stream: npt.NDArray[np.integer], vocab_size: int, order: int = 5) -> KneserNey:
-        """Learn from one stream of token ids [tokens], each in [0, vocab_size).
+    def train(cls, rows: npt.NDArray[np.integer], vocab_size: int, order: int = 5) -> KneserNey:
+        """Learn from token ids [rows, length], each in [0, vocab_size); no n-gram crosses from one row to the next.
 
-        Raises ValueError for a stream shorter than `order` or with ids outside the vocabulary.
+        Raises ValueError for rows shorter than `order` or ids outside the vocabulary.
         """
-        tokens = np.asarray(stream, dtype=np.int64)
-        if tokens.ndim != 1 or len(tokens) < order:
-            raise ValueError(f"an n-gram model of order {order} needs a stream of at least {order} tokens")
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            raise ValueError(f"the stream holds token ids outside 0..{vocab_size - 1}")
+        tokens = np.asarray(rows)
+        if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < order:
+            raise ValueError(f"an n-gram model of order {order} needs rows of at least {order} tokens")
+        _check_ids(tokens, vocab_size)
         levels: list[_Level] = []
-        keys, nodes, prefixes = _EMPTY_KEYS, np.zeros(len(tokens) + 1, dtype=np.int32), 1  # level 0: the empty n-gram
+        keys = np.zeros(1, dtype=np.int64)  # level 0 has one node, the empty n-gram, at every place
+        nodes: Nodes = np.zeros((tokens.shape[0], tokens.shape[1] + 1), dtype=np.int32)
+        prefixes = 1
         with progress(f"{order}-gram model", total=order, unit="orders") as bar:
             for length in range(1, order + 1):
-                longer_keys, longer_nodes, occurrences = _distinct(nodes[:-1], tokens[length - 1 :], vocab_size)
+                tails = tokens[:, length - 1 :]
+                longer_keys, longer_nodes, occurrences = _distinct(nodes[:, :-1].ravel(), tails.ravel(), vocab_size)
                 if length > 1:  # a shorter n-gram counts once for each distinct token seen to its left
-                    counts = np.bincount(nodes[occurrences + 1], minlength=len(keys))
-                    levels.append(_discounted(keys, counts, vocab_size, prefixes))
+                    without_first = nodes[:, 1:].ravel()[occurrences]
+                    levels.append(_level(keys, np.bincount(without_first, minlength=len(keys)), vocab_size, prefixes))
                     prefixes = len(keys)
-                keys, nodes = longer_keys, longer_nodes
+                keys, nodes = longer_keys, longer_nodes.reshape(tails.shape)
                 bar.advance()
-            levels.append(_discounted(keys, np.bincount(nodes, minlength=len(keys)), vocab_size, prefixes))
+            levels.append(_level(keys, np.bincount(nodes.ravel(), minlength=len(keys)), vocab_size, prefixes))
         return cls(vocab_size, levels)
 
     def probabilities(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
@@ -76,8 +77,7 @@ class KneserNey:
         The first token of a row has no context. Raises ValueError for ids outside the vocabulary.
         """
         tokens = np.asarray(rows, dtype=np.int64)
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
-            raise ValueError(f"the text holds token ids outside 0..{self.vocab_size - 1}")
+        _check_ids(tokens, self.vocab_size)
         result = np.full(tokens.shape, 1.0 / self.vocab_size)
         nodes: Nodes = np.zeros(tokens.shape, dtype=np.int32)  # node of the context that ends before each token
         for length, level in enumerate(self._levels, start=1):
@@ -92,7 +92,14 @@ class KneserNey:
         return result
 
 
-def _distinct(prefixes: Nodes, tails: Tokens, vocab_size: int) -> tuple[npt.NDArray[np.int64], Nodes, Tokens]:
+def _check_ids(tokens: npt.NDArray[np.integer], vocab_size: int) -> None:
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise ValueError(f"there are token ids outside 0..{vocab_size - 1}")
+
+
+def _distinct(
+    prefixes: Nodes, tails: npt.NDArray[np.integer], vocab_size: int
+) -> tuple[npt.NDArray[np.int64], Nodes, Tokens]:
     """Sorted distinct keys, the node of each position, and one position at which each node occurs."""
     every = prefixes * np.int64(vocab_size) + tails
     order = np.argsort(every)
@@ -113,7 +120,7 @@ def _find(keys: npt.NDArray[np.int64], prefixes: Nodes, tails: Tokens, vocab_siz
     return np.where(hit, position, _ABSENT).astype(np.int32)
 
 
-def _discounted(keys: npt.NDArray[np.int64], counts: Tokens, vocab_size: int, prefixes: int) -> _Level:
+def _level(keys: npt.NDArray[np.int64], counts: Tokens, vocab_size: int, prefixes: int) -> _Level:
     """Shares of the n-grams and the mass their discounts leave to the shorter context."""
     discounts = _discounts(counts)
     removed = discounts[np.minimum(counts, 3)]

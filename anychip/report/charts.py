@@ -83,9 +83,18 @@ def line_chart(
     return _svg(title, width, height, parts)
 
 
-def bar_chart(bars: Sequence[Bar], title: str, unit: str, *, width: int = 900, label_width: int = 250) -> Markup:
+def bar_chart(
+    bars: Sequence[Bar],
+    title: str,
+    unit: str,
+    value_format: Callable[[float], str],
+    *,
+    width: int = 900,
+    label_width: int = 250,
+) -> Markup:
     """Horizontal bars from zero, in the order given, each with its value and `unit` beside it."""
-    pitch, thick = 52, 26
+    notes = any(bar.note for bar in bars)
+    pitch, thick = (52, 26) if notes else (38, 20)
     height = pitch * len(bars) + 8
     room = width - label_width - 150
     largest = max((bar.value for bar in bars), default=0.0) or 1.0
@@ -112,9 +121,9 @@ def bar_chart(bars: Sequence[Bar], title: str, unit: str, *, width: int = 900, l
             )
         )
         parts.append(
-            Markup(
-                '<text class="bar-value" x="{:.1f}" y="{:.1f}">{:.3f} <tspan class="bar-unit">{}</tspan></text>'
-            ).format(label_width + length + 10, middle + 5, bar.value, unit)
+            Markup('<text class="bar-value" x="{:.1f}" y="{:.1f}">{} <tspan class="bar-unit">{}</tspan></text>').format(
+                label_width + length + 10, middle + 5, value_format(bar.value), unit
+            )
         )
     return _svg(title, width, height, parts)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from anychip.report import words
 from anychip.report.charts import Bar, Series, bar_chart, line_chart, short, smoothed
 from anychip.report.inputs import Inputs
 from anychip.report.words import Fact, duration, number, text
 
 _TOKENS = "tokens 词元"
 _STEEP_START = 0.05
+_MOST_REASONS = 12
 
 
 def score(inputs: Inputs) -> dict[str, Any] | None:
@@ -32,7 +34,9 @@ def score(inputs: Inputs) -> dict[str, Any] | None:
         for label, path, note, style in candidates
         if (value := number(evaluation, *path)) is not None
     ]
-    chart = bar_chart(sorted(bars, key=lambda bar: bar.value), "bits per byte of held-out text", "bits/byte")
+    chart = bar_chart(
+        sorted(bars, key=lambda bar: bar.value), "bits per byte of held-out text", "bits/byte", "{:.3f}".format
+    )
     tokens, size = number(evaluation, "held_out", "tokens"), number(evaluation, "held_out", "utf8_bytes")
     note = f"All of them read the same {short(size or 0)} bytes ({short(tokens or 0)} tokens) of held-out documents."
     digest = text(evaluation, "held_out", "sha256")
@@ -114,4 +118,21 @@ def tuning(inputs: Inputs) -> dict[str, Any] | None:
 
 
 def data(inputs: Inputs) -> dict[str, Any] | None:
-    return None
+    """What was read, what was left out and why, and what each source gave."""
+    summary = inputs.data
+    if summary is None or not isinstance(summary.get("sources"), dict):
+        return None
+    counts = summary.get("documents")
+    dropped = {
+        str(reason): count
+        for reason in (counts if isinstance(counts, dict) else {})
+        if reason not in ("read", "kept") and (count := number(counts, reason))
+    }
+    most = sorted(dropped, key=lambda reason: -dropped[reason])[:_MOST_REASONS]
+    bars = [Bar(reason.replace("_", " "), dropped[reason]) for reason in most]
+    return {
+        "columns": words.SOURCE_COLUMNS,
+        "sources": words.sources(summary),
+        "dropped": bar_chart(bars, "documents left out, by reason", "documents", "{:,.0f}".format) if bars else None,
+        "facts": words.data_facts(summary, sum(dropped.values())),
+    }

@@ -37,12 +37,12 @@ class Tile(NamedTuple):
     unit: str = ""
 
 
-def number(tree: Mapping[str, Any] | None, *path: str) -> float | None:
+def number(tree: object, *path: str) -> float | None:
     """The finite number at this path of nested mappings, or None."""
     return finite(_at(tree, path))
 
 
-def text(tree: Mapping[str, Any] | None, *path: str) -> str:
+def text(tree: object, *path: str) -> str:
     """The text at this path of nested mappings, or nothing."""
     found = _at(tree, path)
     return found if isinstance(found, str) else ""
@@ -189,6 +189,54 @@ def model(inputs: Inputs) -> list[Fact]:
     ]
 
 
+SOURCE_COLUMNS = (
+    {"english": "documents, training", "chinese": "训练文档"},
+    {"english": "tokens, training", "chinese": "训练词元"},
+    {"english": "text, training", "chinese": "训练文本"},
+    {"english": "documents, held out", "chinese": "留出文档"},
+    {"english": "tokens, held out", "chinese": "留出词元"},
+)
+
+
+def sources(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a source for the columns above; a corpus packed elsewhere has its totals only."""
+    rows = []
+    for name, held in summary["sources"].items():
+        training = held.get("train", held) if isinstance(held, Mapping) else None
+        found = [number(training, key) for key in ("documents", "tokens", "text_bytes")]
+        found += [number(held, "validation", key) for key in ("documents", "tokens")]
+        shown = [
+            "" if value is None else size(value) if place == 2 else f"{value:,.0f}" for place, value in enumerate(found)
+        ]
+        rows.append({"name": str(name), "values": shown})
+    return rows
+
+
+def data_facts(summary: Mapping[str, Any], dropped: float) -> list[Fact]:
+    """Totals and digests."""
+    facts = []
+    if (read := number(summary, "documents", "read")) is not None:
+        facts.append(Fact("Documents read", "读入文档", f"{read:,.0f}"))
+        facts.append(Fact("Left out", "剔除", f"{dropped:,.0f}"))
+    if (kept := number(summary, "documents", "kept")) is not None:
+        facts.append(Fact("Kept", "保留", f"{kept:,.0f}"))
+    tokens = _total(summary, "tokens")
+    if tokens and (text_bytes := _total(summary, "text_bytes")):
+        facts.append(Fact("Bytes a token", "每词元字节数", f"{text_bytes / tokens:.2f}"))
+    if (pieces := number(summary, "tokenizer", "vocab_size")) is not None:
+        facts.append(Fact("Tokenizer", "分词器", f"{pieces:,.0f} pieces"))
+    if digest := text(summary, "tokenizer", "digest"):
+        facts.append(Fact("SHA-256 of the tokenizer", "摘要", digest))
+    for name, held in summary["sources"].items():
+        if digest := text(held, "train", "bin_sha256"):
+            facts.append(Fact(f"SHA-256 of {name}", "摘要", digest))
+    return facts
+
+
+def _total(summary: Mapping[str, Any], name: str) -> float:
+    return sum(number(held, "train", name) or 0.0 for held in summary["sources"].values())
+
+
 def _flops(model_flops: float, full: float) -> str:
     return f"{model_flops / 1e9:.4g} GFLOP with causal attention halved, {full / 1e9:.4g} GFLOP with the full square"
 
@@ -198,7 +246,7 @@ def _tokens_trained(inputs: Inputs) -> float | None:
     return next((row["tokens"] for row in reversed(rows) if "tokens" in row), None)
 
 
-def _at(tree: Mapping[str, Any] | None, path: Sequence[str]) -> Any:
+def _at(tree: object, path: Sequence[str]) -> Any:
     node: Any = tree
     for key in path:
         node = node.get(key) if isinstance(node, Mapping) else None

@@ -47,7 +47,7 @@ def slow_probability(stream: list[int], vocab_size: int, order: int, context: li
 def test_agrees_with_a_dictionary_implementation(order: int) -> None:
     rng = np.random.default_rng(order)
     stream = np.minimum(rng.geometric(0.3, 300), 9).astype(np.int32)
-    model = KneserNey.train(stream, vocab_size=12, order=order)
+    model = KneserNey.train(stream[None], vocab_size=12, order=order)
     assert model.order == order
     rows = rng.integers(0, 12, (6, 9))
     rows[:3] = np.stack([stream[i : i + 9] for i in (0, 50, 291)])
@@ -58,11 +58,21 @@ def test_agrees_with_a_dictionary_implementation(order: int) -> None:
             assert probabilities[i] == pytest.approx(expected, rel=1e-5)
 
 
+def test_no_ngram_crosses_from_one_row_to_the_next() -> None:
+    rows = np.random.default_rng(4).integers(0, 6, (40, 7))
+    crossed = KneserNey.train(rows.reshape(1, -1), vocab_size=6).probabilities(rows)
+    assert not np.allclose(KneserNey.train(rows, vocab_size=6).probabilities(rows), crossed)
+    pair = np.array([[0, 1, 2, 3, 4], [5, 5, 5, 5, 5]])
+    shares = [KneserNey.train(pair, 6).probabilities(np.array([[4, token]]))[0, 1] for token in range(6)]
+    unseen = KneserNey.train(pair, 6).probabilities(np.arange(6)[:, None])[:, 0]
+    assert shares == pytest.approx(unseen.tolist())  # nothing ever follows 4, so its context says nothing
+
+
 def test_probabilities_of_every_token_sum_to_one() -> None:
     rng = np.random.default_rng(3)
     vocab_size = 200
     stream = (rng.zipf(1.4, 20_000) % vocab_size).astype(np.uint16)
-    model = KneserNey.train(stream, vocab_size)
+    model = KneserNey.train(stream[None], vocab_size)
     seen = np.stack([stream[i : i + 4] for i in rng.integers(0, len(stream) - 4, 20)]).astype(np.int64)
     contexts = np.concatenate([seen, rng.integers(0, vocab_size, (20, 4))])
     for context in contexts:
@@ -78,15 +88,15 @@ def test_it_beats_shorter_orders_on_text_it_resembles() -> None:
     words = rng.integers(0, 50, (30, 6))
     text = np.concatenate(words[rng.integers(0, 30, 2000)])
     train, held_out = text[:10_000], text[10_000:].reshape(20, -1)
-    losses = [-np.log2(KneserNey.train(train, 50, order).probabilities(held_out)).mean() for order in (1, 2, 5)]
+    losses = [-np.log2(KneserNey.train(train[None], 50, order).probabilities(held_out)).mean() for order in (1, 2, 5)]
     assert losses[2] < losses[1] < losses[0]
 
 
 def test_refuses_what_is_not_a_stream_of_the_vocabulary() -> None:
     with pytest.raises(ValueError, match="outside"):
-        KneserNey.train(np.array([0, 1, 2, 3, 4, 12]), vocab_size=12)
+        KneserNey.train(np.array([[0, 1, 2, 3, 4, 12]]), vocab_size=12)
     with pytest.raises(ValueError, match="at least 5"):
-        KneserNey.train(np.array([0, 1]), vocab_size=12)
-    model = KneserNey.train(np.arange(10), vocab_size=12)
+        KneserNey.train(np.array([[0, 1]]), vocab_size=12)
+    model = KneserNey.train(np.arange(10)[None], vocab_size=12)
     with pytest.raises(ValueError, match="outside"):
         model.probabilities(np.array([[1, 99]]))

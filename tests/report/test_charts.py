@@ -40,7 +40,7 @@ def test_no_points_give_no_chart() -> None:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    root = ElementTree.fromstring(str(bar_chart([Bar("a", 1.0), Bar("<b>", 2.0, "note")], "t", "u")))
+    root = ElementTree.fromstring(str(bar_chart([Bar("a", 1.0), Bar("<b>", 2.0, "note")], "t", "u", short)))
     widths = [float(bar.attrib["width"]) for bar in root.iter("rect")]
     assert widths[1] == pytest.approx(2 * widths[0])
 

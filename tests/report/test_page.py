@@ -69,6 +69,13 @@ def complete_run(root: Path, text: str = "plain") -> RunDirectory:
     write(run.evaluation, json.dumps(evaluation))
     sample = {"question": text, "answer": text, "reference": text, "novelty": "trained"}
     write(run.root / "samples.json", json.dumps({"samples": [sample], "sampling": {"temperature": 0}}))
+    counts = {"documents": 30, "tokens": 4000, "text_bytes": 12_000, "bin_sha256": text}
+    summary = {
+        "documents": {"read": 50, "kept": 31, "duplicate": 12, text: 7},
+        "sources": {text: {"train": counts, "validation": {"documents": 1, "tokens": 99}}, "packed": {"tokens": 5}},
+        "tokenizer": {"digest": text, "vocab_size": 512},
+    }
+    write(run.data / "summary.json", json.dumps(summary))
     run.finish("data", {"seconds": 3.0})
     run.finish("train", {"seconds": 60.0})
     return run
@@ -97,8 +104,8 @@ class Page(html.parser.HTMLParser):
 def test_a_complete_run_fills_its_sections(tmp_path: Path) -> None:
     page = Page(write_report(complete_run(tmp_path)))
     assert page.count("h2") == len(SECTIONS) and all(section in page.text for section in SECTIONS)
-    assert page.count("svg") == 8
-    for words in ("1.250", "1.750", "xz -9e, primed", "−17%", "学习过程", "1 m 03 s", "seen in tuning"):
+    assert page.count("svg") == 9
+    for words in ("1.250", "1.750", "xz -9e, primed", "−17%", "学习过程", "1 m 03 s", "seen in tuning", "11.7 KiB", "12 documents"):
         assert words in page.text
 
 
@@ -146,7 +153,7 @@ def test_a_torn_line_and_a_resumed_step_do_not_spoil_the_curves(tmp_path: Path) 
     path = run.logs / "metrics.jsonl"
     write(path, rows(50) + "\n" + rows(12) + '\n{"step": 51, "lo')
     page = Page(write_report(run))
-    assert "25.6k" in page.text and page.count("svg") == 8
+    assert "25.6k" in page.text and page.count("svg") == 9
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

@@ -1,0 +1,112 @@
+"""Supervised tuning: batches of dialogs for the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.docstrings import documentation_pairs
+from anychip.data.tokenizer import load_tokenizer
+from anychip.errors import InputError
+from anychip.progress import progress
+from anychip.recipe import Recipe
+from anychip.recipe.schema import SftConfig
+from anychip.rundir import RunDirectory
+from anychip.tune.dialogs import Dialog, Message, question_and_answer, read_dialogs, split_dialogs
+from anychip.tune.encoding import EncodedDialog, encode_dialog
+from anychip.tune.epochs import EpochOrder
+
+_ROUND_UP_TO = 16
+
+
+class SftData:
+    """The batches of `tune.sft`, step by step: a batch source of the training loop.
+
+    `split` says what is trained and what is held out, `dropped` how many training dialogs were longer than
+    `seq_length` and left out (never cut). `batch(step)` is a pure function of the recipe, the seed and the step.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
+        """Raises InputError for a recipe without `tune.sft`, an unreadable dataset, or dialogs all too long."""
+        self.config = sft_config(recipe)
+        self.tokenizer = load_tokenizer(run.tokenizer)
+        self.split = split_dialogs(load_dialogs(self.config))
+        self._encoded = self._fitting(self.split.training)
+        self.dropped = len(self.split.training) - len(self._encoded)
+        if not self._encoded:
+            raise InputError(
+                f"holds no dialog of at most tune.sft.seq_length = {self.config.seq_length} tokens.",
+                where=self.config.dataset,
+                do="Raise tune.sft.seq_length or shorten the dialogs.",
+            )
+        lengths = np.array([len(encoded) for encoded in self._encoded])
+        self._order = EpochOrder(lengths, self.config.global_batch_size, recipe.seed)
+
+    @property
+    def dialogs(self) -> int:
+        """Dialogs of one epoch."""
+        return len(self._encoded)
+
+    def batch(self, step: int) -> Batch:
+        """The whole global batch of `step` (from 0): [global_batch_size, longest dialog rounded up to 16 tokens]."""
+        return self._collate([self._encoded[row] for row in self._order.rows(step)])
+
+    def held_out_batches(self, dialogs: Iterable[Dialog]) -> Iterator[tuple[Batch, int]]:
+        """Batches of the dialogs that fit, each with the UTF-8 bytes of its answers, for bits per byte."""
+        fitting = [(dialog, encoded) for dialog in dialogs if self._fits(encoded := self._encode(dialog))]
+        fitting.sort(key=lambda pair: len(pair[1]))
+        for start in range(0, len(fitting), self.config.micro_batch_size):
+            part = fitting[start : start + self.config.micro_batch_size]
+            answers = (m.content for dialog, _ in part for m in dialog.messages if m.role == "assistant")
+            yield self._collate([encoded for _, encoded in part]), sum(len(answer.encode()) for answer in answers)
+
+    def _fitting(self, dialogs: list[Dialog]) -> list[EncodedDialog]:
+        encoded = []
+        with progress("encoding dialogs", total=len(dialogs), unit="dialogs") as bar:
+            for dialog in dialogs:
+                encoded.append(self._encode(dialog))
+                bar.advance()
+        return [dialog for dialog in encoded if self._fits(dialog)]
+
+    def _encode(self, dialog: Dialog) -> EncodedDialog:
+        return encode_dialog(with_system_prompt(dialog, self.config.system_prompt), self.tokenizer)
+
+    def _fits(self, encoded: EncodedDialog) -> bool:
+        return len(encoded) <= self.config.seq_length
+
+    def _collate(self, rows: list[EncodedDialog]) -> Batch:
+        import torch
+
+        longest = max(len(row) for row in rows)
+        width = min(-(-longest // _ROUND_UP_TO) * _ROUND_UP_TO, self.config.seq_length)
+        pad = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
+        input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+        labels = torch.full((len(rows), width), IGNORE_LABEL, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = torch.from_numpy(row.input_ids)
+            labels[index, : len(row)] = torch.from_numpy(row.labels)
+        return Batch(input_ids, labels)
+
+
+def sft_config(recipe: Recipe) -> SftConfig:
+    """The recipe's `tune.sft`. Raises InputError when it has none."""
+    if recipe.tune.sft is None:
+        raise InputError("the recipe has no section tune.sft.", do="Add it: steps and dataset are enough.")
+    return recipe.tune.sft
+
+
+def load_dialogs(config: SftConfig) -> list[Dialog]:
+    """All dialogs of `tune.sft.dataset`, in a fixed order, each question once."""
+    if config.dataset != "python:docstrings":
+        return read_dialogs(Path(config.dataset))
+    return [question_and_answer(pair.question, pair.answer, pair.subject) for pair in documentation_pairs()]
+
+
+def with_system_prompt(dialog: Dialog, system_prompt: str) -> Dialog:
+    """The dialog under the recipe's system prompt, unless it brings its own."""
+    if not system_prompt or dialog.messages[0].role == "system":
+        return dialog
+    return Dialog((Message("system", system_prompt), *dialog.messages), dialog.subject)
