@@ -44,7 +44,7 @@ class _Axis:
     log: bool
 
     def place(self, value: float) -> float:
-        low, high, at = (self._scale(v) for v in (self.low, self.high, value))
+        low, high, at = (self._scale(v) for v in (self.low, self.high, max(value, self.low)))
         return self.start + (self.end - self.start) * (at - low) / (high - low)
 
     def ticks(self) -> list[float]:
@@ -197,15 +197,16 @@ def _visible(points: Sequence[Point], x_log: bool, y_log: bool) -> list[Point]:
 
 
 def _padded(low: float, high: float, log: bool, share: float) -> tuple[float, float]:
-    """A range with some air above and below, never empty."""
+    """A range with some air above and below, never empty, on a logarithmic axis of at most twelve decades."""
     if log:
-        if low == high:
-            return low / 2, high * 2
-        air = (high / low) ** share
+        low = max(low, high * 1e-12)
+        air = 2.0 if high <= low * (1 + 1e-9) else (high / low) ** share
         return low / air, high * air
-    if low == high:
-        return low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-    air = (high - low) * share
+    largest = max(abs(low), abs(high))
+    if high - low <= largest * 1e-9 or largest < 1e-200:
+        air = largest / 2 if largest > 1e-200 else 1.0
+    else:
+        air = (high - low) * share
     return low - air, high + air
 
 

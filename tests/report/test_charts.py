@@ -13,7 +13,7 @@ from anychip.report.charts import Bar, Series, bar_chart, line_chart, short, smo
 NUMBERS = st.floats(min_value=-1e15, max_value=1e15, allow_nan=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(points=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=20), x_log=st.booleans(), y_log=st.booleans())
 def test_any_points_give_a_well_formed_chart_inside_its_frame(
     points: list[tuple[float, float]], x_log: bool, y_log: bool
