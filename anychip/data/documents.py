@@ -49,9 +49,7 @@ def join_document_tables(tables: Sequence[DocumentTable], path: Path) -> None:
             handle.write(table.names)
 
 
-def _write_columns(
-    handle: IO[bytes], name_bytes: npt.NDArray[np.int64], text_bytes: npt.NDArray[np.int64]
-) -> None:
+def _write_columns(handle: IO[bytes], name_bytes: npt.NDArray[np.int64], text_bytes: npt.NDArray[np.int64]) -> None:
     offsets = np.zeros(len(name_bytes) + 1, dtype="<i8")
     np.cumsum(name_bytes, out=offsets[1:])
     handle.write(_MAGIC + len(name_bytes).to_bytes(8, "little"))

@@ -42,9 +42,7 @@ def steps_of_document(data: TrainingData, document_id: str, steps: int) -> list[
         found = []
         for sample in range(start // data.seq_length, -(-stop // data.seq_length)):
             first, last = sample * data.seq_length, (sample + 1) * data.seq_length
-            span = DocumentSpan(
-                document_id, document, max(first, start) - start, min(last, stop) - max(first, start)
-            )
+            span = DocumentSpan(document_id, document, max(first, start) - start, min(last, stop) - max(first, start))
             for place, epoch in data.schedule.places_of(number, sample, steps * data.global_batch_size):
                 step, row = divmod(place, data.global_batch_size)
                 found.append(Sighting(step, row, corpus.name, epoch, span))

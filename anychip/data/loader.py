@@ -16,9 +16,12 @@ import numpy.typing as npt
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.data.corpora import Corpus, DocumentSpan, open_corpora, read_summary
 from anychip.data.schedule import Schedule
+from anychip.data.validation import validation_batches
 from anychip.errors import InputError
 from anychip.recipe.schema import Recipe
 from anychip.rundir import RunDirectory
+
+__all__ = ["Sample", "TrainingData", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,7 @@ class TrainingData:
     def _documents(self, corpus: Corpus, sample: int) -> list[DocumentSpan]:
         return corpus.documents_between(*self._bounds(corpus, sample))
 
-    def _fill(
-        self, corpus: Corpus, sample: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
-    ) -> None:
+    def _fill(self, corpus: Corpus, sample: int, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
         start, stop = self._bounds(corpus, sample)
         size = stop - start
         tokens = corpus.tokens(max(start - 1, 0), stop)

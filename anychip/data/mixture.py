@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import cached_property
+from math import lcm
 
 import numpy as np
 import numpy.typing as npt
+
+from anychip.data.mix64 import mix64
 
 _MAX_PERIOD = 1 << 16
 _FEISTEL_ROUNDS = 6
@@ -53,21 +54,14 @@ class Permutation:
     def _scramble(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
+            left, right = right, left ^ (mix64(right + key) & self._mask)
         return (left << self._half_bits) | right
 
     def _unscramble(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._keys[::-1]:
-            left, right = right ^ (_mix(left + key) & self._mask), left
+            left, right = right ^ (mix64(left + key) & self._mask), left
         return (left << self._half_bits) | right
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64-bit integers."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class Turns:
@@ -117,27 +111,23 @@ def _parts(weights: Sequence[float]) -> list[int]:
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)
     shares = [weight / total for weight in exact]
-    period = int(np.lcm.reduce([1])) if not shares else _common_denominator(shares)
+    period = lcm(*(share.denominator for share in shares))
     if period <= _MAX_PERIOD:
         return [int(share * period) for share in shares]
     quotas = [share * _MAX_PERIOD for share in shares]
     parts = [max(int(quota), 1) if quota else 0 for quota in quotas]
-    order = sorted(range(len(parts)), key=lambda i: quotas[i] - parts[i])
-    while sum(parts) != _MAX_PERIOD:
-        parts[order[-1] if sum(parts) < _MAX_PERIOD else order[0]] += 1 if sum(parts) < _MAX_PERIOD else -1
-        order.sort(key=lambda i: quotas[i] - parts[i])
+    while (missing := _MAX_PERIOD - sum(parts)) != 0:
+        remainders = [quota - part for quota, part in zip(quotas, parts, strict=True)]
+        if missing > 0:
+            parts[remainders.index(max(remainders))] += 1
+        else:
+            parts[remainders.index(min(remainders))] -= 1
     return parts
 
 
-def _common_denominator(shares: Sequence[Fraction]) -> int:
-    from math import lcm
-
-    return lcm(*(share.denominator for share in shares))
-
-
 def _pattern(parts: Sequence[int]) -> Integers:
-    """One period of turns. Turn number r of a corpus with p of P places may come from ceil-free place r * P / p on
-    (waiting) and must have come by the end of the place where its share reaches r + 1 (due)."""
+    """One period of turns. Turn number r of a corpus with p of P places waits until place r * P / p, rounded down,
+    and is due before place (r + 1) * P / p, rounded up."""
     period = sum(parts)
     pattern = np.empty(period, np.int64)
     waiting = [(0, corpus, 0) for corpus, part in enumerate(parts) if part]

@@ -11,6 +11,7 @@ s are matched with probability 1 - (1 - s^r)^b.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -44,6 +45,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from loguru import logger
 
 from anychip.data.clean import normalize, reason_to_drop
+from anychip.data.mix64 import mix64
 from anychip.data.readers import InputFile, read_file
 from anychip.data.split import side
 from anychip.errors import InputError
@@ -176,7 +178,7 @@ class Signatures(MinhashDedupSignature):
         n = min(self.config.n_grams, len(hashes))
         shingles = np.zeros(len(hashes) - n + 1, np.uint64)
         for offset in range(n):
-            shingles = _mix(shingles + hashes[offset : offset + len(shingles)])
+            shingles = mix64(shingles + hashes[offset : offset + len(shingles)])
         return np.unique(shingles).reshape(-1, 1)
 
     def get_signature(self, shingles: npt.NDArray[np.uint64]) -> list[list[int]]:
@@ -196,13 +198,6 @@ class _WordHashes(dict[str, int]):
         value = int.from_bytes(hashlib.sha1(word.encode("utf-8", "replace")).digest()[:8], "little")
         self[word] = value
         return value
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64-bit integers."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class Cluster(MinhashDedupCluster):
@@ -349,7 +344,7 @@ def _ray(
     name: str, steps: list[PipelineStep], tasks: int, workers: int, logs: str, config: ExecutorConfig
 ) -> PipelineExecutor:
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError:
         raise InputError("data.executor.kind is ray, but ray is not installed.", do="pip install ray") from None
     from datatrove.executor.ray import RayPipelineExecutor

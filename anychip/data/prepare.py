@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anychip.data.corpora import Corpus, packed_prefix, read_summary
+from anychip.data.corpora import Corpus, packed_prefix
 from anychip.data.indexed import idx_path
 from anychip.data.loader import TrainingData
-from anychip.data.pack import pack_corpus, read_counts
+from anychip.data.pack import pack_corpus
 from anychip.data.readers import fingerprint, list_files, nothing_left
 from anychip.data.split import Side, draw, hold_one_out
 from anychip.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest, train_bpe
@@ -55,7 +55,8 @@ def prepare_data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 def _prepare(recipe: Recipe, run: RunDirectory, seconds: dict[str, float]) -> dict[str, Any]:
     texts = [source for source in recipe.data.sources if source.format != "megatron"]
-    documents_key, documents = "", {}
+    documents_key = ""
+    documents: dict[str, int] = {}
     if texts:
         with _timed(seconds, "documents"):
             documents_key, documents = _documents_step(recipe, run, texts)
@@ -185,7 +186,7 @@ def _training_sample(run: RunDirectory, sources: list[SourceConfig], wanted_byte
 def _pack_source(
     recipe: Recipe, run: RunDirectory, source: SourceConfig, tokenizer: Tokenizer, documents_key: str
 ) -> dict[str, Any]:
-    packed = {}
+    packed: dict[str, Any] = {}
     for side in _SIDES:
         inputs = _document_files(run, source, side)
         prefix = packed_prefix(run, source.name, side)
@@ -218,9 +219,7 @@ def _document_files(run: RunDirectory, source: SourceConfig, side: Side) -> list
     return sorted((run.data / "documents" / side / source.name).glob("*.jsonl"))
 
 
-def _once(
-    run: RunDirectory, step: str, key: str, product: Path, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def _once(run: RunDirectory, step: str, key: str, product: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The record of a step: kept from an earlier run with the same inputs whose product is there, or made now."""
     path = run.data / "steps" / f"{step}.json"
     if path.is_file() and product.exists():

@@ -27,7 +27,7 @@ _SKIPPED_FILES = ("encodings/cp*", "encodings/iso*", "encodings/mac_*", "encodin
 # Extension modules whose documentation is already in the sources of a pure Python twin, and modules that act on import.
 _SKIPPED_MODULES = {
     "_bisect", "_collections_abc", "_csv", "_curses", "_curses_panel", "_datetime", "_decimal", "_elementtree",
-    "_heapq", "_io", "_json", "_operator", "_pickle", "_tkinter", "_warnings", "_zoneinfo", "readline", "_xxsubinterpreters",
+    "_heapq", "_io", "_json", "_operator", "_pickle", "_tkinter", "_warnings", "_zoneinfo", "readline",
 }  # fmt: skip
 
 # A class documented at less length than this stands on its module's page.
@@ -143,7 +143,7 @@ def builtin_pages() -> Iterator[tuple[str, str]]:
 
 def _entry(name: str, member: object, text: str) -> str:
     try:
-        signature = str(inspect.signature(member)) if callable(member) else ""  # type: ignore[arg-type]
+        signature = str(inspect.signature(member)) if callable(member) else ""
     except (ValueError, TypeError):
         signature = ""
     body = "\n".join("    " + line if line else "" for line in text.splitlines())

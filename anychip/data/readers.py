@@ -22,11 +22,13 @@ from anychip.recipe.schema import SourceConfig
 
 FileKind = Literal["text", "jsonl", "parquet", "builtins", "topics"]
 
-_TEXT_SUFFIXES = set(
-    ".txt .md .markdown .rst .tex .org .adoc .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .java .kt .scala .go .rs "
-    ".js .mjs .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift .m .cs .fs .hs .ml .ex .erl .clj .lisp .scm .el .vim .sh "
-    ".bash .zsh .ps1 .sql .html .htm .xml .css .scss .json .yaml .yml .toml .ini .cfg .cmake .mk .proto .log".split()
-)
+_TEXT_SUFFIXES = {
+    ".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp",
+    ".cxx", ".hpp", ".hh", ".cu", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".mjs", ".jsx", ".ts", ".tsx",
+    ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".swift", ".m", ".cs", ".fs", ".hs", ".ml", ".ex", ".erl", ".clj",
+    ".lisp", ".scm", ".el", ".vim", ".sh", ".bash", ".zsh", ".ps1", ".sql", ".html", ".htm", ".xml", ".css",
+    ".scss", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".cmake", ".mk", ".proto", ".log",
+}  # fmt: skip
 _TEXT_NAMES = {"README", "LICENSE", "COPYING", "CHANGELOG", "AUTHORS", "NEWS", "Makefile", "Dockerfile", "Kconfig"}
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages"}
 
@@ -177,7 +179,7 @@ def _input_file(source: SourceConfig, relative: str, path: Path, alone: bool = F
 
 def _kind(source: SourceConfig, path: Path) -> FileKind:
     if source.format in ("text", "jsonl", "parquet"):
-        return source.format  # type: ignore[return-value]
+        return source.format
     suffix = _suffix(path.name)
     if suffix in (".jsonl", ".ndjson"):
         return "jsonl"
@@ -240,4 +242,6 @@ def _walk(root: Path) -> Iterator[Path]:
             except (OSError, RuntimeError) as error:
                 if isinstance(error, FileNotFoundError):
                     continue  # a dangling link has nothing to read
-                raise InputError("is a symbolic link that leads to itself.", where=path, do="Remove the link.") from None
+                raise InputError(
+                    "is a symbolic link that leads to itself.", where=path, do="Remove the link."
+                ) from None

@@ -81,7 +81,9 @@ class Tokenizer(ABC):
         self._write_model(folder / self.file_name)
         config: dict[str, Any] = {f"{role}_token": token for role, token in self._roles.items()}
         config |= {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast" if self.file_name == "tokenizer.json" else "LlamaTokenizer"
+        config["tokenizer_class"] = (
+            "PreTrainedTokenizerFast" if self.file_name == "tokenizer.json" else "LlamaTokenizer"
+        )
         write_json(folder / "tokenizer_config.json", config)
 
     def _role_id(self, role: str) -> int | None:

@@ -17,7 +17,7 @@ from anychip.rundir import RunDirectory
 def validation_batches(
     run: RunDirectory, recipe: Recipe, batch_size: int, max_tokens: int
 ) -> Iterator[tuple[Batch, int]]:
-    """Batches [batch_size, seq_length] of held-out documents, each with the UTF-8 bytes of the documents that end in it.
+    """Batches [batch_size, seq_length] of held-out documents, each with the UTF-8 bytes of the texts that end in it.
 
     Every token of the chosen documents is a label once, the first ones behind an end of document. So the sum of the
     nats over all batches, divided by ln 2 and by the sum of the bytes, is bits per byte. The end tokens count no
