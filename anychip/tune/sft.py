@@ -25,8 +25,9 @@ _ROUND_UP_TO = 16
 class SftData:
     """The batches of `tune.sft`, step by step: a batch source of the training loop.
 
-    `split` says what is trained and what is held out, `dropped` how many training dialogs were longer than
-    `seq_length` and left out (never cut). `batch(step)` is a pure function of the recipe, the seed and the step.
+    `split` says what is trained and what is held out, `encoded` holds the training dialogs that fit, `dropped` says how
+    many did not fit into `seq_length` and were left out (never cut). `batch(step)` is a pure function of the recipe,
+    the seed and the step.
     """
 
     def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
@@ -34,48 +35,49 @@ class SftData:
         self.config = sft_config(recipe)
         self.tokenizer = load_tokenizer(run.tokenizer)
         self.split = split_dialogs(load_dialogs(self.config))
-        self._encoded = self._fitting(self.split.training)
-        self.dropped = len(self.split.training) - len(self._encoded)
-        if not self._encoded:
+        encoded = self._encode_all(self.split.training)
+        fitting = [row for row, dialog in enumerate(encoded) if len(dialog) <= self.config.seq_length]
+        if not fitting:
             raise InputError(
                 f"holds no dialog of at most tune.sft.seq_length = {self.config.seq_length} tokens.",
                 where=self.config.dataset,
                 do="Raise tune.sft.seq_length or shorten the dialogs.",
             )
-        lengths = np.array([len(encoded) for encoded in self._encoded])
-        self._order = EpochOrder(lengths, self.config.global_batch_size, recipe.seed)
+        self.dropped = len(encoded) - len(fitting)
+        self.encoded = [encoded[row] for row in fitting]
+        lengths = np.array([len(dialog) for dialog in self.encoded])
+        numbers: dict[str, int] = {}
+        subjects = np.array([numbers.setdefault(self.split.training[row].subject, len(numbers)) for row in fitting])
+        self._order = EpochOrder(lengths, subjects, self.config.global_batch_size, recipe.seed)
 
     @property
     def dialogs(self) -> int:
         """Dialogs of one epoch."""
-        return len(self._encoded)
+        return len(self.encoded)
 
     def batch(self, step: int) -> Batch:
         """The whole global batch of `step` (from 0): [global_batch_size, longest dialog rounded up to 16 tokens]."""
-        return self._collate([self._encoded[row] for row in self._order.rows(step)])
+        return self._collate([self.encoded[row] for row in self._order.rows(step)])
 
     def held_out_batches(self, dialogs: Iterable[Dialog]) -> Iterator[tuple[Batch, int]]:
         """Batches of the dialogs that fit, each with the UTF-8 bytes of its answers, for bits per byte."""
-        fitting = [(dialog, encoded) for dialog in dialogs if self._fits(encoded := self._encode(dialog))]
-        fitting.sort(key=lambda pair: len(pair[1]))
+        encoded = [(dialog, self._encode(dialog)) for dialog in dialogs]
+        fitting = sorted((p for p in encoded if len(p[1]) <= self.config.seq_length), key=lambda pair: len(pair[1]))
         for start in range(0, len(fitting), self.config.micro_batch_size):
             part = fitting[start : start + self.config.micro_batch_size]
             answers = (m.content for dialog, _ in part for m in dialog.messages if m.role == "assistant")
             yield self._collate([encoded for _, encoded in part]), sum(len(answer.encode()) for answer in answers)
 
-    def _fitting(self, dialogs: list[Dialog]) -> list[EncodedDialog]:
+    def _encode_all(self, dialogs: list[Dialog]) -> list[EncodedDialog]:
         encoded = []
         with progress("encoding dialogs", total=len(dialogs), unit="dialogs") as bar:
             for dialog in dialogs:
                 encoded.append(self._encode(dialog))
                 bar.advance()
-        return [dialog for dialog in encoded if self._fits(dialog)]
+        return encoded
 
     def _encode(self, dialog: Dialog) -> EncodedDialog:
         return encode_dialog(with_system_prompt(dialog, self.config.system_prompt), self.tokenizer)
-
-    def _fits(self, encoded: EncodedDialog) -> bool:
-        return len(encoded) <= self.config.seq_length
 
     def _collate(self, rows: list[EncodedDialog]) -> Batch:
         import torch
@@ -101,7 +103,7 @@ def sft_config(recipe: Recipe) -> SftConfig:
 def load_dialogs(config: SftConfig) -> list[Dialog]:
     """All dialogs of `tune.sft.dataset`, in a fixed order, each question once."""
     if config.dataset != "python:docstrings":
-        return read_dialogs(Path(config.dataset))
+        return read_dialogs(Path(config.dataset).expanduser())
     return [question_and_answer(pair.question, pair.answer, pair.subject) for pair in documentation_pairs()]
 
 
