@@ -12,7 +12,8 @@ from typing import IO
 from anychip.errors import InputError
 
 MAX_JSON_LINE_BYTES = 64 << 20
-MAX_TEXT_DOCUMENT_BYTES = 1 << 20
+MAX_TEXT_DOCUMENT_CHARACTERS = 1 << 20
+_BLOCK_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 256
 
 
@@ -39,35 +40,38 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{what} ({str(error) or 'it ends early'}).", where=path, do="Fetch the file again.") from None
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of at most a mebibyte, cut at line ends where there are any.
+def read_text(path: Path, piece_characters: int = MAX_TEXT_DOCUMENT_CHARACTERS) -> Iterator[str]:
+    """The text of a file in pieces of at most `piece_characters`, cut at line ends where there are any.
 
-    Raises NotTextError on NUL bytes or bytes that are not in the file's encoding: UTF-8, UTF-16 behind a byte order
-    mark, or what a Python source declares.
+    Raises NotTextError on NUL characters or bytes that are not in the file's encoding: UTF-8, UTF-16 behind a byte
+    order mark, or what a Python source declares.
     """
+    pending = ""
+    for block in _decoded(path):
+        pending += block
+        while len(pending) > piece_characters:
+            cut = pending.rfind("\n", 0, piece_characters) + 1 or piece_characters
+            yield pending[:cut]
+            pending = pending[cut:]
+    if pending:
+        yield pending
+
+
+def _decoded(path: Path) -> Iterator[str]:
     with open_bytes(path) as handle:
-        head = handle.read(4096)
-        encoding = _encoding(path, head)
-        if encoding == "utf-8" and b"\0" in head:
-            raise NotTextError("it holds NUL bytes")
+        block = handle.read(_BLOCK_BYTES)
+        encoding = _encoding(path, block)
         decoder = codecs.getincrementaldecoder(encoding)()
-        pending = ""
-        block = head
         try:
             while block:
-                pending += decoder.decode(block)
-                while len(pending) > MAX_TEXT_DOCUMENT_BYTES:
-                    cut = pending.rfind("\n", 0, MAX_TEXT_DOCUMENT_BYTES) + 1 or MAX_TEXT_DOCUMENT_BYTES
-                    yield pending[:cut]
-                    pending = pending[cut:]
-                block = handle.read(MAX_TEXT_DOCUMENT_BYTES)
-            pending += decoder.decode(b"", final=True)
+                text = decoder.decode(block)
+                if "\0" in text:
+                    raise NotTextError("it holds NUL characters")
+                yield text
+                block = handle.read(_BLOCK_BYTES)
+            yield decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             raise NotTextError(f"it is not {encoding}") from None
-        if "\0" in pending:
-            raise NotTextError("it holds NUL characters")
-        if pending:
-            yield pending
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str]]:

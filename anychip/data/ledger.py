@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from anychip.data.corpora import DocumentSpan
 from anychip.data.loader import TrainingData
 from anychip.errors import InputError
+from anychip.rundir import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,24 @@ def steps_of_document(data: TrainingData, document_id: str, steps: int) -> list[
         f"no training document has the id {document_id}.",
         do="Ids look like SOURCE:path/inside/it; held-out documents are never trained on.",
     )
+
+
+def describe_step(run: RunDirectory, step: int) -> str:
+    """The documents of a step as lines of text, for the terminal."""
+    sightings = documents_of_step(TrainingData(run, run.read_recipe()), step)
+    return "\n".join([f"step {step} learned from", *map(_line, sightings)])
+
+
+def describe_document(run: RunDirectory, document_id: str) -> str:
+    """The steps of the recipe that learned from a document as lines of text, for the terminal."""
+    recipe = run.read_recipe()
+    sightings = steps_of_document(TrainingData(run, recipe), document_id, recipe.training.steps)
+    steps = len({sighting.step for sighting in sightings})
+    heading = f"{document_id}: seen in {steps} of {recipe.training.steps} steps"
+    return "\n".join([heading, *map(_line, sightings)])
+
+
+def _line(sighting: Sighting) -> str:
+    span = sighting.document
+    tokens = f"tokens {span.start}-{span.start + span.tokens - 1}"
+    return f"  step {sighting.step} row {sighting.row} epoch {sighting.epoch}: {span.id} {tokens}"

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 
 from anychip.data.documents import DocumentTable, join_document_tables, write_document_table
 from anychip.data.indexed import IndexedCorpus, IndexedWriter, bin_path, idx_path, token_dtype, write_idx
+from anychip.data.processes import worker_pool
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.files import atomic_writer, sha256_file, sha256_json, write_json
 from anychip.progress import progress
@@ -112,31 +110,17 @@ def _pack_parts(
         for part, out in todo:
             yield _pack_part(tokenizer, part, out)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(todo)), multiprocessing.get_context("spawn"), _start_worker, (tokenizer_folder,)
-    )
-    try:
+    with worker_pool(min(workers, len(todo)), _load_in_worker, tokenizer_folder) as pool:
         for future in as_completed([pool.submit(_pack_in_worker, part, out) for part, out in todo]):
             yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_worker_tokenizer: list[Tokenizer] = []  # one per worker process, set by _start_worker
+_worker_tokenizer: list[Tokenizer] = []  # in a worker process: its one tokenizer, loaded when it starts
 
 
-def _start_worker(tokenizer_folder: Path) -> None:
+def _load_in_worker(tokenizer_folder: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_tokenizer.append(load_tokenizer(tokenizer_folder))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _pack_in_worker(part: _Part, out: Path) -> int:

@@ -19,7 +19,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import as_completed
 from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from loguru import logger
 
 from anychip.data.clean import normalize, reason_to_drop
 from anychip.data.mix64 import mix64
+from anychip.data.processes import worker_pool
 from anychip.data.readers import InputFile, read_file
 from anychip.data.split import side
 from anychip.errors import InputError
@@ -76,7 +79,7 @@ def clean_corpus(
         read.append(QualityFilter(config.cleaning))
     keep: list[PipelineStep] = [
         AssignSide(config.validation_fraction),
-        _writer(documents, "${side}/${source}/${rank}.jsonl"),
+        WriteDocuments(documents, "${side}/${source}/${rank}.jsonl"),
     ]
     total_bytes = sum(file.size for _, file in files)
     run = _Stages(config, work)
@@ -93,7 +96,7 @@ def clean_corpus(
     cleaned, signatures, matches, removed = (work / name for name in ("clean", "signatures", "matches", "removed"))
     with _growth("reading and cleaning", cleaned, total_bytes):
         sign = Signatures(str(signatures), minhash)
-        run("read", [*read, _writer(cleaned, "${rank}.jsonl"), sign], config.executor.tasks)
+        run("read", [*read, WriteDocuments(cleaned, "${rank}.jsonl"), sign], config.executor.tasks)
     removed.mkdir(exist_ok=True)
     # datatrove reads a block of `lines_to_buffer` signatures from every task's file; its default of 5 is slow.
     match = MinhashDedupBuckets(str(signatures), str(matches), config=minhash, lines_to_buffer=_SIGNATURE_ROWS)
@@ -245,12 +248,38 @@ class AssignSide(PipelineStep):
             yield document
 
 
-class _QuietLocalExecutor(LocalPipelineExecutor):
-    """Local tasks whose messages are ours: datatrove's own log would fill the terminal."""
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's local tasks in processes of ours: they end with their parent, and datatrove's log, which would
+    fill the terminal, is off.
+    """
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        logger.disable("datatrove")
-        return super()._run_for_rank(rank, local_rank, node_rank)
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for rank in ranks:
+                deepcopy(self)._run_for_rank(rank)
+        elif ranks:
+            with worker_pool(self.workers, _silence_datatrove) as pool:
+                for future in as_completed([pool.submit(_run_task, self, rank) for rank in ranks]):
+                    future.result()
+
+
+def _silence_datatrove() -> None:
+    logger.disable("datatrove")
+
+
+def _run_task(executor: LocalExecutor, rank: int) -> None:
+    executor._run_for_rank(rank)
+
+
+class WriteDocuments(JsonlWriter):
+    """JSON lines of id, source and text. `template` may name `${side}`, `${source}` and must name `${rank}`."""
+
+    def __init__(self, folder: Path, template: str) -> None:
+        super().__init__(str(folder), output_filename=template, compression=None)
+
+    def _default_adapter(self, document: PipelineDocument) -> dict[str, str]:
+        return {"id": document.id, "source": document.metadata["source"], "text": document.text}
 
 
 class _Stages:
@@ -264,7 +293,7 @@ class _Stages:
     def __call__(self, name: str, steps: list[PipelineStep], tasks: int, in_processes: bool = True) -> None:
         logs = self.work / "logs" / name
         self._logs.append((logs, tasks))
-        logger.disable("datatrove")
+        _silence_datatrove()
         try:
             executor = _EXECUTORS[self.config.executor.kind](
                 name, steps, tasks, min(self.workers, tasks) if in_processes else 1, str(logs), self.config.executor
@@ -314,7 +343,7 @@ def _wait(executor: PipelineExecutor, name: str) -> None:
 def _local(
     name: str, steps: list[PipelineStep], tasks: int, workers: int, logs: str, config: ExecutorConfig
 ) -> PipelineExecutor:
-    return _QuietLocalExecutor(steps, tasks=tasks, workers=workers, logging_dir=logs)
+    return LocalExecutor(steps, tasks=tasks, workers=workers, logging_dir=logs)
 
 
 def _slurm(
@@ -356,14 +385,6 @@ def _ray(
 
 _Launch = Callable[[str, list[PipelineStep], int, int, str, ExecutorConfig], PipelineExecutor]
 _EXECUTORS: dict[str, _Launch] = {"local": _local, "slurm": _slurm, "ray": _ray}
-
-
-def _writer(folder: Path, template: str) -> JsonlWriter:
-    return JsonlWriter(str(folder), output_filename=template, compression=None, adapter=_record)
-
-
-def _record(_writer: JsonlWriter, document: PipelineDocument) -> dict[str, str]:
-    return {"id": document.id, "source": document.metadata["source"], "text": document.text}
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ def _documents_step(recipe: Recipe, run: RunDirectory, sources: list[SourceConfi
     def clean() -> dict[str, int]:
         from anychip.data.pipeline import clean_corpus
 
-        _start_over_unless(work, key)
+        _start_over_on_change(key, work, folder)
         counts = clean_corpus(config, files, work, folder)
         for source in sources:
             if not any((folder / side / source.name).is_dir() for side in _SIDES):
@@ -121,17 +122,21 @@ def _documents_step(recipe: Recipe, run: RunDirectory, sources: list[SourceConfi
             if config.validation_fraction:
                 hold_one_out(folder / "train" / source.name, folder / "validation" / source.name)
         shutil.rmtree(work)
+        left_out = ", ".join(f"{n:,} {why}" for why, n in sorted(counts.items()) if why not in ("read", "kept"))
+        kept = f"documents: {counts['read']:,} read, {counts['kept']:,} kept"
+        print(f"{kept}; left out: {left_out}" if left_out else kept, file=sys.stderr)
         return counts
 
-    def _start_over_unless(work: Path, key: str) -> None:
-        """Files of an interrupted run are continued only if they come from the same inputs."""
-        mark = work / "inputs.json"
-        if not (mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == key):
-            for old in (work, folder):
-                shutil.rmtree(old, ignore_errors=True)
-            write_json(mark, key)
-
     return key, _once(run, "documents", key, folder, clean)
+
+
+def _start_over_on_change(key: str, work: Path, documents: Path) -> None:
+    """What an interrupted run left is continued only if it comes from the same inputs."""
+    mark = work / "inputs.json"
+    if not (mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == key):
+        for old in (work, documents):
+            shutil.rmtree(old, ignore_errors=True)
+        write_json(mark, key)
 
 
 def _tokenizer_step(recipe: Recipe, run: RunDirectory, sources: list[SourceConfig], documents_key: str) -> Tokenizer:

@@ -1,7 +1,7 @@
 """From a source of the recipe to documents: what files it has, and what is in each, one document at a time.
 
-Memory stays bounded whatever the files' sizes: text is cut into documents of at most a mebibyte, lines of JSON have
-a size limit, Parquet is read batch by batch.
+Memory stays bounded whatever the files' sizes: text is cut into documents of at most a million characters, lines of
+JSON have a size limit, Parquet is read batch by batch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _TEXT_SUFFIXES = {
 }  # fmt: skip
 _TEXT_NAMES = {"README", "LICENSE", "COPYING", "CHANGELOG", "AUTHORS", "NEWS", "Makefile", "Dockerfile", "Kconfig"}
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages"}
+
+_LONE_TEXT_CHARACTERS = 32 << 10
 
 Skip = Callable[[str, str], None]
 
@@ -139,7 +141,9 @@ def nothing_left(source: SourceConfig, dropped: Counter[str]) -> InputError:
 
 def _text_documents(name: str, source: SourceConfig, file: InputFile, on_skip: Skip) -> Iterator[Document]:
     try:
-        for row, text in enumerate(formats.read_text(file.path)):
+        # A book in one file is many documents, so that some can be held out; a source file stays whole.
+        piece = _LONE_TEXT_CHARACTERS if file.alone else formats.MAX_TEXT_DOCUMENT_CHARACTERS
+        for row, text in enumerate(formats.read_text(file.path, piece)):
             if text.strip():
                 yield Document(f"{name}#{row}" if row else name, text, source.name)
     except formats.NotTextError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,18 +33,21 @@ def hold_one_out(train: Path, validation: Path) -> None:
     its new place before it leaves the old one.
     """
     moved = validation / "moved.jsonl"
+    files = sorted(train.glob("*.jsonl"))
     if not moved.is_file():
-        if validation.is_dir():
+        if validation.is_dir() or sum(1 for _ in islice(_lines(files), 2)) < 2:
             return
-        files = sorted(train.glob("*.jsonl"))
-        lines = [(draw(orjson.loads(line)["text"]), line) for path in files for line in path.open("rb")]
-        if len(lines) < 2:
-            return
+        lowest = min(_lines(files), key=lambda line: draw(orjson.loads(line)["text"]))
         with atomic_writer(moved) as handle:
-            handle.write(min(lines)[1])
+            handle.write(lowest)
     line_moved = moved.read_bytes()
-    for path in sorted(train.glob("*.jsonl")):
-        lines_left = path.read_bytes().splitlines(keepends=True)
-        if line_moved in lines_left:
+    for path in files:
+        if line_moved in _lines([path]):
             with atomic_writer(path) as handle:
-                handle.writelines(line for line in lines_left if line != line_moved)
+                handle.writelines(line for line in _lines([path]) if line != line_moved)
+
+
+def _lines(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        with path.open("rb") as handle:
+            yield from handle
