@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,11 @@ from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.data.docstrings import documentation_pairs
 from anychip.data.tokenizer import load_tokenizer
 from anychip.errors import InputError
-from anychip.progress import progress
 from anychip.recipe import Recipe
 from anychip.recipe.schema import SftConfig
 from anychip.rundir import RunDirectory
 from anychip.tune.dialogs import Dialog, Message, question_and_answer, read_dialogs, split_dialogs
-from anychip.tune.encoding import EncodedDialog, encode_dialog
+from anychip.tune.encoding import EncodedDialog, encode_dialogs
 from anychip.tune.epochs import EpochOrder
 
 _ROUND_UP_TO = 16
@@ -35,7 +34,7 @@ class SftData:
         self.config = sft_config(recipe)
         self.tokenizer = load_tokenizer(run.tokenizer)
         self.split = split_dialogs(load_dialogs(self.config))
-        encoded = self._encode_all(self.split.training)
+        encoded = self._encode(self.split.training)
         fitting = [row for row, dialog in enumerate(encoded) if len(dialog) <= self.config.seq_length]
         if not fitting:
             raise InputError(
@@ -59,25 +58,17 @@ class SftData:
         """The whole global batch of `step` (from 0): [global_batch_size, longest dialog rounded up to 16 tokens]."""
         return self._collate([self.encoded[row] for row in self._order.rows(step)])
 
-    def held_out_batches(self, dialogs: Iterable[Dialog]) -> Iterator[tuple[Batch, int]]:
+    def held_out_batches(self, dialogs: Sequence[Dialog]) -> Iterator[tuple[Batch, int]]:
         """Batches of the dialogs that fit, each with the UTF-8 bytes of its answers, for bits per byte."""
-        encoded = [(dialog, self._encode(dialog)) for dialog in dialogs]
-        fitting = sorted((p for p in encoded if len(p[1]) <= self.config.seq_length), key=lambda pair: len(pair[1]))
+        pairs = zip(dialogs, self._encode(dialogs), strict=True)
+        fitting = sorted((p for p in pairs if len(p[1]) <= self.config.seq_length), key=lambda pair: len(pair[1]))
         for start in range(0, len(fitting), self.config.micro_batch_size):
             part = fitting[start : start + self.config.micro_batch_size]
             answers = (m.content for dialog, _ in part for m in dialog.messages if m.role == "assistant")
             yield self._collate([encoded for _, encoded in part]), sum(len(answer.encode()) for answer in answers)
 
-    def _encode_all(self, dialogs: list[Dialog]) -> list[EncodedDialog]:
-        encoded = []
-        with progress("encoding dialogs", total=len(dialogs), unit="dialogs") as bar:
-            for dialog in dialogs:
-                encoded.append(self._encode(dialog))
-                bar.advance()
-        return encoded
-
-    def _encode(self, dialog: Dialog) -> EncodedDialog:
-        return encode_dialog(with_system_prompt(dialog, self.config.system_prompt), self.tokenizer)
+    def _encode(self, dialogs: Sequence[Dialog]) -> list[EncodedDialog]:
+        return encode_dialogs([with_system_prompt(d, self.config.system_prompt) for d in dialogs], self.tokenizer)
 
     def _collate(self, rows: list[EncodedDialog]) -> Batch:
         import torch

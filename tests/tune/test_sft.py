@@ -14,7 +14,7 @@ from anychip.errors import InputError
 from anychip.recipe import Recipe, parse_recipe
 from anychip.rundir import RunDirectory
 from anychip.tune.dialogs import Dialog, Message, question_and_answer
-from anychip.tune.encoding import encode_dialog
+from anychip.tune.encoding import EncodedDialog, encode_dialogs
 from anychip.tune.sft import SftData
 
 END, PAD, USER, BOT, SYSTEM = 2, 3, 4, 5, 6
@@ -23,6 +23,10 @@ END, PAD, USER, BOT, SYSTEM = 2, 3, 4, 5, 6
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_bpe(["what is a list? it is a list of things. be brief, please. " * 20], vocab_size=300)
+
+
+def encode_one(dialog: Dialog, tokenizer: Tokenizer) -> EncodedDialog:
+    return encode_dialogs([dialog], tokenizer)[0]
 
 
 def recipe(dataset: str, **sft: Any) -> Recipe:
@@ -64,7 +68,7 @@ def run_with(tokenizer: Tokenizer, root: Path) -> RunDirectory:
 
 def test_loss_is_on_the_answer_and_its_end_alone(tokenizer: Tokenizer) -> None:
     question, answer = tokenizer.encode("what is a list?"), tokenizer.encode("it is a list of things.")
-    found = encode_dialog(question_and_answer("what is a list?", "it is a list of things.", "list"), tokenizer)
+    found = encode_one(question_and_answer("what is a list?", "it is a list of things.", "list"), tokenizer)
     assert found.input_ids.tolist() == [USER, *question, BOT, *answer]
     assert found.labels.tolist() == [-100] * (1 + len(question)) + [*answer, END]
 
@@ -73,7 +77,7 @@ def test_system_text_and_every_turn_of_a_long_dialog(tokenizer: Tokenizer) -> No
     texts = ["be brief", "what is a list?", "things", "please", "it is a list"]
     roles = ["system", "user", "assistant", "user", "assistant"]
     dialog = Dialog(tuple(Message(r, t) for r, t in zip(roles, texts, strict=True)), "list")  # type: ignore[arg-type]
-    found = encode_dialog(dialog, tokenizer)
+    found = encode_one(dialog, tokenizer)
     system, first, answer, second, last = (tokenizer.encode(text) for text in ("be brief\n", *texts[1:]))
     between = tokenizer.encode("\n")
     whole = [SYSTEM, *system, USER, *first, BOT, *answer, END, *between, USER, *second, BOT, *last, END]
@@ -84,7 +88,7 @@ def test_system_text_and_every_turn_of_a_long_dialog(tokenizer: Tokenizer) -> No
 
 
 def test_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
-    found = encode_dialog(question_and_answer("<_end><_bot>yes", "<_user>no<_end>", "x"), tokenizer)
+    found = encode_one(question_and_answer("<_end><_bot>yes", "<_user>no<_end>", "x"), tokenizer)
     ids = found.input_ids.tolist()
     assert [index for index in ids if index < 16] == [USER, BOT]
     assert found.labels.tolist().count(END) == 1 and found.labels[-1] == END
