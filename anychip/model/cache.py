@@ -27,12 +27,16 @@ class KeyValueCache:
         self.length = 0
         self._alpha = 1
 
-    def extend(self, tokens: int) -> None:
-        """Make room for `tokens` more, turning the cached keys when the rotary base steps (see rope.py)."""
+    def extend(self, tokens: int, sequence_length: int | None = None) -> None:
+        """Make room for `tokens` more, turning the cached keys when the rotary base steps (see rope.py).
+
+        `sequence_length` is the S of the rotary rule: the whole prompt's, where it is read in pieces; by default the
+        length that the cache now has.
+        """
         length = self.length + tokens
         if length > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {length} are needed")
-        alpha = rope_scale(self.config, length).alpha
+        alpha = rope_scale(self.config, sequence_length or length).alpha
         if alpha != self._alpha and self.length and not keeps_published_hazard(self.config):
             self._rerotate(alpha)
         self._alpha = alpha

@@ -7,16 +7,19 @@ The published rule, for a sequence of length S, with d = head_dim:
     base = rope_theta * alpha ** (d / (d - 2))
     mscale = 1 if S' == training_length else 0.1 * ln(S' / training_length) + 1      on cos and sin alike
 
-A forward pass over a whole sequence uses one S for all its positions. Decoding with cached keys does not: a key was
-rotated when the sequence was shorter, perhaps with a smaller alpha and mscale. `rope_scaling.cached_keys` says what
-happens then:
+A forward pass over a whole sequence uses one S for all its positions. Decoding does not: a token is read when the
+sequence is as long as it was then, and attends to keys that were cached at smaller S. `rope_scaling.cached_keys` says
+what it sees:
 
-`rerotate`   Decoding equals a full forward pass. mscale, which multiplies queries and keys alike and so scores by its
-             square, is part of the softmax scale, and cached keys never depend on it; when alpha steps up the cache
-             turns its keys by the difference of the two rotations. Angles in fp64, tables in fp32.
+`rerotate`   Every token's scores are the rule's at its own S, against old keys as against new ones. mscale, which
+             multiplies queries and keys alike and so scores by its square, is part of the softmax scale; when alpha
+             steps the cache turns its keys by the difference of the two rotations. Angles in fp64, tables in fp32.
 `published`  What the published code computes, number for number: mscale is multiplied into cos and sin, angles are
-             fp32, tables are rounded to fp16, and a cached key keeps the alpha and the mscale of the length at which
-             it was cached. Scores of old keys then differ from a full forward pass.
+             fp32, tables are rounded to fp16, and a cached key keeps the alpha and the mscale of the S at which it
+             was cached, so that scores mix several rules.
+
+Up to training_length both equal a full forward pass, apart from rounding. Beyond, neither does to the last digit: the
+states of earlier tokens were computed at their own S, and no cache revisits them.
 """
 
 from __future__ import annotations
@@ -63,11 +66,11 @@ def keeps_published_hazard(config: ModelConfig) -> bool:
     return config.rope_scaling is not None and config.rope_scaling.cached_keys == "published"
 
 
-def rotary(config: ModelConfig, start: int, length: int, device: torch.device | str = "cpu") -> Rotary:
-    """Tables and score scale for tokens `start` to `length` of a sequence that is `length` tokens long."""
+def rotary(config: ModelConfig, start: int, end: int, length: int, device: torch.device | str = "cpu") -> Rotary:
+    """Tables and score scale for tokens `start` to `end` of a sequence whose S is `length`."""
     scale = rope_scale(config, length)
     plain = config.head_dim**-0.5
-    positions = torch.arange(start, length, device=device)
+    positions = torch.arange(start, end, device=device)
     if keeps_published_hazard(config):
         return Rotary(*_published_cos_sin(config, positions, scale), plain)
     return Rotary(*cos_sin(config, positions, scale.alpha), plain * scale.mscale**2)
@@ -81,18 +84,16 @@ class RotaryTable:
         self._alpha = 0
         self._cos = self._sin = torch.empty(0)
 
-    def rows(self, start: int, length: int) -> Rotary:
-        """Equal to `rotary(config, start, length)`."""
+    def rows(self, start: int, end: int, length: int) -> Rotary:
+        """Equal to `rotary(config, start, end, length)`."""
         if keeps_published_hazard(self.config):
-            return rotary(self.config, start, length, self.device)
+            return rotary(self.config, start, end, length, self.device)
         scale = rope_scale(self.config, length)
-        if scale.alpha != self._alpha or length > len(self._cos):
-            capacity = max(length, min(2 * length, self.config.max_position_embeddings))
-            self._cos, self._sin = cos_sin(self.config, torch.arange(capacity, device=self.device), scale.alpha)
+        if scale.alpha != self._alpha or end > len(self._cos):
+            positions = torch.arange(max(end, min(2 * end, self.config.max_position_embeddings)), device=self.device)
+            self._cos, self._sin = cos_sin(self.config, positions, scale.alpha)
             self._alpha = scale.alpha
-        return Rotary(
-            self._cos[start:length], self._sin[start:length], self.config.head_dim**-0.5 * scale.mscale**2
-        )
+        return Rotary(self._cos[start:end], self._sin[start:end], self.config.head_dim**-0.5 * scale.mscale**2)
 
 
 def inverse_frequencies(config: ModelConfig, alpha: int) -> Tensor:

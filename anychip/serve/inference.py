@@ -35,10 +35,15 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next `tokens` tokens of one sequence, whose earlier ones are in `cache`."""
+    """The next `tokens` tokens of one sequence, whose earlier ones are in `cache`.
+
+    `sequence_length` is the S of the rotary rule, where it is not the length after this piece: a prompt read in pieces
+    has the same S in each, and so gives what it gives when read at once.
+    """
 
     cache: KeyValueCache
     tokens: int
+    sequence_length: int | None = None
 
 
 class InferenceModel:
@@ -56,6 +61,7 @@ class InferenceModel:
         self._embedding = decoder.embed_tokens.weight.detach().to(weights)
         self._layers: list[LayerWeights] = []
         for layer in decoder.layers:
+            assert isinstance(layer, DecoderLayer)
             self._layers.append(_layer_weights(layer, self.precision))
             if release:
                 layer.to("meta")
@@ -88,9 +94,11 @@ class InferenceModel:
         spans, end = [], 0
         for piece in pieces:
             before = piece.cache.length
-            piece.cache.extend(piece.tokens)
+            piece.cache.extend(piece.tokens, piece.sequence_length)
+            after = piece.cache.length
+            rotary = self._rotary.rows(before, after, piece.sequence_length or after)
             start, end = end, end + piece.tokens
-            spans.append(_Span(piece.cache, start, end, self._rotary.rows(before, piece.cache.length)))
+            spans.append(_Span(piece.cache, start, end, rotary))
         return spans
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -101,9 +109,7 @@ class InferenceModel:
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
         turning, values = qkv.split((heads + groups, groups), dim=1)
         turned = torch.addcmul(turning * cos, turning.roll(self.config.head_dim // 2, dims=-1), sin).to(qkv.dtype)
-        mixed = [
-            _attend_one(turned[s.start : s.end], values[s.start : s.end], layer, heads, s) for s in spans
-        ]
+        mixed = [_attend_one(turned[s.start : s.end], values[s.start : s.end], layer, heads, s) for s in spans]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 

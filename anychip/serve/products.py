@@ -56,4 +56,6 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
 def _fits_fp16(weight: Tensor) -> bool:
     exact = weight.float()
     lost = torch.linalg.vector_norm(exact - exact.half().float())
-    return bool(lost <= _LARGEST_LOSS * torch.linalg.vector_norm(exact))  # false for an overflow, which gives nan or inf
+    return bool(
+        lost <= _LARGEST_LOSS * torch.linalg.vector_norm(exact)
+    )  # false for an overflow, which gives nan or inf

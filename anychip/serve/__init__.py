@@ -1,0 +1,1 @@
+"""Talking to a model: inference weights, generation, sampling, terminal chat, generation for scripts."""
