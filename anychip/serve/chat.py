@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from anychip.errors import InputError
+from anychip.serve.streams import use_utf8
 from anychip.serve.talker import Talker, WeightType, open_talker
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def chat(
     """
     talker = open_talker(path, sampling or {}, weights)
     conversation = Conversation(talker, system, time.time_ns() if seed is None else seed)
+    use_utf8(sys.stdin, sys.stdout)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _on_terminal(conversation, str(path))
     else:

@@ -13,6 +13,7 @@ from typing import IO, Any, Literal
 from anychip.errors import InputError
 from anychip.files import atomic_writer
 from anychip.progress import progress
+from anychip.serve.streams import use_utf8
 from anychip.serve.talker import Message, Talker, WeightType, open_talker
 
 _EXAMPLE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -64,8 +65,9 @@ def generate(
     if chat or system:
         prompts = [_as_conversation(one, system) for one in prompts]
     talker = open_talker(path, sampling or {}, weights)
+    use_utf8(sys.stdout)
     with ExitStack() as stack:
-        out = sys.stdout if output is None else stack.enter_context(atomic_writer(output, "w"))
+        out: IO[str] = sys.stdout if output is None else stack.enter_context(atomic_writer(output, "w"))
         bar = stack.enter_context(progress("generate", total=len(prompts) * samples, unit="answers"))
         for number, completion in enumerate(complete(talker, prompts, samples=samples, seed=seed)):
             _write(completion, out, format, first=number == 0)
