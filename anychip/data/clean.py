@@ -10,9 +10,10 @@ import re
 
 from anychip.recipe.schema import CleaningConfig
 
-# C0 controls but tab and line feed, DEL, C1 controls, and the byte order mark.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+# Terminal escapes, C0 controls but tab and line feed, DEL, C1 controls, and the byte order mark.
+_CONTROL = re.compile("\x1b\\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _LINE_ENDS = re.compile("\r\n?")
+_SENTENCE_ENDS = (". ", "? ", "! ", "。", "？", "！")
 _ALPHANUMERIC = re.compile(r"[^\W_]+")
 
 
@@ -49,7 +50,9 @@ def reason_to_drop(text: str, config: CleaningConfig) -> str | None:
     if len(text) > config.max_characters:
         return "too long"
     lines = text.split("\n")
-    if len(text) / len(lines) > config.max_line_characters:
+    # A paragraph on one long line is prose; what has neither lines nor sentences is data.
+    sentences = sum(map(text.count, _SENTENCE_ENDS))
+    if len(text) / (len(lines) + sentences) > config.max_line_characters:
         return "lines too long"
     alphanumeric = sum(map(len, _ALPHANUMERIC.findall(text)))
     visible = len(text) - text.count(" ") - len(lines) + 1

@@ -9,6 +9,7 @@ import inspect
 import sys
 import sysconfig
 import types
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.machinery import BuiltinImporter, ExtensionFileLoader
@@ -103,9 +104,12 @@ def extension_modules() -> Iterator[types.ModuleType]:
         if spec is None or not (spec.loader is BuiltinImporter or isinstance(spec.loader, ExtensionFileLoader)):
             continue
         try:
-            yield importlib.import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = importlib.import_module(name)
         except Exception:  # a module that this build cannot load is simply not documented
             continue
+        yield module
 
 
 def documented_members(owner: object, prefix: str) -> Iterator[tuple[str, object, str]]:
