@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anychip.errors import AnychipError, InputError, UnfitError
@@ -82,8 +82,9 @@ def saving_directory(root: Path, step: int) -> Iterator[Path]:
             yield directory
         finally:
             for entry in (directory, root / step_name(step)):
-                if _is_leftover(entry):
-                    retire(entry)
+                with suppress(OSError):  # what stays is removed by the next save
+                    if _is_leftover(entry):
+                        retire(entry)
 
 
 @contextmanager

@@ -152,6 +152,8 @@ def checked_extra(extra: dict[str, Any]) -> dict[str, Any]:
 
 def tensor_name_problem(name: str) -> str:
     """What keeps `name` from naming a tensor of a checkpoint; empty when nothing does."""
+    if name == "__metadata__":
+        return "has the name that safetensors keeps for itself"
     try:
         _TENSOR_NAME.validate_python(name)
     except ValidationError as error:

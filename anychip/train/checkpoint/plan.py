@@ -67,15 +67,18 @@ class SaveParts:
 
 def plan_save(state: Mapping[str, Tensor], ranks: Ranks) -> SaveParts:
     """Divide `state` among the ranks; replicated tensors are written once. Called by all ranks together."""
-    _check_state(state)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(state), is_coordinator=ranks.is_coordinator)
-    local = [_box(item) for item in planner.create_local_plan().items]
-    local = [box for box in local if box.nbytes or not prod(box.shape)]  # a rank may hold nothing of a small tensor
-    plans = [[Box(*map(_tuple, box)) for box in boxes] for boxes in ranks.gather([_as_list(box) for box in local])]
-    shares, problem = ranks.broadcast(_divide(planner, plans) if ranks.is_coordinator else None)
+    local, problem = [], _unfit_state(state)
+    if not problem:
+        planner.set_up_planner(dict(state), is_coordinator=ranks.is_coordinator)
+        local = [_box(item) for item in planner.create_local_plan().items]
+        local = [box for box in local if box.nbytes or not prod(box.shape)]  # a rank may hold nothing of a small tensor
+    told = ranks.gather([problem, [_as_list(box) for box in local]])
+    plans = [[Box(*map(_tuple, box)) for box in boxes] for _, boxes in told]
+    problem = next((text for text, _ in told if text), "")
+    shares, problem = ranks.broadcast(_divide(planner, plans) if told and not problem else [[], problem])
     if problem:
-        raise InputError(f"the ranks' parts of the state do not fit together: {problem}.")
+        raise InputError(f"this state cannot be a checkpoint: {problem}.")
     keys = [{(name, tuple(offsets)) for name, offsets in share} for share in shares]
     mine = [box for box in local if (box.name, box.offsets) in keys[ranks.rank]]
     every = [
@@ -147,14 +150,16 @@ def check_fits(manifest: Manifest, into: Mapping[str, Tensor], where: object) ->
         raise InputError(f"does not fit this model or optimizer: {'; '.join(problems)}.", where=where, do=do)
 
 
-def _check_state(state: Mapping[str, Tensor]) -> None:
+def _unfit_state(state: Mapping[str, Tensor]) -> str:
+    """What keeps `state` from being stored; empty when nothing does."""
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise InputError(f"checkpoint state {name!r} is not a dense tensor with data.")
-        if problem := tensor_name_problem(name):
-            raise InputError(f"checkpoint state {name!r} {problem}.")
+            return f"{name!r} is not a dense tensor with data"
         if tensor.dtype not in DTYPE_NAMES:
-            raise InputError(f"checkpoint state {name!r} has dtype {tensor.dtype}.", do=f"Use one of {list(DTYPES)}.")
+            return f"{name!r} has dtype {tensor.dtype}; possible are {', '.join(DTYPES)}"
+        if problem := tensor_name_problem(name):
+            return f"{name!r} {problem}"
+    return ""
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anychip.errors import InputError
+from anychip.errors import AnychipError, InputError
 from anychip.train.checkpoint.directory import CheckpointError, publish, saving_directory, step_name
 from anychip.train.checkpoint.manifest import DTYPE_NAMES, Chunk, FileEntry, Manifest, TensorEntry, tensor_name_problem
 from anychip.train.checkpoint.plan import Box, SaveParts
@@ -158,6 +158,8 @@ def failed(root: Path, step: int, problem: str) -> CheckpointError:
 
 def reason(error: Exception) -> str:
     """An error in a user's words."""
+    if isinstance(error, AnychipError):
+        return f"{error.where}: {error.what}" if error.where else error.what
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return str(error) or repr(error)

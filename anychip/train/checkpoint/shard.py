@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from torch import Tensor
 from anychip.errors import UnfitError
 from anychip.train.checkpoint.manifest import Chunk, FileEntry
 from anychip.train.checkpoint.plan import Box
+from anychip.train.checkpoint.worker import Worker
 
 _BLOCK_BYTES = 8 << 20
 _READ_BACK_BYTES = 64 << 20
@@ -55,15 +56,10 @@ class ShardWriter:
         self._end = header_room
         self._unverified: list[Chunk] = []
         self._verifications: list[Future[None]] = []
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash")
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-verify")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self.path, flags, 0o644)
-        try:
-            os.lseek(self._descriptor, header_room, os.SEEK_SET)
-        except OSError:
-            self.close()
-            raise
+        os.lseek(self._descriptor, header_room, os.SEEK_SET)
+        self._hasher, self._verifier = Worker("checkpoint-hash"), Worker("checkpoint-verify")
 
     def has_room(self, box: Box) -> bool:
         """Whether the header can still name this tensor."""
@@ -114,9 +110,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Release threads and the file; also after a failure."""
-        self._verifier.shutdown(cancel_futures=True)
-        self._hasher.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
+            self._verifier.close()
+            self._hasher.close()
             os.close(self._descriptor)
             self._descriptor = -1
 

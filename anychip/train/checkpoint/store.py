@@ -23,13 +23,13 @@ from anychip.train.checkpoint.directory import CheckpointError, complete_steps, 
 from anychip.train.checkpoint.manifest import Manifest, TensorEntry, checked_extra
 from anychip.train.checkpoint.plan import check_fits, plan_load, plan_save
 from anychip.train.checkpoint.ranks import Ranks
-from anychip.train.checkpoint.save import TensorStream, stream_checkpoint, write_checkpoint
+from anychip.train.checkpoint.save import TensorStream, disk_errors, stream_checkpoint, write_checkpoint
 from anychip.train.checkpoint.shard import ShardReader
 from anychip.train.checkpoint.staging import StagingBuffer
 
 _SHOW_PROGRESS_BYTES = 256 << 20
 _VERIFY_THREADS = 4
-_BACKGROUND_NICENESS = 10
+_BACKGROUND_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,11 @@ class CheckpointStore:
             raise failure
         return self._report
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     @contextmanager
     def stream(self, step: int, extra: Mapping[str, Any]) -> Iterator[TensorStream]:
         """Write a checkpoint tensor by tensor, for a state larger than memory: `stream.add(name, tensor)`.
@@ -257,14 +262,20 @@ class CheckpointStore:
         values = checked_extra(dict(extra))
         if step < 0:
             raise InputError(f"step {step} of a checkpoint is negative.")
-        good = False
-        if step in complete_steps(self._root) and step not in self._damaged:
-            with suppress(AnychipError):
-                good = self.open(step) is not None
-        if good:
+        path = self._root / step_name(step)
+        with disk_errors(path):
+            exists = self._ranks.broadcast(step in self.steps())
+        if exists and self._is_good(step):
             do = "Continue from it, or give the run another name."
-            raise InputError("is a good checkpoint and is not overwritten.", where=self._root / step_name(step), do=do)
+            raise InputError("is a good checkpoint and is not overwritten.", where=path, do=do)
         return values
+
+    def _is_good(self, step: int) -> bool:
+        try:
+            self.open(step)
+        except AnychipError:
+            return False
+        return True
 
     def _retain(self, newest: int) -> None:
         """Remove all but the `keep` newest good checkpoints, and damaged ones older than them."""
