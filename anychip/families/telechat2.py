@@ -1,0 +1,229 @@
+"""TeleChat2 as published: tensor names, config.json, chat template. Plain data and arithmetic, no tensors.
+
+Layout of a published checkpoint (115B has 96 x 10 + 3 = 963 tensors): see `published_tensors`. Keys and values share
+one matrix, interleaved per key/value head: rows [i * 2d, i * 2d + d) are the keys of head i, the next d its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from anychip.errors import InputError
+from anychip.recipe.schema import ModelConfig
+
+ARCHITECTURES = ("TeleChat2ForCausalLM", "TeleChatForCausalLM", "TelechatForCausalLM")
+MODEL_TYPE = "telechat"
+
+Template = Literal["A", "B"]
+
+
+@dataclass(frozen=True)
+class PublishedTensor:
+    """A tensor of a published checkpoint and the logical tensors that it is made of.
+
+    `logical` holds one name, or keys and values (k_proj, v_proj) that are interleaved per head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    logical: tuple[str, ...]
+
+
+def published_tensors(config: ModelConfig) -> Iterator[PublishedTensor]:
+    """Every published tensor of this configuration, in the order of the forward pass; shapes are [out, in]."""
+    hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    yield PublishedTensor("transformer.word_embeddings.weight", (config.vocab_size, hidden), ("embed_tokens.weight",))
+    for layer in range(config.num_hidden_layers):
+        to, of = f"transformer.h.{layer}", f"layers.{layer}"
+        kv = (f"{of}.self_attn.k_proj.weight", f"{of}.self_attn.v_proj.weight")
+        yield PublishedTensor(f"{to}.input_layernorm.weight", (hidden,), (f"{of}.input_layernorm.weight",))
+        yield PublishedTensor(
+            f"{to}.self_attention.query.weight", (queries, hidden), (f"{of}.self_attn.q_proj.weight",)
+        )
+        yield PublishedTensor(f"{to}.self_attention.key_value.weight", (2 * keys, hidden), kv)
+        yield PublishedTensor(
+            f"{to}.self_attention.dense.weight", (hidden, queries), (f"{of}.self_attn.o_proj.weight",)
+        )
+        yield PublishedTensor(f"{to}.self_attention.dense.bias", (hidden,), (f"{of}.self_attn.o_proj.bias",))
+        yield PublishedTensor(
+            f"{to}.post_attention_layernorm.weight", (hidden,), (f"{of}.post_attention_layernorm.weight",)
+        )
+        yield PublishedTensor(f"{to}.mlp.gate_proj.weight", (ffn, hidden), (f"{of}.mlp.gate_proj.weight",))
+        yield PublishedTensor(f"{to}.mlp.up_proj.weight", (ffn, hidden), (f"{of}.mlp.up_proj.weight",))
+        yield PublishedTensor(f"{to}.mlp.down_proj.weight", (hidden, ffn), (f"{of}.mlp.down_proj.weight",))
+        yield PublishedTensor(f"{to}.mlp.down_proj.bias", (hidden,), (f"{of}.mlp.down_proj.bias",))
+    yield PublishedTensor("transformer.ln_f.weight", (hidden,), ("norm.weight",))
+    yield PublishedTensor("lm_head.weight", (config.vocab_size, hidden), ("lm_head.weight",))
+
+
+# Buffers that old checkpoints carry and nobody needs.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".self_attention.bias")
+
+
+def config_to_json(config: ModelConfig, dtype: str, bos: int | None, eos: int, pad: int | None) -> dict[str, Any]:
+    """The published config.json of a model; `dtype` is torch's name, such as bfloat16."""
+    scaling = config.rope_scaling
+    base_length = scaling.base_length if scaling else config.max_position_embeddings
+    training_length = scaling.training_length if scaling else config.max_position_embeddings
+    return {
+        "architectures": [ARCHITECTURES[0]],
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "layer_norm_epsilon": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "base_seqlen": base_length,
+        "training_seqlen": training_length,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_softmax_in_fp32": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "torch_dtype": dtype,
+    }
+
+
+# Published name first, then the Llama-like one that some copies use.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("ffn_hidden_size", "intermediate_size"),
+    "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    "num_attention_heads": ("n_head", "num_attention_heads"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "rms_norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "rope_theta": ("rope_theta",),
+    "max_position_embeddings": ("max_position_embeddings", "seq_length", "training_seqlen"),
+    "initializer_range": ("initializer_range",),
+}
+_OPTIONAL = {"num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range"}
+_REFUSED_IF_TRUE = ("apply_residual_connection_post_layernorm", "embed_layernorm", "tie_word_embeddings")
+_LARGEST = 1 << 40
+
+
+def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+    """A ModelConfig from a published config.json, and warnings about values that are probably wrong in it.
+
+    Raises InputError for another architecture, for experts, and for settings that this decoder does not compute.
+    """
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if names and not any(name in ARCHITECTURES for name in names):
+        raise InputError(f"is a {names[0]}, not one of {', '.join(ARCHITECTURES)}.", where=where)
+    if raw.get("num_experts") or raw.get("n_routed_experts") or raw.get("moe_config"):
+        raise InputError(
+            "describes a mixture of experts, which this family's dense decoder does not compute.", where=where
+        )
+    for flag in _REFUSED_IF_TRUE:
+        if raw.get(flag):
+            raise InputError(f"sets {flag}, which no published TeleChat2 model does.", where=where)
+    fields: dict[str, Any] = {"family": "telechat2"}
+    for field, aliases in _FIELDS.items():
+        value = next((raw[alias] for alias in aliases if raw.get(alias) is not None), None)
+        if value is None:
+            if field not in _OPTIONAL:
+                raise InputError(f"lacks {aliases[0]}.", where=where, do="Give a complete config.json.")
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+            raise InputError(f"has {aliases[0]} {value!r}, which is not a positive number.", where=where)
+        fields[field] = value
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields["rope_scaling"] = _rope_scaling(raw, where)
+    from pydantic import ValidationError
+
+    try:
+        config = ModelConfig(**fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise InputError(f"does not describe a model: {problem['msg']}.", where=where) from None
+    warnings = []
+    if config.rms_norm_eps < 1e-6:
+        warnings.append(
+            f"{where}: layer_norm_epsilon is {config.rms_norm_eps:g}; later releases of the same weights say 1e-05. "
+            "The file's value is used."
+        )
+    return config, warnings
+
+
+def _rope_scaling(raw: Mapping[str, Any], where: str) -> dict[str, int] | None:
+    scaling = raw.get("rope_scaling")
+    if scaling is not None:
+        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else scaling
+        factor = scaling.get("factor", 1.0) if isinstance(scaling, Mapping) else None
+        if kind != "dynamic" or factor != 1.0:
+            raise InputError(
+                f"has rope_scaling {scaling!r}; this decoder computes the published dynamic rule (factor 1.0) only.",
+                where=where,
+            )
+    base, training = raw.get("base_seqlen"), raw.get("training_seqlen")
+    if base is None and training is None:
+        return None
+    lengths = {"base_length": base or training, "training_length": training or base}
+    for name, value in lengths.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+            raise InputError(f"has {name} {value!r}, which is not a positive number of tokens.", where=where)
+    return lengths
+
+
+def prompt_parts(
+    messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, int], template: Template = "B"
+) -> list[str | int]:
+    """A conversation as text and control ids, up to where the model's next answer begins.
+
+    Text stays text: whatever a user writes is encoded as ordinary text and can never become a control id. Template A
+    (115B and 35B of autumn 2024) starts with `<_start>` and knows no system role; B (all later models) has one and puts
+    a newline behind system text and answers.
+    """
+    missing = [name for name in ("<_user>", "<_bot>", "<_end>") if name not in special_tokens]
+    if missing:
+        raise InputError(
+            f"the tokenizer has no {' and no '.join(missing)}, which the chat template needs.",
+            do="Use the model's own tokenizer, or `anychip generate` for plain continuation.",
+        )
+    user, bot, end = (special_tokens[name] for name in ("<_user>", "<_bot>", "<_end>"))
+    parts: list[str | int] = [special_tokens["<_start>"]] if template == "A" and "<_start>" in special_tokens else []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system" and template == "B" and "<_system>" in special_tokens:
+            parts += [special_tokens["<_system>"], content + "\n"]
+        elif role == "user":
+            parts += [user, content]
+        elif role == "assistant":
+            parts += [bot, content, end, "\n"] if template == "B" else [bot, content, end]
+        else:
+            raise InputError(
+                f"the chat template {template} has no role {role!r}.", do="Roles: system, user, assistant."
+            )
+    return [*parts, bot]
+
+
+JINJA: dict[Template, str] = {
+    "A": (
+        "<_start>{% for message in messages %}"
+        "{% if message.role == 'user' %}<_user>{{ message.content }}"
+        "{% elif message.role == 'assistant' %}<_bot>{{ message.content }}<_end>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<_bot>{% endif %}"
+    ),
+    "B": (
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}<_system>{{ message.content }}{{ '\\n' }}"
+        "{% elif message.role == 'user' %}<_user>{{ message.content }}"
+        "{% elif message.role == 'assistant' %}<_bot>{{ message.content }}<_end>{{ '\\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<_bot>{% endif %}"
+    ),
+}
+"""The same templates for `tokenizer_config.json`, as other runtimes read them."""
