@@ -135,8 +135,8 @@ def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
         sums.append(sums[-1] + y)
     result = []
     for i, (x, _) in enumerate(points):
-        reach = min(int(i * share), len(points) - 1 - i)
-        low, high = i - reach, i + reach + 1
+        reach = int(i * share)
+        low, high = i - reach, min(i + reach + 1, len(points))
         result.append((x, (sums[high] - sums[low]) / (high - low)))
     return result
 

@@ -105,7 +105,17 @@ def test_a_complete_run_fills_its_sections(tmp_path: Path) -> None:
     page = Page(write_report(complete_run(tmp_path)))
     assert page.count("h2") == len(SECTIONS) and all(section in page.text for section in SECTIONS)
     assert page.count("svg") == 9
-    for words in ("1.250", "1.750", "xz -9e, primed", "−17%", "学习过程", "1 m 03 s", "seen in tuning", "11.7 KiB", "12 documents"):
+    for words in (
+        "1.250",
+        "1.750",
+        "xz -9e, primed",
+        "−17%",
+        "学习过程",
+        "1 m 03 s",
+        "seen in tuning",
+        "11.7 KiB",
+        "12 documents",
+    ):
         assert words in page.text
 
 
