@@ -125,7 +125,7 @@ def bar_chart(
                 label_width + length + 10, middle + 5, value_format(bar.value), unit
             )
         )
-    return _svg(title, width, height, parts)
+    return _svg(title, width, height, parts, "chart bars")
 
 
 def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
@@ -150,8 +150,8 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _svg(title: str, width: int, height: int, parts: Sequence[Markup]) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, title)
+def _svg(title: str, width: int, height: int, parts: Sequence[Markup], kind: str = "chart") -> Markup:
+    head = Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(kind, width, height, title)
     return head + Markup("").join(parts) + Markup("</svg>")
 
 
