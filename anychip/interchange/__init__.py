@@ -1,0 +1,1 @@
+"""Into and out of the published Hugging Face layout, one tensor at a time."""

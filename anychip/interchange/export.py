@@ -1,0 +1,156 @@
+"""A checkpoint as a published model directory: weights, configuration, tokenizer, template, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anychip import __version__
+from anychip.data.tokenizer import Tokenizer, load_tokenizer
+from anychip.errors import InputError
+from anychip.families.telechat2 import JINJA, PublishedTensor, config_to_json, published_tensors
+from anychip.files import fsync_directory, sha256_file, write_json, write_text
+from anychip.interchange.layout import to_published
+from anychip.interchange.load import newest_checkpoint
+from anychip.interchange.logit_check import check_logits
+from anychip.interchange.model_card import model_card
+from anychip.interchange.published import PublishedDirectory
+from anychip.interchange.safetensors_file import write_safetensors
+from anychip.interchange.source import TensorEntry
+from anychip.progress import Progress, progress
+from anychip.recipe.schema import ModelConfig, Recipe
+from anychip.rundir import RunDirectory
+from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_COPIED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def export_run(run: RunDirectory, step: int | None = None, stage: str | None = None, out: Path | None = None) -> Path:
+    """Export a checkpoint (default: the newest, tuned before pretrained) to `out` (default: RUN/export).
+
+    One tensor is in memory at a time. The directory appears only after its logits were compared with the
+    checkpoint's; an older export in its place is replaced. Raises UnfitError when the logits differ.
+    """
+    recipe = run.read_recipe()
+    stage, store, info = newest_checkpoint(run, stage)
+    if step is not None:
+        info = store.open(step)
+    target = out or run.export
+    if target.exists() and not (target / "conversion.json").is_file():
+        raise InputError("exists and is not an export; it is left as it is.", where=target, do="Choose another --out.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        temporary = Path(folder) / "export"
+        temporary.mkdir()
+        _write_export(temporary, recipe, run, stage, store, info)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        fsync_directory(target.parent)
+    return target
+
+
+def _write_export(
+    folder: Path, recipe: Recipe, run: RunDirectory, stage: str, store: CheckpointStore, info: CheckpointInfo
+) -> None:
+    config, dtype = recipe.model, _DTYPES[recipe.export.dtype]
+    tokenizer = load_tokenizer(run.tokenizer)
+
+    def read(name: str) -> Tensor:
+        ((_, tensor),) = store.read(info, [f"model.{name}"])
+        return tensor.to(dtype)
+
+    _write_weights(folder, config, dtype, recipe.export.max_shard_bytes, read)
+    torch_name = str(dtype).removeprefix("torch.")
+    write_json(
+        folder / "config.json",
+        config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
+    )
+    _write_tokenizer(folder, run.tokenizer, tokenizer, config)
+    sampling = recipe.serve.sampling
+    write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "do_sample": sampling.temperature > 0,
+            **sampling.model_dump(),
+        },
+    )
+    published = PublishedDirectory(folder)
+    check = check_logits(config, read, published.read, folder)
+    record = {
+        "anychip": __version__,
+        "source": {"run": recipe.name, "stage": stage, "step": info.step},
+        "dtype": torch_name,
+        "logit_check": check.as_record(),
+        "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+    }
+    write_json(folder / "conversion.json", record)
+    write_text(folder / "README.md", model_card(recipe, run, record))
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int, read: Callable[[str], Tensor]
+) -> None:
+    shards = _shards(config, dtype, max_shard_bytes)
+    total = sum(_nbytes(tensor, dtype) for shard in shards for tensor in shard)
+    weight_map = {}
+    with progress("export", total, "bytes") as bar:
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = _read_published(config, shard, read, bar)
+            write_safetensors(folder / name, [(t.name, t.shape) for t in shard], dtype, tensors)
+            weight_map.update({tensor.name: name for tensor in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _read_published(
+    config: ModelConfig, shard: list[PublishedTensor], read: Callable[[str], Tensor], bar: Progress
+) -> Iterator[Tensor]:
+    for tensor in shard:
+        data = to_published(config, tensor, [read(name) for name in tensor.logical])
+        yield data
+        bar.advance(data.numel() * data.element_size())
+
+
+def _shards(config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> list[list[PublishedTensor]]:
+    """Tensors in order, cut where a file would become larger than allowed (a larger tensor has a file of its own)."""
+    shards: list[list[PublishedTensor]] = [[]]
+    size = 0
+    for tensor in published_tensors(config):
+        nbytes = _nbytes(tensor, dtype)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def _nbytes(tensor: PublishedTensor, dtype: torch.dtype) -> int:
+    return TensorEntry(dtype, tensor.shape, 0).nbytes
+
+
+def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """The tokenizer's own files, with the chat template that the model was tuned with."""
+    for name in _COPIED_TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    settings: dict[str, Any] = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"chat_template": JINJA["B"], "model_max_length": config.max_position_embeddings}
+    write_json(folder / "tokenizer_config.json", settings)
+    roles = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
+    control = {"additional_special_tokens": sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)}
+    write_json(folder / "special_tokens_map.json", {**roles, **control})

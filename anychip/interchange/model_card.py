@@ -1,0 +1,100 @@
+"""The README.md of an export: what the model is, how it was made, what was checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anychip.model.arithmetic import flops_per_token, num_parameters
+from anychip.recipe.schema import Recipe
+from anychip.rundir import RunDirectory
+
+
+def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> str:
+    """Markdown with YAML front matter. Numbers come from the run; what was not measured is not mentioned."""
+    front = {
+        "license": recipe.export.license,
+        "language": ["en"],
+        "pipeline_tag": "text-generation",
+        "library_name": "anychip",
+        "tags": ["telechat2", "anychip"],
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {recipe.name}",
+        _model(recipe),
+        _use(),
+        _training(recipe, run, conversion),
+        _evaluation(run),
+        _conversion(conversion),
+        "## Limits\n\nThis model says what resembles its training text. It has not been aligned or tested for safety; "
+        "do not rely on its answers.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _model(recipe: Recipe) -> str:
+    model, length = recipe.model, recipe.training.seq_length
+    return (
+        f"A decoder of the TeleChat2 architecture with {num_parameters(model):,} parameters: "
+        f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, "
+        f"{model.num_attention_heads} query and {model.num_key_value_heads} key/value heads, "
+        f"vocabulary {model.vocab_size:,}. Training costs {flops_per_token(model, length).model:,.0f} FLOPs a token at "
+        f"{length} tokens (attention halved)."
+    )
+
+
+def _use() -> str:
+    return (
+        "## Use\n\n```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\nTensor names, fused key/value rows and `config.json` "
+        "follow the published TeleChat2 checkpoints, so runtimes that read those read this one."
+    )
+
+
+def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> str:
+    training, source = recipe.training, conversion["source"]
+    lines = [
+        f"- checkpoint: {source['stage']}, step {source['step']}",
+        f"- pretraining: {training.steps:,} steps of {training.global_batch_size} x {training.seq_length} tokens, "
+        f"{recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, seed {recipe.seed}",
+    ]
+    if recipe.tune.sft and source["stage"] == "sft":
+        lines.append(f"- supervised tuning: {recipe.tune.sft.steps:,} steps on {recipe.tune.sft.dataset}")
+    summary = _json(run.data / "summary.json")
+    for name, counts in summary.get("sources", {}).items():
+        train = counts.get("train", {})
+        if train:
+            digest = f", SHA-256 of the packed tokens {train['bin_sha256']}" if "bin_sha256" in train else ""
+            lines.append(f"- corpus {name}: {train['documents']:,} documents, {train['tokens']:,} tokens{digest}")
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _evaluation(run: RunDirectory) -> str:
+    measured = _json(run.evaluation)
+    rows = [
+        f"| {name} | {value['bits_per_byte']:.4f} |"
+        for name, value in measured.items()
+        if isinstance(value, dict) and isinstance(value.get("bits_per_byte"), float)
+    ]
+    if not rows:
+        return ""
+    head = "## Evaluation\n\nHeld-out text, bits per byte (lower is better); the pretrained model.\n\n"
+    return head + "\n".join(["| | bits per byte |", "|---|---|", *rows])
+
+
+def _conversion(conversion: dict[str, Any]) -> str:
+    check = conversion["logit_check"]
+    return (
+        "## Conversion check\n\n"
+        f"The exported weights ({conversion['dtype']}) were read back and run through {check['against']}: over "
+        f"{check['tokens']} tokens the largest logit difference is {check['largest_difference']:.2e} on logits up to "
+        f"{check['largest_logit']:.2f}; the likeliest token agrees at {check['same_top_1']:.0%} of positions. Digests of all "
+        "files are in `conversion.json`."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
