@@ -23,6 +23,7 @@ class KeyValueCache:
         self.config = config
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.capacity = capacity
         self.length = 0
         self._alpha = 1
@@ -44,10 +45,11 @@ class KeyValueCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest [batch, kv_heads, new, head_dim]; return everything up to `length`."""
-        start = self.length - keys.shape[2]
-        self.keys[layer, :, :, start : self.length] = keys
-        self.values[layer, :, :, start : self.length] = values
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        new = keys.shape[2]
+        kept_keys, kept_values = self._layers[layer]  # narrow, because slicing takes longer than a small copy
+        kept_keys.narrow(2, self.length - new, new).copy_(keys)
+        kept_values.narrow(2, self.length - new, new).copy_(values)
+        return kept_keys.narrow(2, 0, self.length), kept_values.narrow(2, 0, self.length)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

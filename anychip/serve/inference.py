@@ -107,10 +107,16 @@ class InferenceModel:
     def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[_Span]) -> Tensor:
         """qkv [tokens, n + 2k, d] -> mixed values [tokens, n * d]."""
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        turning, values = qkv.split((heads + groups, groups), dim=1)
+        turning = qkv.narrow(1, 0, heads + groups)
         turned = torch.addcmul(turning * cos, turning.roll(self.config.head_dim // 2, dims=-1), sin).to(qkv.dtype)
-        mixed = [_attend_one(turned[s.start : s.end], values[s.start : s.end], layer, heads, s) for s in spans]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        parts = turned.narrow(1, 0, heads), turned.narrow(1, heads, groups), qkv.narrow(1, heads + groups, groups)
+        if len(spans) == 1:
+            return _attend_one(*parts, layer, spans[0])
+        mixed = []
+        for span in spans:
+            q, k, v = (part[span.start : span.end] for part in parts)
+            mixed.append(_attend_one(q, k, v, layer, span))
+        return torch.cat(mixed)
 
 
 @dataclass(frozen=True)
@@ -129,20 +135,20 @@ def _rotation(spans: list[_Span]) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def _attend_one(turned: Tensor, values: Tensor, layer: int, heads: int, span: _Span) -> Tensor:
-    """turned [s, n + k, d] (queries, then keys), values [s, k, d] of one sequence -> [s, n * d]."""
-    tokens, _, dim = values.shape
-    q = turned[None, :, :heads].transpose(1, 2)  # [1, n, s, d]
-    k, v = span.cache.write(layer, turned[None, :, heads:].transpose(1, 2), values[None].transpose(1, 2))
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, layer: int, span: _Span) -> Tensor:
+    """Turned queries [s, n, d] and keys [s, k, d], values [s, k, d] of one sequence -> [s, n * d]."""
+    tokens, heads, dim = q.shape
+    groups, scale = k.shape[1], span.rotary.score_scale
+    keys, values = span.cache.write(layer, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
     if tokens == 1:  # the queries of one key head see the same keys: attend as if they were tokens
-        q = q.view(1, k.shape[1], -1, dim)
-        return F.scaled_dot_product_attention(q, k, v, scale=span.rotary.score_scale).reshape(1, -1)
-    past = k.shape[2] - tokens
-    mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=k.device).tril(past) if past else None
+        q = q.view(1, groups, heads // groups, dim)
+        return F.scaled_dot_product_attention(q, keys, values, scale=scale).view(1, -1)
+    q, past = q.transpose(0, 1)[None], span.cache.length - tokens
+    mask = torch.ones(tokens, span.cache.length, dtype=torch.bool, device=q.device).tril(past) if past else None
     mixed = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=not past, scale=span.rotary.score_scale, enable_gqa=heads != k.shape[1]
+        q, keys, values, attn_mask=mask, is_causal=not past, scale=scale, enable_gqa=heads != groups
     )
-    return mixed.transpose(1, 2).reshape(tokens, -1)
+    return mixed[0].transpose(0, 1).reshape(tokens, -1)
 
 
 def _layer_weights(layer: DecoderLayer, precision: Precision) -> LayerWeights:

@@ -2,7 +2,8 @@
 
 Decoding one token reads every weight once, so its speed is the speed of memory, provided that the product keeps up.
 bf16 products do so on a chip that multiplies bf16 in hardware. On a CPU that does not, they fall behind by half, and
-packed fp16 weights take their place (FBGEMM's layout, read 16 columns at a time, products and sums in fp32).
+packed fp16 weights take their place (FBGEMM's layout, read 16 columns at a time, products and sums in fp32). fp32
+weights lie transposed on a CPU: a vector times [in, out] is read in order by all threads, the usual [out, in] by one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     dtype = precision.activations
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return lambda x: F.linear(x, weight, bias)
+    if dtype != torch.float32 or weight.device.type != "cpu":
+        return lambda x: F.linear(x, weight, bias)
+    transposed = weight.t().contiguous()
+    return (lambda x: x @ transposed) if bias is None else (lambda x: torch.addmm(bias, x, transposed))
 
 
 def _fits_fp16(weight: Tensor) -> bool:
