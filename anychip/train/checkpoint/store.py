@@ -282,10 +282,10 @@ class CheckpointStore:
         self._damaged.discard(newest)
         if not self._keep or not self._ranks.is_coordinator:
             return
-        kept = set(self.steps()[-self._keep :]) | {newest}
-        for step in complete_steps(self._root):
-            if step not in kept and step < newest:
-                with suppress(OSError):
+        with suppress(OSError):  # the new checkpoint is there; what cannot be removed now is so after the next save
+            kept = {*self.steps()[-self._keep :], newest}
+            for step in complete_steps(self._root):
+                if step not in kept and step < newest:
                     retire(self._root / step_name(step))
 
 
