@@ -12,8 +12,7 @@ from anychip.recipe.schema import ModelConfig
 class KeyValueCache:
     """Preallocated keys and values of every layer for `batch` sequences of equal length.
 
-    keys, values: [layers, batch, kv_heads, capacity, head_dim] in `dtype`. `length` tokens are filled. Memory is only
-    touched as it fills, so a large capacity costs nothing until it is used.
+    keys, values: [layers, batch, kv_heads, capacity, head_dim] in `dtype`. `length` tokens are filled.
     """
 
     def __init__(
@@ -50,6 +49,18 @@ class KeyValueCache:
         kept_keys.narrow(2, self.length - new, new).copy_(keys)
         kept_values.narrow(2, self.length - new, new).copy_(values)
         return kept_keys.narrow(2, 0, self.length), kept_values.narrow(2, 0, self.length)
+
+    def grow(self, capacity: int) -> None:
+        """Move to `capacity` tokens, keeping what is there; never shrinks."""
+        if capacity <= self.capacity:
+            return
+        shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        keys, values = self.keys, self.values
+        self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[..., : self.length, :] = keys[..., : self.length, :]
+        self.values[..., : self.length, :] = values[..., : self.length, :]
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        self.capacity = capacity
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

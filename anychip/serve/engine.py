@@ -95,8 +95,8 @@ class Engine:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
 
     def new_session(self) -> Session:
-        """A conversation's cache, as long as the context."""
-        return Session(self.model.new_cache(self.context_length))
+        """An empty conversation. Its cache grows with it, up to the context."""
+        return Session(self.model.new_cache(0))
 
     def check(self, request: Request) -> None:
         """Raise InputError for a prompt that is empty, too long, or foreign to the model's vocabulary."""
@@ -128,7 +128,10 @@ class Engine:
                     return
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Events of many requests, up to `max_batch` at a time, each kind of request in its own order."""
+        """Events of many requests with different ids, up to `max_batch` of them at a time.
+
+        The events of one request come in their order; those of different requests are interleaved.
+        """
         waiting = deque(requests)
         for request in waiting:
             self.check(request)
@@ -142,10 +145,10 @@ class Engine:
             running = [one for one, end in zip(running, ended, strict=True) if not end]
 
     def _start(self, request: Request, session: Session | None) -> _Running:
-        if session is None:
-            needed = min(len(request.prompt) + request.sampling.max_new_tokens, self.context_length)
-            session = Session(self.model.new_cache(needed))
+        session = session or self.new_session()
         kept = session.reuse(request.prompt)
+        needed = len(request.prompt) + request.sampling.max_new_tokens
+        session.cache.grow(min(needed, self.context_length))
         return _Running(request, session, list(request.prompt[kept:]), list(request.prompt))
 
     def _step(self, running: list[_Running]) -> list[Event | None]:

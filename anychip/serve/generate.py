@@ -65,6 +65,10 @@ def generate(
     if chat or system:
         prompts = [_as_conversation(one, system) for one in prompts]
     talker = open_talker(path, sampling or {}, weights)
+    if samples > 1 and talker.sampling.temperature == 0:
+        raise InputError(
+            f"asks for {samples} samples, which are all alike at temperature 0.", where="generate", do="Raise it."
+        )
     use_utf8(sys.stdout)
     with ExitStack() as stack:
         out: IO[str] = sys.stdout if output is None else stack.enter_context(atomic_writer(output, "w"))

@@ -84,6 +84,20 @@ def test_forgetting_and_reading_on_is_as_if_nothing_had_been(
     torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
 
 
+def test_growing_keeps_what_is_there(
+    make_config: Callable[..., ModelConfig], random_decoder: Callable[[ModelConfig], Decoder]
+) -> None:
+    decoder = random_decoder(make_config())
+    cache = KeyValueCache(decoder.config, 1, 0, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for start in range(0, 36, 6):
+            cache.grow(start + 6)
+            cache.grow(3)
+            found = decoder.logits(decoder(torch.tensor([IDS[start : start + 6]]), cache))[0, -1]
+        expected = decoder.logits(decoder(torch.tensor([IDS])))[0, -1]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_a_full_cache_says_so(make_config: Callable[..., ModelConfig]) -> None:
     cache = KeyValueCache(make_config(), 1, 4, torch.float32, torch.device("cpu"))
     cache.extend(4)

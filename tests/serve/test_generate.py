@@ -106,6 +106,11 @@ def test_what_cannot_be_asked_for_is_refused_before_loading(tmp_path: Path) -> N
         generate(tmp_path / "no-model", file=tmp_path / "none.jsonl")
 
 
+def test_equal_samples_are_refused(loaded: Path) -> None:
+    with pytest.raises(InputError, match="alike at temperature 0"):
+        generate(loaded, prompt="a", samples=2, sampling={"temperature": 0})
+
+
 def test_an_empty_prompt_is_refused(loaded: Path) -> None:
     with pytest.raises(InputError, match="no tokens"):
         generate(loaded, prompt="")
