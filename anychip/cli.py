@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,14 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override any field of the recipe.")
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run directories.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or an exported model.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+TopKOption = Annotated[int | None, typer.Option(help="Sample among this many tokens; 0: all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
+PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
+LengthOption = Annotated[int | None, typer.Option(help="Longest answer in tokens.")]
+SystemOption = Annotated[str, typer.Option(help="System message.")]
+WeightsOption = Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")]
 RUNS = Path("runs")
 
 
@@ -96,14 +104,15 @@ def export(
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="MODEL", help="A published model directory.")],
-    run_directory: RunArgument,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
 ) -> None:
-    """Read a published TeleChat2 directory (safetensors or old .bin) into a new run directory."""
+    """Start a recipe from published TeleChat2 weights (safetensors or old .bin)."""
     from anychip.interchange.import_model import import_model
-    from anychip.rundir import RunDirectory
+    from anychip.stages import open_run
 
-    import_model(source, RunDirectory(run_directory))
-    typer.echo(f"wrote {run_directory}")
+    typer.echo(f"wrote {import_model(source, *open_run(recipe, overrides or [], runs))}")
 
 
 @data_app.command("prepare")
@@ -114,8 +123,123 @@ def data_prepare(recipe: RecipeArgument, overrides: SetOption = None, runs: Runs
     run_stage("data", *open_run(recipe, overrides or [], runs))
 
 
+@data_app.command("inspect")
+def data_inspect(
+    run_directory: RunArgument, step: Annotated[int, typer.Option(help="Training step, counted from 0.")] = 0
+) -> None:
+    """Show the samples of a step as text, with the documents they come from."""
+    from anychip.data.prepare import inspect_data
+    from anychip.rundir import RunDirectory
+
+    typer.echo(inspect_data(RunDirectory(run_directory), step))
+
+
+@data_app.command("ledger")
+def data_ledger(
+    run_directory: RunArgument,
+    step: Annotated[int | None, typer.Option(help="Which documents fed this step (from 0)?")] = None,
+    document: Annotated[str | None, typer.Option(help="Which steps saw this document?")] = None,
+) -> None:
+    """Say which documents fed a step, or which steps saw a document."""
+    from anychip.data.ledger import describe_document, describe_step
+    from anychip.errors import InputError
+    from anychip.rundir import RunDirectory
+
+    run = RunDirectory(run_directory)
+    if (step is None) == (document is None):
+        raise InputError("the ledger answers one question at a time.", do="Give either --step or --document.")
+    typer.echo(describe_document(run, document) if document is not None else describe_step(run, step or 0))
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    system: SystemOption = "",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    max_new_tokens: LengthOption = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    weights: WeightsOption = "auto",
+) -> None:
+    """Talk to a model in the terminal; from a pipe, each line is a question."""
+    from anychip.serve.chat import chat
+
+    sampling = _given(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
+    chat(model, system=system, sampling=sampling, seed=seed, weights=_one_of(weights, "weights", WEIGHTS))
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A .jsonl of prompts or messages, or a text file.")] = None,
+    as_chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question to answer.")] = False,
+    system: SystemOption = "",
+    samples: Annotated[int, typer.Option(help="Results a prompt.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="File to write; default: standard output.")] = None,
+    format: Annotated[str, typer.Option(help="text or jsonl.")] = "text",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    max_new_tokens: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same results.")] = 0,
+    weights: WeightsOption = "auto",
+) -> None:
+    """Continue prompts, or answer questions, for scripts."""
+    from anychip.serve.generate import generate
+
+    generate(
+        model,
+        prompt=prompt,
+        file=file,
+        chat=as_chat,
+        system=system,
+        samples=samples,
+        output=output,
+        format=_one_of(format, "format", ("text", "jsonl")),
+        sampling=_given(temperature, top_k, top_p, repetition_penalty, max_new_tokens),
+        seed=seed,
+        weights=_one_of(weights, "weights", WEIGHTS),
+    )
+
+
+WEIGHTS = ("auto", "bf16", "fp32")
+
+
+def _given(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+    max_new_tokens: int | None,
+) -> dict[str, Any]:
+    """The sampling fields that were given on the command line."""
+    values = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _one_of(value: str, option: str, allowed: tuple[str, ...]) -> Any:
+    from anychip.errors import InputError
+
+    if value not in allowed:
+        raise InputError(f"--{option} is {value!r}.", do=f"Allowed: {', '.join(allowed)}.")
+    return value
+
+
 def main() -> None:
     """Run the command; a user's mistake ends with one paragraph and exit code 2, never with a traceback."""
+    from anychip.chips.environment import set_thread_environment
+
+    set_thread_environment()
     try:
         app(standalone_mode=True)
     except AnychipError as error:

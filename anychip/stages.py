@@ -21,6 +21,7 @@ from anychip.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from anychip.model.decoder import Decoder
+    from anychip.tune.sft import SftData
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.tune.sft import SftData
 
     assert recipe.tune.sft is not None
-    sft = recipe.tune.sft
+    sft, data = recipe.tune.sft, SftData(recipe, run)
 
     def initialize(model: Decoder) -> None:
         store = CheckpointStore(run.checkpoints)
@@ -190,9 +191,9 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         title="sft",
         directory=run.sft,
         model=recipe.model,
-        source=SftData(recipe, run),
+        source=data,
         initialize=initialize,
-        evaluate=None,
+        evaluate=_held_out_loss(data) if data.split.held_out_phrasings else None,
         identity=_fingerprint(STAGES["sft"], recipe),
         steps=sft.steps,
         seq_length=sft.seq_length,
@@ -207,6 +208,32 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         deterministic=recipe.training.deterministic,
     )
     return {"step": run_training(job)}
+
+
+def _held_out_loss(data: SftData) -> Callable[[Decoder], Mapping[str, float]]:
+    """Loss on questions about known subjects in words that tuning never uses."""
+    from anychip.evals.bits_per_byte import evaluate_bits_per_byte
+
+    def evaluate(model: Decoder) -> Mapping[str, float]:
+        batches = data.held_out_batches(data.split.held_out_phrasings[:_HELD_OUT_DIALOGS])
+        return {"validation_loss": evaluate_bits_per_byte(model, batches).nats_per_token}
+
+    return evaluate
+
+
+def _samples(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.evals.samples import sample_answers
+    from anychip.interchange.load import load_for_inference
+    from anychip.tune.questions import choose_questions
+    from anychip.tune.sft import SftData
+
+    assert recipe.tune.sft is not None
+    sft = recipe.tune.sft
+    questions = choose_questions(sft.questions, SftData(recipe, run).split)
+    answers = sample_answers(load_for_inference(run.root), questions, run, system_prompt=sft.system_prompt)
+    for sample in answers[:_SAMPLES_SHOWN]:
+        print(f"  Q: {sample.question}\n  A: {sample.answer}")
+    return {"answers": len(answers)}
 
 
 def _eval(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
@@ -227,6 +254,8 @@ def _report(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     return {"path": str(write_report(run))}
 
 
+_HELD_OUT_DIALOGS = 300
+_SAMPLES_SHOWN = 3
 _TRAINED_WITH = (
     "seed",
     "model",
@@ -249,6 +278,7 @@ STAGES: dict[str, Stage] = {
         Stage("sft", _sft, ["tune.sft"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("eval", _eval, ["eval"], after=["train"]),
         Stage("export", _export, ["export"], after=["train", "sft", "eval"]),
+        Stage("samples", _samples, [], after=["sft"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("report", _report, [], after=["train"]),
     )
 }  # fmt: skip

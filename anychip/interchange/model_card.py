@@ -49,8 +49,9 @@ def _model(recipe: Recipe) -> str:
 
 def _use() -> str:
     return (
-        "## Use\n\n```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\nTensor names, fused key/value rows and `config.json` "
-        "follow the published TeleChat2 checkpoints, so runtimes that read those read this one."
+        "## Use\n\n```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\n"
+        "Tensor names, fused key/value rows and `config.json` follow the published TeleChat2 checkpoints, "
+        "so runtimes that read those read this one."
     )
 
 
@@ -91,8 +92,8 @@ def _conversion(conversion: dict[str, Any]) -> str:
         "## Conversion check\n\n"
         f"The exported weights ({conversion['dtype']}) were read back and run through {check['against']}: over "
         f"{check['tokens']} tokens the largest logit difference is {check['largest_difference']:.2e} on logits up to "
-        f"{check['largest_logit']:.2f}; the likeliest token agrees at {check['same_top_1']:.0%} of positions. Digests of all "
-        "files are in `conversion.json`."
+        f"{check['largest_logit']:.2f}; the likeliest token agrees at {check['same_top_1']:.0%} of positions. "
+        "Digests of all files are in `conversion.json`."
     )
 
 

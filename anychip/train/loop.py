@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import FrameType
 
 import torch
-from anychip.train.checkpoint import CheckpointStore
 from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
@@ -27,6 +26,7 @@ from anychip.model.arithmetic import flops_per_token
 from anychip.model.decoder import Decoder
 from anychip.parallel.data import DataParallel
 from anychip.progress import progress
+from anychip.train.checkpoint import CheckpointStore
 from anychip.train.guard import check_finite
 from anychip.train.job import TrainingJob
 from anychip.train.loss import head_cross_entropy
@@ -49,6 +49,7 @@ class _Clock:
 
     started: float
     step: int
+    tokens: int = 0
     data_seconds: float = 0.0
 
 
@@ -69,6 +70,8 @@ def run_training(job: TrainingJob) -> int:
     optimizer = Optimizer(model, job.optimizer, dtype)
     store = CheckpointStore(job.directory / "checkpoints", keep=job.checkpoint.keep)
     step = _restore(job, model, optimizer, store)
+    if job.checkpoint.asynchronous and replicas.rank == 0:
+        store.prepare(_state(model, optimizer))
     apply_recompute(model, job.recompute)
     if job.compile:
         for layer in model.layers:
@@ -88,6 +91,7 @@ def run_training(job: TrainingJob) -> int:
             waited = time.perf_counter()
             batch = batches.get(step)
             clock.data_seconds += time.perf_counter() - waited
+            clock.tokens += batch.input_ids.numel()
             loss = _forward_backward(job, model, batch, rows, replicas)
             grad_norm = _clip(model, job.optimizer.grad_clip)
             check_finite(model, step + 1, loss, grad_norm)
@@ -211,15 +215,15 @@ def _measure(
     peak: float | None,
 ) -> StepMetrics:
     seconds = time.perf_counter() - clock.started
-    tokens_per_step = job.global_batch_size * job.seq_length
-    rate = (step - clock.step) * tokens_per_step / seconds / devices
-    flops = rate * flops_per_token(job.model, job.seq_length).model
+    rate = clock.tokens / seconds / devices
+    mean_length = clock.tokens / (step - clock.step) / job.global_batch_size
+    flops = rate * flops_per_token(job.model, round(mean_length)).model
     return StepMetrics(
         step=step,
         loss=loss,
         grad_norm=grad_norm,
         lr=lr,
-        tokens=step * tokens_per_step,
+        tokens=step * job.global_batch_size * job.seq_length,
         memory_bytes=backend.peak_memory_bytes(),
         tokens_per_second=rate,
         tflops=flops / 1e12,

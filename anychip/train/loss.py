@@ -59,4 +59,4 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tok
     hidden [tokens, hidden_size] in the compute dtype, weight [vocab_size, hidden_size] fp32, labels [tokens] int64.
     Softmax and the sum are in fp32 or wider. Differentiable in hidden and weight, once.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens)  # type: ignore[no-any-return]
+    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens)

@@ -14,7 +14,8 @@ from anychip.files import atomic_writer
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logged step. Rates are per device over the steps since the last line; `mfu` is None when no peak is known."""
+    """One logged step. `tokens` counts whole sequences up to this step; rates are per device and of the tokens really
+    computed since the last line; `mfu` is None when no peak is known."""
 
     step: int
     loss: float

@@ -18,7 +18,7 @@ def apply_recompute(model: Decoder, mode: Literal["none", "selective", "full"]) 
     if mode == "none":
         return
     for layer in model.layers:
-        layer.forward = _recomputed(layer.forward, selective=mode == "selective")  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer.forward, selective=mode == "selective")
 
 
 def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
