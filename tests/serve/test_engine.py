@@ -12,6 +12,7 @@ from anychip.model.decoder import Decoder
 from anychip.recipe.schema import RopeScaling, SamplingConfig
 from anychip.serve.engine import Engine, Request
 from anychip.serve.inference import InferenceModel
+from anychip.serve.sampling import choose_token, uniform_draw
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=10)
 WARM = SamplingConfig(temperature=1.5, max_new_tokens=10)
@@ -31,6 +32,18 @@ def test_greedy_is_the_argmax_of_full_passes(make_decoder: Callable[..., Decoder
             assert token == int(decoder.logits(decoder(torch.tensor([ids]))[0, -1]).argmax())
         ids.append(token)
     assert len(ids) == len(PROMPT) + 10
+
+
+def test_token_i_is_drawn_with_number_i_of_the_request(make_decoder: Callable[..., Decoder]) -> None:
+    decoder = make_decoder()
+    sampling = SamplingConfig(temperature=1.5, top_p=0.9, repetition_penalty=1.2, max_new_tokens=10)
+    engine = Engine(InferenceModel(decoder, torch.float32))
+    ids = list(PROMPT)
+    for index, token in enumerate(tokens_of(engine, Request("r", PROMPT, sampling, seed=3))):
+        with torch.no_grad():
+            logits = decoder.logits(decoder(torch.tensor([ids]))[0, -1])
+        assert token == choose_token(logits, ids, sampling, uniform_draw(3, "r", index))
+        ids.append(token)
 
 
 def test_a_long_prompt_is_read_in_pieces(inference: InferenceModel) -> None:

@@ -64,7 +64,7 @@ def expected_probabilities(sampling: SamplingConfig) -> torch.Tensor:
     size=st.integers(2, 2000),
     spread=st.floats(0.01, 8),
     top_p=st.floats(0.05, 1),
-    top_k=st.integers(0, 2500),
+    top_k=st.just(0) | st.integers(0, 2500),
     draw=st.floats(0, 1, exclude_max=True),
 )
 def test_candidates_are_the_smallest_set_that_reaches_top_p(
@@ -81,6 +81,11 @@ def test_candidates_are_the_smallest_set_that_reaches_top_p(
     if top_p < 1:
         assert mass - float(pool[len(tokens) - 1]) < top_p + 1e-9
     assert choose_token(logits, [], sampling, draw) in tokens.tolist()
+
+
+def test_a_flat_distribution_has_many_candidates() -> None:
+    tokens, _ = candidates(torch.zeros(5000), config(top_p=0.5))
+    assert len(tokens) == pytest.approx(2500, abs=1)
 
 
 def test_repetition_penalty_lowers_what_was_seen_once() -> None:
