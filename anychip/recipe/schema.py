@@ -233,6 +233,10 @@ class SftConfig(Section):
         "python:docstrings",
         description="`python:docstrings` (pairs made from installed documentation strings) or a .jsonl of messages",
     )
+    subjects: list[str] = Field(
+        default_factory=list,
+        description="keep only dialogs about these modules, classes or functions, such as str or os.path; empty: all",
+    )
     steps: Positive = 100
     seq_length: Positive = 256
     micro_batch_size: Positive = 8

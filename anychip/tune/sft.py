@@ -92,10 +92,25 @@ def sft_config(recipe: Recipe) -> SftConfig:
 
 
 def load_dialogs(config: SftConfig) -> list[Dialog]:
-    """All dialogs of `tune.sft.dataset`, in a fixed order, each question once."""
-    if config.dataset != "python:docstrings":
-        return read_dialogs(Path(config.dataset).expanduser())
-    return [question_and_answer(pair.question, pair.answer, pair.subject) for pair in documentation_pairs()]
+    """The dialogs of `tune.sft.dataset` about the wanted subjects, in a fixed order, each question once."""
+    if config.dataset == "python:docstrings":
+        dialogs = [question_and_answer(pair.question, pair.answer, pair.subject) for pair in documentation_pairs()]
+    else:
+        dialogs = read_dialogs(Path(config.dataset).expanduser())
+    if not config.subjects:
+        return dialogs
+    kept = [dialog for dialog in dialogs if _is_about(dialog, config.subjects)]
+    if not kept:
+        raise InputError(
+            f"holds no dialog about {', '.join(config.subjects)}.",
+            where=config.dataset,
+            do="Name modules, classes or functions of the dataset in tune.sft.subjects, or leave it empty.",
+        )
+    return kept
+
+
+def _is_about(dialog: Dialog, subjects: Sequence[str]) -> bool:
+    return any(dialog.subject == subject or dialog.subject.startswith(f"{subject}.") for subject in subjects)
 
 
 def with_system_prompt(dialog: Dialog, system_prompt: str) -> Dialog:
