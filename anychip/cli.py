@@ -248,3 +248,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # a full or failing disk, a missing permission
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"anychip: {place}{error.strerror or error}. What was finished before is intact.", file=sys.stderr)
+        sys.exit(1)

@@ -6,14 +6,11 @@ import json
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_run import finish, start, write_tiny_recipe
 
 from anychip.train.checkpoint import CheckpointStore
