@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,3 +102,21 @@ def test_numbers_that_are_no_numbers_stop_the_run_before_the_optimizer(folder: P
     process = start(folder, "train", "tiny.yaml", "--runs", str(runs), "--set", "optimizer.lr=1e30")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3 and "first bad tensor" in err and "Traceback" not in err
+
+
+def test_torchrun_with_two_processes_trains_the_same_model(folder: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "prepared", runs)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", "-m", "anychip", "train", "tiny.yaml", "--runs", str(runs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("step 12/12 | loss") == 1  # one process speaks
+    for name, tensor in final_state(folder / "runs" / "tiny").items():
+        torch.testing.assert_close(final_state(runs / "tiny")[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
