@@ -26,6 +26,7 @@ class FaultyDisk:
         self._lock = threading.RLock()
         self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
         self._dirty: dict[int, int] = {}  # descriptor -> a duplicate that survives its closing
+        self._never_flushed: list[int] = []
         self._renames: list[tuple[Path, Path]] = []
 
     def __enter__(self) -> FaultyDisk:
@@ -51,8 +52,11 @@ class FaultyDisk:
         return call
 
     def _track(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        if name == "open" and arguments[1] & (os.O_WRONLY | os.O_RDWR):
-            self._dirty[result] = os.dup(result)
+        if name == "open":
+            if result in self._dirty:  # the number is free again: that file was closed without a flush
+                self._never_flushed.append(self._dirty.pop(result))
+            if arguments[1] & (os.O_WRONLY | os.O_RDWR):
+                self._dirty[result] = os.dup(result)
         elif name in ("fsync", "fdatasync"):
             path = Path(f"/proc/self/fd/{arguments[0]}").resolve()
             self._renames = [(old, new) for old, new in self._renames if new.parent != path]
@@ -62,7 +66,7 @@ class FaultyDisk:
 
     def lose_power(self, undo_renames: bool) -> None:
         """Lose the contents, and if asked the renames, that were not flushed, then die."""
-        for descriptor in self._dirty.values():
+        for descriptor in [*self._dirty.values(), *self._never_flushed]:
             os.ftruncate(descriptor, 0)
         for old, new in reversed(self._renames):
             if undo_renames and new.exists() and old.parent.exists():

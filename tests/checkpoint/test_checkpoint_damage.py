@@ -62,9 +62,11 @@ def test_loss_swap_and_links_are_found_and_named(root: Path, capsys: pytest.Capt
     assert newest(root)[0] == 1
     assert "wrong bytes" in capsys.readouterr().err
     new.unlink()
-    new.symlink_to(old)
-    assert newest(root)[0] == 1
-    new.unlink()
+    for target in (old, root.parent / "copy of new"):
+        (root.parent / "copy of new").write_bytes(keep)
+        new.symlink_to(target)
+        assert newest(root)[0] == 1
+        new.unlink()
     os.mkfifo(new)
     assert newest(root)[0] == 1
     assert "not a regular file" in capsys.readouterr().err

