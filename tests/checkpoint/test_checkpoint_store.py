@@ -158,7 +158,9 @@ def test_stream_writes_tensor_by_tensor_over_several_files(tmp_path: Path, monke
     store = CheckpointStore(tmp_path)
     with store.stream(0, {"weights_only": True}) as stream:
         for name, tensor in tensors.items():
-            stream.add(name, tensor)
+            buffer = tensor.clone()
+            stream.add(name, buffer)
+            buffer.zero_()  # the caller may use its memory again
         with pytest.raises(InputError, match="twice"):
             stream.add("model.layers.3.weight", torch.zeros(1))
     info = store.latest()

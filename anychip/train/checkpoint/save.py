@@ -60,8 +60,9 @@ def _write_share(directory: Path, parts: SaveParts, tensor: Callable[[Box], Tens
     try:
         with ShardWriter(directory, name, header_bytes(parts.boxes)) as writer:
             for box in parts.boxes:
-                share["chunks"].append([box.name, writer.add(box, tensor(box)).model_dump()])
+                writer.add(box, tensor(box))
             share["entry"] = writer.finish().model_dump()
+            share["chunks"] = [[box.name, chunk.model_dump()] for box, chunk in writer.chunks]
     except Exception as error:
         share["problem"] = reason(error)
     return share
@@ -98,12 +99,13 @@ class TensorStream:
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._directory, self._stack = directory, stack
         self._writer: ShardWriter | None = None
+        self._names: set[str] = set()
         self._files: dict[str, FileEntry] = {}
         self._tensors: dict[str, TensorEntry] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a dense tensor of any device and strides. Raises CheckpointError when the disk fails."""
-        problem = tensor_name_problem(name) or ("was added twice" if name in self._tensors else "")
+        """Append a copy of a dense tensor of any device and strides. Raises CheckpointError when the disk fails."""
+        problem = tensor_name_problem(name) or ("was added twice" if name in self._names else "")
         if tensor.dtype not in DTYPE_NAMES:
             problem = f"has dtype {tensor.dtype}, which a checkpoint cannot hold"
         if problem:
@@ -112,20 +114,18 @@ class TensorStream:
         box = Box(name, DTYPE_NAMES[tensor.dtype], shape, (0,) * len(shape), shape)
         with disk_errors(self._directory):
             if self._writer is None or not self._writer.has_room(box):
-                self._next_file()
-            assert self._writer
-            chunk = self._writer.add(box, tensor)
-        self._tensors[name] = TensorEntry(dtype=box.dtype, shape=list(shape), chunks=[chunk])
-
-    def _next_file(self) -> None:
-        self._finish_file()
-        name = f"rank-0000-{len(self._files):04d}.safetensors"
-        self._writer = self._stack.enter_context(ShardWriter(self._directory, name, _STREAM_HEADER_BYTES))
+                self._finish_file()
+                file = f"rank-0000-{len(self._files):04d}.safetensors"
+                self._writer = self._stack.enter_context(ShardWriter(self._directory, file, _STREAM_HEADER_BYTES))
+            self._writer.add(box, tensor.detach().clone())
+        self._names.add(name)
 
     def _finish_file(self) -> None:
         if self._writer:
             self._files[self._writer.path.name] = self._writer.finish()
             self._writer.close()
+            for box, chunk in self._writer.chunks:
+                self._tensors[box.name] = TensorEntry(dtype=box.dtype, shape=list(box.shape), chunks=[chunk])
 
     def publish(self, step: int, extra: dict[str, Any]) -> None:
         self._finish_file()

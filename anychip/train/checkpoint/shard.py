@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import stat
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anychip.errors import UnfitError
@@ -23,9 +26,12 @@ from anychip.train.checkpoint.manifest import Chunk, FileEntry
 from anychip.train.checkpoint.plan import Box
 from anychip.train.checkpoint.worker import Worker
 
-_BLOCK_BYTES = 8 << 20
-_READ_BACK_BYTES = 64 << 20
-_HASH_IN_THREAD_BYTES = 1 << 16
+Bytes = NDArray[np.uint8]
+
+_WRITE_BYTES = 8 << 20
+_READ_BYTES = 1 << 20  # fits the second-level cache, where it is compared and hashed
+_WINDOW_BYTES = 64 << 20
+_WINDOWS_BEHIND = 2
 _HEADER_ALIGNMENT = 8
 
 
@@ -42,67 +48,58 @@ def header_bytes(boxes: list[Box]) -> int:
 
 
 class ShardWriter:
-    """Writes tensors one after the other into `directory/name`, in constant memory.
+    """Writes tensors one after the other into `directory/name`.
 
-    Hashing runs beside writing, and what has reached the disk is read back and compared beside further writing.
-    Raises OSError when the disk does, UnfitError when the disk returns other bytes than were written.
+    Three things run side by side, a window of data each: writing, flushing, and reading back. What the disk returns is
+    compared with the tensor and hashed, so that a digest is always one of bytes that are on the disk. Memory: three
+    windows. Raises OSError when the disk does, UnfitError when it returns other bytes than were written.
     """
 
     def __init__(self, directory: Path, name: str, header_room: int) -> None:
         self.path, self._name, self._header_room = directory / name, name, header_room
-        self.entries: list[tuple[Box, Chunk]] = []
+        self.chunks: list[tuple[Box, Chunk]] = []
         self._header: dict[str, object] = {}
         self._header_used = 8 + 2
         self._end = header_room
-        self._unverified: list[Chunk] = []
-        self._verifications: list[Future[None]] = []
+        self._window: list[_Written] = []
+        self._verifications: deque[Future[list[tuple[Box, Chunk]]]] = deque()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self.path, flags, 0o644)
         os.lseek(self._descriptor, header_room, os.SEEK_SET)
-        self._hasher, self._verifier = Worker("checkpoint-hash"), Worker("checkpoint-verify")
+        self._flusher, self._verifier = Worker("checkpoint-flush"), Worker("checkpoint-verify")
 
     def has_room(self, box: Box) -> bool:
         """Whether the header can still name this tensor."""
         text = json.dumps(box.key) + _header_entry(box, self._end, self._end + box.nbytes)
         return self._header_used + len(text) + 2 <= self._header_room
 
-    def add(self, box: Box, tensor: Tensor) -> Chunk:
-        """Append the data of a box; `tensor` has its sizes and dtype."""
+    def add(self, box: Box, tensor: Tensor) -> None:
+        """Append the data of a box; `tensor` has its sizes and dtype and must not change until `finish`."""
         data = byte_view(tensor)
-        digest = self._digest(data)
-        self._write(data)
+        position = 0
+        while position < len(data):
+            position += os.write(self._descriptor, data[position : position + _WRITE_BYTES])
         start, self._end = self._end, self._end + len(data)
-        chunk = Chunk(
-            offsets=list(box.offsets),
-            sizes=list(box.sizes),
-            file=self._name,
-            start=start,
-            nbytes=len(data),
-            sha256=digest.result(),
-        )
         entry = _header_entry(box, start - self._header_room, self._end - self._header_room)
         self._header[box.key] = json.loads(entry)
         self._header_used += len(json.dumps(box.key)) + len(entry) + 2
-        self.entries.append((box, chunk))
-        self._unverified.append(chunk)
-        if sum(chunk.nbytes for chunk in self._unverified) >= _READ_BACK_BYTES:
-            self._read_back()
-        return chunk
+        self._window.append(_Written(box, start, data))
+        if sum(len(written.data) for written in self._window) >= _WINDOW_BYTES:
+            self._end_window()
 
     def finish(self) -> FileEntry:
-        """Write the header, wait until everything is flushed and read back, and check the size."""
+        """Write the header, wait until all is flushed and read back, and check the size; `chunks` is then complete."""
         text = json.dumps(self._header, separators=(",", ":")).encode()
         header = (self._header_room - 8).to_bytes(8, "little") + text.ljust(self._header_room - 8)
         if len(header) != self._header_room:
             raise ValueError(f"the header of {self._name} needs {8 + len(text)} bytes of {self._header_room}")
         if os.pwrite(self._descriptor, header, 0) != len(header):
             raise OSError(f"short write of the header of {self.path}")
-        self._read_back()
-        for verification in self._verifications:
-            verification.result()
-        entry = FileEntry(
-            nbytes=self._end, header_nbytes=self._header_room, header_sha256=hashlib.sha256(header).hexdigest()
-        )
+        self._end_window()
+        while self._verifications:
+            self.chunks += self._verifications.popleft().result()
+        digest = hashlib.sha256(header).hexdigest()
+        entry = FileEntry(nbytes=self._end, header_nbytes=self._header_room, header_sha256=digest)
         with ShardReader(self.path.parent) as reader:
             reader.check_file(self._name, entry)
         return entry
@@ -110,41 +107,58 @@ class ShardWriter:
     def close(self) -> None:
         """Release threads and the file; also after a failure."""
         if self._descriptor >= 0:
+            self._flusher.close()
             self._verifier.close()
-            self._hasher.close()
             os.close(self._descriptor)
             self._descriptor = -1
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _digest(self, data: memoryview) -> Future[str]:
-        if len(data) > _HASH_IN_THREAD_BYTES:
-            return self._hasher.submit(_sha256, data)
-        digest: Future[str] = Future()
-        digest.set_result(_sha256(data))
-        return digest
+    def _end_window(self) -> None:
+        if len(self._verifications) >= _WINDOWS_BEHIND:
+            self.chunks += self._verifications.popleft().result()
+        window, self._window = self._window, []
+        flushed = self._flusher.submit(os.fdatasync, self._descriptor)
+        self._verifications.append(self._verifier.submit(self._verify, flushed, window))
 
-    def _write(self, data: memoryview) -> None:
-        position = 0
-        while position < len(data):
-            position += os.write(self._descriptor, data[position : position + _BLOCK_BYTES])
+    def _verify(self, flushed: Future[None], window: list[_Written]) -> list[tuple[Box, Chunk]]:
+        """Drop the flushed pages from memory, so that the disk itself is read, then compare and hash."""
+        flushed.result()
+        if window:
+            length = window[-1].start + len(window[-1].data) - window[0].start
+            os.posix_fadvise(self._descriptor, window[0].start, length, os.POSIX_FADV_DONTNEED)
+        return [(written.box, self._read_back(written)) for written in window]
 
-    def _read_back(self) -> None:
-        chunks, self._unverified = self._unverified, []
-        self._verifications.append(self._verifier.submit(self._verify, chunks))
+    def _read_back(self, written: _Written) -> Chunk:
+        source, position, digest = np.frombuffer(written.data, np.uint8), 0, hashlib.sha256()
+        for block in _blocks(self._descriptor, written.start, len(source), self.path):
+            if not np.array_equal(block, source[position : position + len(block)]):
+                what = f"the disk returns other bytes than were written between {position} and {position + len(block)}."
+                raise UnfitError(what, where=self.path, do="Check the disk.")
+            digest.update(block.data)
+            position += len(block)
+        box = written.box
+        return Chunk(
+            offsets=list(box.offsets),
+            sizes=list(box.sizes),
+            file=self._name,
+            start=written.start,
+            nbytes=len(source),
+            sha256=digest.hexdigest(),
+        )
 
-    def _verify(self, chunks: list[Chunk]) -> None:
-        """Flush, drop the flushed pages from memory, and hash what the disk returns."""
-        os.fdatasync(self._descriptor)
-        if chunks:
-            length = chunks[-1].start + chunks[-1].nbytes - chunks[0].start
-            os.posix_fadvise(self._descriptor, chunks[0].start, length, os.POSIX_FADV_DONTNEED)
-        for chunk in chunks:
-            _check_chunk(self._descriptor, chunk, self.path)
+
+@dataclass(frozen=True)
+class _Written:
+    """A box on its way to the disk: where it starts in the file, and its bytes."""
+
+    box: Box
+    start: int
+    data: memoryview
 
 
 @dataclass
@@ -169,26 +183,14 @@ class ShardReader:
         if self._buffer.numel() < chunk.nbytes:
             self._buffer = torch.empty(chunk.nbytes, dtype=torch.uint8)
         flat = self._buffer[: chunk.nbytes]
-        self._fill(chunk, flat.numpy().data)
+        descriptor, path = self._file(chunk.file).descriptor, self._directory / chunk.file
+        _check_digest(_blocks(descriptor, chunk.start, chunk.nbytes, path, into=flat.numpy()), chunk, path)
         return flat.view(dtype).view(chunk.sizes)
-
-    def _fill(self, chunk: Chunk, data: memoryview) -> None:
-        path, file = self._directory / chunk.file, self._file(chunk.file)
-        position = 0
-        while position < len(data):
-            try:
-                count = os.preadv(file.descriptor, [data[position : position + _BLOCK_BYTES]], chunk.start + position)
-            except OSError as error:
-                raise _damage(path, f"cannot be read ({error.strerror})") from error
-            if count == 0:
-                raise _damage(path, f"ends at byte {chunk.start + position} inside a tensor")
-            position += count
-        if _sha256(data) != chunk.sha256:
-            raise _damage(path, f"has wrong bytes between {chunk.start} and {chunk.start + chunk.nbytes}")
 
     def check_chunk(self, chunk: Chunk) -> None:
         """Compare a chunk with its digest without keeping it."""
-        _check_chunk(self._file(chunk.file).descriptor, chunk, self._directory / chunk.file)
+        descriptor, path = self._file(chunk.file).descriptor, self._directory / chunk.file
+        _check_digest(_blocks(descriptor, chunk.start, chunk.nbytes, path), chunk, path)
 
     def check_file(self, name: str, entry: FileEntry) -> None:
         """Check a file's kind, size and header."""
@@ -196,7 +198,7 @@ class ShardReader:
         if file.nbytes != entry.nbytes:
             raise _damage(path, f"has {file.nbytes} bytes instead of {entry.nbytes}")
         header = Chunk(offsets=[], sizes=[], file=name, start=0, nbytes=entry.header_nbytes, sha256=entry.header_sha256)
-        _check_chunk(file.descriptor, header, path)
+        self.check_chunk(header)
 
     def close(self) -> None:
         for file in self._open.values():
@@ -227,19 +229,27 @@ class ShardReader:
         return self._open[name]
 
 
-def _check_chunk(descriptor: int, chunk: Chunk, path: Path) -> None:
-    digest, block = hashlib.sha256(), bytearray(min(_BLOCK_BYTES, chunk.nbytes))
+def _blocks(descriptor: int, start: int, nbytes: int, path: Path, into: Bytes | None = None) -> Iterator[Bytes]:
+    """Read `nbytes` from `start` block by block, into one buffer that is used again or all of them into `into`."""
+    buffer = np.empty(min(_READ_BYTES, nbytes), np.uint8)
     position = 0
-    while position < chunk.nbytes:
-        view = memoryview(block)[: chunk.nbytes - position]
+    while position < nbytes:
+        size = min(_READ_BYTES, nbytes - position)
+        block = buffer[:size] if into is None else into[position : position + size]
         try:
-            count = os.preadv(descriptor, [view], chunk.start + position)
+            count = os.preadv(descriptor, [block.data], start + position)
         except OSError as error:
             raise _damage(path, f"cannot be read ({error.strerror})") from error
         if count == 0:
-            raise _damage(path, f"ends at byte {chunk.start + position} inside a tensor")
-        digest.update(view[:count])
+            raise _damage(path, f"ends at byte {start + position} inside a tensor")
+        yield block[:count]
         position += count
+
+
+def _check_digest(blocks: Iterator[Bytes], chunk: Chunk, path: Path) -> None:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block.data)
     if digest.hexdigest() != chunk.sha256:
         raise _damage(path, f"has wrong bytes between {chunk.start} and {chunk.start + chunk.nbytes}")
 
@@ -256,7 +266,3 @@ def _header_entry(box: Box, start: int, end: int) -> str:
 
 def _aligned(size: int) -> int:
     return -(-size // _HEADER_ALIGNMENT) * _HEADER_ALIGNMENT
-
-
-def _sha256(data: memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
