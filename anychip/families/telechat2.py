@@ -64,7 +64,10 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".self_attention.bia
 
 
 def config_to_json(config: ModelConfig, dtype: str, bos: int | None, eos: int, pad: int | None) -> dict[str, Any]:
-    """The published config.json of a model; `dtype` is torch's name, such as bfloat16."""
+    """The published config.json of a model; `dtype` is torch's name, such as bfloat16.
+
+    Runtimes take absent lengths for 8192 and scale beyond, so a model without scaling names its whole context.
+    """
     scaling = config.rope_scaling
     base_length = scaling.base_length if scaling else config.max_position_embeddings
     training_length = scaling.training_length if scaling else config.max_position_embeddings
@@ -113,6 +116,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 _OPTIONAL = {"num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range"}
 _REFUSED_IF_TRUE = ("apply_residual_connection_post_layernorm", "embed_layernorm", "tie_word_embeddings")
 _LARGEST = 1 << 40
+_MOST_LAYERS = 10_000
+_EXPERT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_config")
 
 
 def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
@@ -123,8 +128,8 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, l
     architectures = raw.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     if names and not any(name in ARCHITECTURES for name in names):
-        raise InputError(f"is a {names[0]}, not one of {', '.join(ARCHITECTURES)}.", where=where)
-    if raw.get("num_experts") or raw.get("n_routed_experts") or raw.get("moe_config"):
+        raise InputError(f"is a {_shown(names[0])}, not one of {', '.join(ARCHITECTURES)}.", where=where)
+    if any(raw.get(name) for name in _EXPERT_FIELDS):
         raise InputError(
             "describes a mixture of experts, which this family's dense decoder does not compute.", where=where
         )
@@ -139,9 +144,13 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, l
                 raise InputError(f"lacks {aliases[0]}.", where=where, do="Give a complete config.json.")
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
-            raise InputError(f"has {aliases[0]} {value!r}, which is not a positive number.", where=where)
+            raise InputError(f"has {aliases[0]} {_shown(value)}, which is not a positive number.", where=where)
         fields[field] = value
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    if fields["num_hidden_layers"] > _MOST_LAYERS:
+        raise InputError(f"has {fields['num_hidden_layers']} layers; {_MOST_LAYERS:,} is the limit.", where=where)
+    if fields.get("rope_theta", 1) < 1:
+        raise InputError(f"has rope_theta {fields['rope_theta']}, which is below 1.", where=where)
     fields["rope_scaling"] = _rope_scaling(raw, where)
     from pydantic import ValidationError
 
@@ -166,17 +175,44 @@ def _rope_scaling(raw: Mapping[str, Any], where: str) -> dict[str, int] | None:
         factor = scaling.get("factor", 1.0) if isinstance(scaling, Mapping) else None
         if kind != "dynamic" or factor != 1.0:
             raise InputError(
-                f"has rope_scaling {scaling!r}; this decoder computes the published dynamic rule (factor 1.0) only.",
+                f"has rope_scaling {_shown(scaling)}; only the published dynamic rule with factor 1.0 is computed.",
                 where=where,
             )
     base, training = raw.get("base_seqlen"), raw.get("training_seqlen")
     if base is None and training is None:
         return None
-    lengths = {"base_length": base or training, "training_length": training or base}
-    for name, value in lengths.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
-            raise InputError(f"has {name} {value!r}, which is not a positive number of tokens.", where=where)
-    return lengths
+    return {
+        "base_length": _length("base_seqlen", training if base is None else base, where),
+        "training_length": _length("training_seqlen", base if training is None else training, where),
+    }
+
+
+def _length(name: str, value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+        raise InputError(f"has {name} {_shown(value)}, which is not a positive number of tokens.", where=where)
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value from a file, short and without control characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def same_scaling(one: ModelConfig, other: ModelConfig, length: int) -> bool:
+    """Whether both rotate positions alike in sequences of up to `length` tokens.
+
+    A model without scaling is published with its context as both lengths, which is no scaling within that context.
+    How a cache treats old keys is a choice of who runs the model, and not compared.
+    """
+    return _scaling_within(one, length) == _scaling_within(other, length)
+
+
+def _scaling_within(config: ModelConfig, length: int) -> tuple[int, int] | None:
+    scaling = config.rope_scaling
+    if scaling is None or length <= scaling.training_length <= scaling.base_length:
+        return None
+    return scaling.base_length, scaling.training_length
 
 
 def prompt_parts(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,51 +16,90 @@ from anychip.errors import InputError
 from anychip.families.telechat2 import JINJA, PublishedTensor, config_to_json, published_tensors
 from anychip.files import fsync_directory, sha256_file, write_json, write_text
 from anychip.interchange.layout import to_published
-from anychip.interchange.load import newest_checkpoint
+from anychip.interchange.load import check_tokenizer_fits, newest_checkpoint
 from anychip.interchange.logit_check import check_logits
 from anychip.interchange.model_card import model_card
-from anychip.interchange.published import PublishedDirectory
+from anychip.interchange.published import PublishedDirectory, read_json_object
 from anychip.interchange.safetensors_file import write_safetensors
 from anychip.interchange.source import TensorEntry
 from anychip.progress import Progress, progress
-from anychip.recipe.schema import ModelConfig, Recipe
+from anychip.recipe.schema import ModelConfig, Recipe, SamplingConfig
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-_COPIED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def export_run(run: RunDirectory, step: int | None = None, stage: str | None = None, out: Path | None = None) -> Path:
     """Export a checkpoint (default: the newest, tuned before pretrained) to `out` (default: RUN/export).
 
     One tensor is in memory at a time. The directory appears only after its logits were compared with the
-    checkpoint's; an older export in its place is replaced. Raises UnfitError when the logits differ.
+    checkpoint's; an older export in its place is replaced, anything else is left alone. Raises UnfitError when the
+    logits differ, InputError when the target is something else or cannot be written.
     """
     recipe = run.read_recipe()
     stage, store, info = newest_checkpoint(run, stage)
     if step is not None:
         info = store.open(step)
     target = out or run.export
-    if target.exists() and not (target / "conversion.json").is_file():
-        raise InputError("exists and is not an export; it is left as it is.", where=target, do="Choose another --out.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        temporary = Path(folder) / "export"
-        temporary.mkdir()
-        _write_export(temporary, recipe, run, stage, store, info)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        fsync_directory(target.parent)
+    _check_replaceable(target)
+    tokenizer = load_tokenizer(run.tokenizer)
+    check_tokenizer_fits(tokenizer, recipe.model, run.root)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / "export"
+            temporary.mkdir()
+            _write_export(temporary, recipe, run, tokenizer, stage, store, info)
+            _publish(temporary, target, aside=Path(folder) / "older")
+    except OSError as error:
+        raise InputError(
+            f"could not be written ({error.strerror}).", where=target, do="Free space there or choose another --out."
+        ) from None
     return target
 
 
+def _check_replaceable(target: Path) -> None:
+    """Only an export is ever replaced: nothing that somebody else put there, not even beside an export's files."""
+    if not target.exists() and not target.is_symlink():
+        return
+    found = {path.name for path in target.iterdir()} if target.is_dir() and not target.is_symlink() else {"."}
+    if not found:
+        return
+    files = read_json_object(target / "conversion.json").get("files") if "conversion.json" in found else None
+    if not isinstance(files, dict) or "config.json" not in files:
+        raise InputError("exists and is not an export; it is left as it is.", where=target, do="Choose another --out.")
+    foreign = sorted(found - set(files) - {"conversion.json", "README.md"})
+    if foreign:
+        raise InputError(
+            f"holds {foreign[0]}, which no export wrote; it is left as it is.", where=target, do="Choose another --out."
+        )
+
+
+def _publish(temporary: Path, target: Path, aside: Path) -> None:
+    """Move the finished export into place; an older one steps aside first and is back if that fails."""
+    fsync_directory(temporary)
+    if target.exists():
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    fsync_directory(target.parent)
+
+
 def _write_export(
-    folder: Path, recipe: Recipe, run: RunDirectory, stage: str, store: CheckpointStore, info: CheckpointInfo
+    folder: Path,
+    recipe: Recipe,
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    stage: str,
+    store: CheckpointStore,
+    info: CheckpointInfo,
 ) -> None:
     config, dtype = recipe.model, _DTYPES[recipe.export.dtype]
-    tokenizer = load_tokenizer(run.tokenizer)
 
     def read(name: str) -> Tensor:
         ((_, tensor),) = store.read(info, [f"model.{name}"])
@@ -74,18 +111,8 @@ def _write_export(
         folder / "config.json",
         config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
     )
-    _write_tokenizer(folder, run.tokenizer, tokenizer, config)
-    sampling = recipe.serve.sampling
-    write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-            "do_sample": sampling.temperature > 0,
-            **sampling.model_dump(),
-        },
-    )
+    _write_tokenizer(folder, tokenizer, config)
+    write_json(folder / "generation_config.json", _generation_config(recipe.serve.sampling, tokenizer))
     published = PublishedDirectory(folder)
     check = check_logits(config, read, published.read, folder)
     record = {
@@ -143,12 +170,17 @@ def _nbytes(tensor: PublishedTensor, dtype: torch.dtype) -> int:
     return TensorEntry(dtype, tensor.shape, 0).nbytes
 
 
-def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _generation_config(sampling: SamplingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Hugging Face takes no temperature of 0: greedy decoding is `do_sample` false, without the fields of sampling."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    unused = set() if sampling.temperature else {"temperature", "top_k", "top_p"}
+    return {**ids, "do_sample": sampling.temperature > 0, **sampling.model_dump(exclude=unused)}
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """The tokenizer's own files, with the chat template that the model was tuned with."""
-    for name in _COPIED_TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    settings: dict[str, Any] = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer.save(folder)
+    settings = read_json_object(folder / "tokenizer_config.json")
     settings |= {"chat_template": JINJA["B"], "model_max_length": config.max_position_embeddings}
     write_json(folder / "tokenizer_config.json", settings)
     roles = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}

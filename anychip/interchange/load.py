@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,18 @@ def load_for_inference(path: Path) -> LoadedModel:
             where=path,
             do="Give runs/NAME after training, or an exported or downloaded model.",
         )
-    if loaded.tokenizer.vocab_size > loaded.config.vocab_size:
+    check_tokenizer_fits(loaded.tokenizer, loaded.config, path)
+    return loaded
+
+
+def check_tokenizer_fits(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
+    """Raise InputError when the tokenizer can produce ids that the model has no row for."""
+    if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"its tokenizer has {loaded.tokenizer.vocab_size:,} pieces, its model only {loaded.config.vocab_size:,}.",
-            where=path,
+            f"its tokenizer has {tokenizer.vocab_size:,} pieces, its model only {config.vocab_size:,}.",
+            where=where,
             do="They belong to different models; use the model's own tokenizer.",
         )
-    return loaded
 
 
 def newest_checkpoint(run: RunDirectory, stage: str | None = None) -> tuple[str, CheckpointStore, CheckpointInfo]:
@@ -86,6 +92,8 @@ def _load_run(run: RunDirectory) -> LoadedModel:
 
 def _load_published(path: Path) -> LoadedModel:
     directory = PublishedDirectory(path)
+    for warning in directory.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     tensors = (
         part
         for tensor in directory.tensors()
@@ -108,13 +116,17 @@ def _fill(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], where: Pat
     for name, tensor in tensors:
         if expected.get(name) != tensor.shape:
             raise InputError(
-                f"holds {name} with shape {list(tensor.shape)}, which its recipe does not describe.", where=where
+                f"holds {name} with shape {list(tensor.shape)}, which its recipe does not describe.",
+                where=where,
+                do="Restore the recipe.yaml that the run was made with.",
             )
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
         del expected[name]
     if expected:
-        raise InputError(f"lacks {next(iter(expected))}.", where=where)
+        raise InputError(
+            f"lacks {next(iter(expected))}.", where=where, do="Restore the recipe.yaml that the run was made with."
+        )
     model.compute_dtype = model.lm_head.weight.dtype
     return model.eval()
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anychip.errors import InputError
 from anychip.families.telechat2 import IGNORED_SUFFIXES, PublishedTensor, config_from_json, published_tensors
 from anychip.interchange.safetensors_file import SafetensorsFile
-from anychip.interchange.source import WeightFile, read_tensor
+from anychip.interchange.source import WeightFile, open_regular, read_tensor
 from anychip.interchange.torch_bin import TorchBinFile
 
 _MAX_JSON_BYTES = 64 << 20
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PublishedDirectory:
     """Opens a directory and checks that its files hold exactly the tensors that its config.json describes.
 
-    Raises InputError naming the file and the tensor otherwise. `warnings` holds what is odd but usable.
+    Raises InputError naming the file and the tensor otherwise. `warnings` holds what is odd but usable. Symbolic links
+    are followed, because the snapshots of a Hugging Face cache consist of them; what an index names must still be a
+    plain name beside it, and only regular files are opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,22 +68,24 @@ class PublishedDirectory:
                     where=self._files[name].path,
                     do="The weights and config.json belong to different models.",
                 )
-            if not entry.dtype.is_floating_point:
+            if entry.dtype not in _WEIGHT_DTYPES:
                 raise InputError(
-                    f"holds {name} as {entry.dtype}; only floating point is read.", where=self._files[name].path
+                    f"holds {name} as {entry.dtype}; weights are read in bfloat16, float16 and float32.",
+                    where=self._files[name].path,
                 )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size, or InputError."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError("is too large.", where=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with os.fdopen(open_regular(path), "rb") as handle:
+            text = handle.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror}).", where=path, do="Give a run directory or a complete model directory."
-        ) from None
+        raise InputError(f"cannot be read ({error.strerror}).", where=path, do="Check the disk.") from None
+    if len(text) > _MAX_JSON_BYTES:
+        raise InputError(f"is larger than {_MAX_JSON_BYTES >> 20} MiB.", where=path, do="Download the file again.")
+    try:
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
         raise InputError("is not valid JSON.", where=path, do="Download the file again.") from None
     if not isinstance(value, dict):
@@ -97,7 +104,11 @@ def _weight_files(path: Path) -> list[WeightFile]:
             return [opener(path / name) for name in _indexed_files(path / index)]
         if (path / single).is_file():
             return [opener(path / single)]
-    raise InputError("holds no model.safetensors and no pytorch_model.bin, nor an index of several.", where=path)
+    raise InputError(
+        "holds no model.safetensors and no pytorch_model.bin, nor an index of several.",
+        where=path,
+        do="Complete the download.",
+    )
 
 
 def _indexed_files(index: Path) -> list[str]:
@@ -105,13 +116,16 @@ def _indexed_files(index: Path) -> list[str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("has no weight_map.", where=index, do="Download the file again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or name in (".", "..") or "\0" in name or "\\" in name:
-            raise InputError(f"names the file {name[:80]!r}, which is not beside it.", where=index)
-    return names
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+            raise InputError(
+                f"names the file {ascii(name)[:80]}, which is not beside it.",
+                where=index,
+                do="Do not trust this model.",
+            )
+    return sorted(set(weight_map.values()))
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(name if name.isascii() and name.isprintable() else ascii(name) for name in names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

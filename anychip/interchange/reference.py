@@ -68,8 +68,8 @@ def _rotation(config: ModelConfig, length: int, dim: int) -> tuple[Tensor, Tenso
     base, factor = config.rope_theta, 1.0
     if config.rope_scaling is not None:
         reach = max(length, config.rope_scaling.training_length)
-        steps = math.ceil(math.log(reach / config.rope_scaling.base_length, 2) + 1)
-        base *= max(2.0**steps - 1, 1.0) ** (dim / (dim - 2))
+        steps = math.ceil(math.log2(reach / config.rope_scaling.base_length) + 1)
+        base *= max(2.0**steps - 1, 1.0) ** (dim / (dim - 2)) if dim > 2 else 1.0
         if reach > config.rope_scaling.training_length:
             factor = 0.1 * math.log(reach / config.rope_scaling.training_length) + 1
     rates = torch.tensor([base ** (-2 * pair / dim) for pair in range(dim // 2)], dtype=torch.float64)

@@ -49,6 +49,8 @@ class SafetensorsFile:
             if length > MAX_HEADER_BYTES:
                 raise self._bad(f"has a header of {length:,} bytes, above the limit of {MAX_HEADER_BYTES:,}")
             header = os.pread(descriptor, length, 8)
+        except OSError as error:
+            raise self._bad(f"cannot be read ({error.strerror})") from None
         finally:
             os.close(descriptor)
         self.entries = dict(self._entries(self._parse(header), 8 + length, size))
@@ -76,24 +78,26 @@ class SafetensorsFile:
             if name == "__metadata__":
                 continue
             if not isinstance(raw, dict) or not isinstance(raw.get("data_offsets"), list):
-                raise self._bad(f"describes the tensor {name[:80]!r} wrongly")
+                raise self._bad(f"describes the tensor {name[:80]!a} wrongly")
             if not isinstance(raw.get("dtype"), str) or raw["dtype"] not in DTYPES:
-                raise self._bad(f"stores {name[:80]!r} as {str(raw.get('dtype'))[:20]!r}, which is not supported")
-            entry = TensorEntry(DTYPES[raw["dtype"]], checked_shape(raw.get("shape"), repr(name[:80]), self.path), data)
+                raise self._bad(f"stores {name[:80]!a} as {str(raw.get('dtype'))[:20]!a}, which is not supported")
+            entry = TensorEntry(
+                DTYPES[raw["dtype"]], checked_shape(raw.get("shape"), ascii(name[:80]), self.path), data
+            )
             offsets = raw["data_offsets"]
             if len(offsets) != 2 or not all(isinstance(o, int) and not isinstance(o, bool) for o in offsets):
-                raise self._bad(f"describes the place of {name[:80]!r} wrongly")
+                raise self._bad(f"describes the place of {name[:80]!a} wrongly")
             start, end = offsets
             if not 0 <= start <= end <= size - data:
-                raise self._bad(f"is truncated or wrong: {name[:80]!r} would end at byte {data + end:,} of {size:,}")
+                raise self._bad(f"is truncated or wrong: {name[:80]!a} would not lie within its {size:,} bytes")
             if end - start != entry.nbytes:
-                raise self._bad(f"gives {name[:80]!r} {end - start:,} bytes, its shape needs {entry.nbytes:,}")
+                raise self._bad(f"gives {name[:80]!a} {end - start:,} bytes, its shape needs {entry.nbytes:,}")
             ends.append((start, end, name))
             yield name, TensorEntry(entry.dtype, entry.shape, data + start)
         position = 0
         for start, end, name in sorted(ends):
             if start != position:
-                raise self._bad(f"has a gap or an overlap before {name[:80]!r}")
+                raise self._bad(f"has a gap or an overlap before {name[:80]!a}")
             position = end
         if position != size - data:
             raise self._bad(f"has {size - data - position:,} bytes that no tensor explains")

@@ -45,9 +45,10 @@ class WeightFile(Protocol):
 def checked_shape(shape: object, what: str, path: Path) -> tuple[int, ...]:
     """A shape from a file, or InputError when it is none."""
     lengths = tuple(shape) if isinstance(shape, list | tuple) else (-1,)
-    plausible = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_ELEMENTS for n in lengths)
-    if not plausible or len(lengths) > MAX_DIMENSIONS or math.prod(lengths) >= MAX_ELEMENTS:
-        raise InputError(f"gives {what} the impossible shape {str(shape)[:80]}.", where=path)
+    if len(lengths) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in lengths):
+        raise InputError(f"gives {what} an impossible shape.", where=path, do="Download the file again.")
+    if math.prod(lengths) >= MAX_ELEMENTS:
+        raise InputError(f"gives {what} the impossible shape {list(lengths)}.", where=path, do="Download it again.")
     return lengths
 
 
@@ -59,7 +60,7 @@ def open_regular(path: Path) -> int:
         raise InputError(f"cannot be read ({error.strerror}).", where=path, do="Check the download.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError("is not a regular file.", where=path)
+        raise InputError("is not a regular file.", where=path, do="Check the download.")
     return descriptor
 
 

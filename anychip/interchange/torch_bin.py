@@ -8,8 +8,11 @@ refused by name, and nothing is ever called.
 
 from __future__ import annotations
 
+import os
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 from anychip.errors import InputError
-from anychip.interchange.source import TensorEntry, checked_shape
+from anychip.interchange.source import TensorEntry, checked_shape, open_regular
 
 _MAX_PICKLE_BYTES = 64 << 20
 _LOCAL_HEADER_BYTES = 30
@@ -37,6 +40,9 @@ _STORAGES = {
 _ORDERED_DICT = ("collections", "OrderedDict")
 _REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
+_KNOWN_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
+# How a file of torch.save began when it was not a zip yet: the pickled number 0x1950a86a20f9469cfc6c.
+_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,14 @@ class TorchBinFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with os.fdopen(open_regular(path), "rb") as handle:
+                self._size = os.fstat(handle.fileno()).st_size
+                if handle.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+                    raise self._bad("is in PyTorch's format from before 1.6, which cannot be read without unpickling")
+                archive = zipfile.ZipFile(handle)
                 infos = {info.filename: info for info in archive.infolist()}
+                if len(infos) != len(archive.infolist()):
+                    raise self._bad("is a zip file in which a name stands twice")
                 program_names = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
                 if len(program_names) != 1:
                     raise self._bad("is a zip file without tensors in it")
@@ -87,15 +99,21 @@ class TorchBinFile:
                 if program.file_size > _MAX_PICKLE_BYTES or program.compress_type != zipfile.ZIP_STORED:
                     raise self._bad("has a description that is compressed or too large")
                 text = archive.read(program)
+                byte_order = infos.get(program_names[0].removesuffix("data.pkl") + "byteorder")
+                if byte_order is not None and (byte_order.file_size > 16 or archive.read(byte_order) != b"little"):
+                    raise self._bad("was not written on a little-endian machine")
         except OSError as error:
             raise self._bad(f"cannot be read ({error.strerror})") from None
         except (
             zipfile.BadZipFile,
             zipfile.LargeZipFile,
+            zlib.error,
+            struct.error,
             NotImplementedError,
             RuntimeError,
             EOFError,
             ValueError,
+            OverflowError,
         ) as error:
             raise self._bad(f"is not a torch zip file or is truncated ({str(error)[:80]})") from None
         prefix = program_names[0].removesuffix("data.pkl")
@@ -108,32 +126,36 @@ class TorchBinFile:
         self.entries = {name: self._entry(name, record, prefix, infos) for name, record in records.items()}
 
     def _bad(self, what: str) -> InputError:
-        return InputError(f"{what}.", where=self.path, do="Use a safetensors copy of the weights if there is one.")
+        return InputError(f"{what}.", where=self.path, do="Use a safetensors copy of the weights.")
 
     def _entry(self, name: str, record: _TensorRecord, prefix: str, infos: dict[str, zipfile.ZipInfo]) -> TensorEntry:
-        info = infos.get(f"{prefix}data/{record.storage.key}")
-        shape = checked_shape(record.shape, repr(name[:80]), self.path)
+        storage, item = record.storage, record.storage.dtype.itemsize
+        info = infos.get(f"{prefix}data/{storage.key}")
+        shape = checked_shape(record.shape, ascii(name[:80]), self.path)
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise self._bad(f"lacks the bytes of {name[:80]!r}, or has them compressed")
+            raise self._bad(f"lacks the bytes of {name[:80]!a}, or has them compressed")
         stride = 1
         for length, given in zip(reversed(shape), reversed(record.stride), strict=True):
             if length > 1 and given != stride:
-                raise self._bad(f"stores {name[:80]!r} not row by row")
+                raise self._bad(f"stores {name[:80]!a} not row by row")
             stride *= length
-        item = record.storage.dtype.itemsize
-        if record.offset < 0 or (record.offset + stride) * item > info.file_size:
-            raise self._bad(f"holds too few bytes for {name[:80]!r}")
+        if info.file_size != storage.elements * item or not 0 <= record.offset <= storage.elements - stride:
+            raise self._bad(f"holds another number of bytes than {name[:80]!a} needs")
         start = _data_start(self.path, info) + record.offset * item
-        if start + stride * item > self.path.stat().st_size:
-            raise self._bad(f"is truncated inside {name[:80]!r}")
-        return TensorEntry(record.storage.dtype, shape, start)
+        if start + stride * item > self._size:
+            raise self._bad(f"is truncated inside {name[:80]!a}")
+        return TensorEntry(storage.dtype, shape, start)
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
     """Where a stored member's bytes begin: behind its local header, whose two lengths stand at byte 26."""
-    with path.open("rb") as handle:
-        handle.seek(info.header_offset)
-        header = handle.read(_LOCAL_HEADER_BYTES)
+    descriptor = open_regular(path)
+    try:
+        header = os.pread(descriptor, _LOCAL_HEADER_BYTES, info.header_offset)
+    except (OSError, OverflowError):
+        header = b""
+    finally:
+        os.close(descriptor)
     if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise InputError("has a damaged zip directory.", where=path, do="Download the file again.")
     return (
@@ -177,7 +199,9 @@ class _Interpreter:
         return records
 
     def pop_to_mark(self) -> list[Any]:
-        position = max(index for index, item in enumerate(self.stack) if item is _Mark)
+        position = len(self.stack) - 1
+        while self.stack[position] is not _Mark:  # IndexError at the bottom: a program without its mark
+            position -= 1
         items = self.stack[position + 1 :]
         del self.stack[position:]
         return items
@@ -204,15 +228,20 @@ class _Interpreter:
 
     def set_items(self, _: object) -> None:
         items = self.pop_to_mark()
-        if not isinstance(self.stack[-1], dict) or len(items) % 2:
-            raise _Refused("fills something that is not a dictionary")
-        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        if len(items) % 2:
+            raise _Refused("fills a dictionary with a key that has no value")
+        self.fill(items[::2], items[1::2])
 
     def set_item(self, _: object) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
-            raise _Refused("fills something that is not a dictionary")
-        self.stack[-1][key] = value
+        self.fill([key], [value])
+
+    def fill(self, keys: list[Any], values: list[Any]) -> None:
+        target = self.stack[-1]
+        # Only plain keys: a tuple nested through the memo takes forever to hash.
+        if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in keys):
+            raise _Refused("fills something that is not a dictionary of names")
+        target.update(zip(keys, values, strict=True))
 
     def build(self, _: object) -> None:
         """The attributes of a state dictionary (its versions) are dropped."""
@@ -227,16 +256,18 @@ class _Interpreter:
         self.push_global(module, name)
 
     def push_global(self, module: object, name: object) -> None:
-        known = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES}
-        if (module, name) not in known:
-            raise _Refused(f"asks for {str(module)[:60]}.{str(name)[:60]}, which weights do not need; it was not run")
-        self.stack.append(_Global(str(module), str(name)))
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _Refused("asks for something that has no name")
+        if (module, name) not in _KNOWN_GLOBALS:
+            asked = ascii(f"{module}.{name}")[1:-1]
+            raise _Refused(f"asks for {asked[:120]}, which weights do not need; it was not run")
+        self.stack.append(_Global(module, name))
 
     def persistent_id(self, _: object) -> None:
         kind, storage, key, _device, elements = self.stack.pop()
         if kind != "storage" or not isinstance(storage, _Global) or storage.key not in _STORAGES:
             raise _Refused("refers to something that is not a storage")
-        if not isinstance(key, str) or not isinstance(elements, int):
+        if not isinstance(key, str) or type(elements) is not int:
             raise _Refused("refers to a storage wrongly")
         self.stack.append(_Storage(_STORAGES[storage.key], key, elements))
 
@@ -247,9 +278,10 @@ class _Interpreter:
             self.stack.append({})
         elif key == _REBUILD_TENSOR:
             storage, offset, shape, stride = arguments[:4]
-            if not isinstance(storage, _Storage) or not isinstance(offset, int) or len(shape) != len(stride):
+            lengths = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
+            if not isinstance(storage, _Storage) or type(offset) is not int or not lengths:
                 raise _Refused("rebuilds a tensor wrongly")
-            self.stack.append(_TensorRecord(storage, offset, tuple(shape), tuple(stride)))
+            self.stack.append(_TensorRecord(storage, offset, shape, stride))
         elif key == _REBUILD_PARAMETER and isinstance(arguments[0], _TensorRecord):
             self.stack.append(arguments[0])
         else:
