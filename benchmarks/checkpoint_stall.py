@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,6 +80,10 @@ def steps_per_second(step: Callable[[], None], until: Callable[[], bool]) -> flo
     return count / (time.perf_counter() - started)
 
 
+def _passed(end: float) -> bool:
+    return time.perf_counter() > end
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
@@ -102,7 +107,7 @@ def main() -> None:
             rows["sync"].append(store.save(2 * number, state, {}).seconds)
             rows["cpu"].append(time.process_time() - cpu)
             end = time.perf_counter() + 3
-            rows["quiet"].append(steps_per_second(step, lambda end=end: time.perf_counter() > end))
+            rows["quiet"].append(steps_per_second(step, partial(_passed, end)))
             started = time.perf_counter()
             store.save_async(2 * number + 1, state, {})
             rows["stall"].append(time.perf_counter() - started)
