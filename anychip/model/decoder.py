@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anychip.model.cache import KeyValueCache
-from anychip.model.rope import cos_sin, rope_scale, rotate
+from anychip.model.rope import rotary, rotate
 from anychip.recipe.schema import ModelConfig
 
 
@@ -115,9 +115,7 @@ class Decoder(nn.Module):
         length = start + input_ids.shape[1]
         if cache is not None:
             cache.extend(input_ids.shape[1])
-        rope = rope_scale(self.config, length)
-        cos, sin = cos_sin(self.config, torch.arange(start, length, device=input_ids.device), rope.alpha)
-        scale = rope.mscale**2 / self.config.head_dim**0.5
+        cos, sin, scale = rotary(self.config, start, length, length, input_ids.device)
         x = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, scale, cache)

@@ -29,8 +29,8 @@ class RopeScaling(Section):
     training_length: Positive = Field(8192, description="published `training_seqlen`: no scaling up to this length")
     cached_keys: Literal["rerotate", "published"] = Field(
         "rerotate",
-        description="rerotate: cached keys follow when the base steps up, so decoding equals a full forward pass; "
-        "published: they keep the old base and tables are rounded to fp16, as the published code does",
+        description="rerotate: cached keys follow when the base steps up, so every token is scored by the rule of its "
+        "own length; published: they keep the old base and tables are rounded to fp16, as the published code does",
     )
 
 

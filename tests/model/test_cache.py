@@ -137,7 +137,6 @@ def test_tables_keep_the_phase_of_far_positions(make_config: Callable[..., Model
     torch.testing.assert_close(sin[0].double(), angles.sin(), atol=1e-7, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the decoder takes its tables from cos_sin, not from rotary")
 def test_published_mode_keeps_the_published_hazard_in_the_decoder(
     make_config: Callable[..., ModelConfig],
     random_decoder: Callable[[ModelConfig], Decoder],
