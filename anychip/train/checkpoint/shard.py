@@ -29,7 +29,7 @@ from anychip.train.checkpoint.worker import Worker
 Bytes = NDArray[np.uint8]
 
 _WRITE_BYTES = 8 << 20
-_READ_BYTES = 1 << 20  # fits the second-level cache, where it is compared and hashed
+_READ_BYTES = 4 << 20
 _WINDOW_BYTES = 64 << 20
 _WINDOWS_BEHIND = 2
 _HEADER_ALIGNMENT = 8

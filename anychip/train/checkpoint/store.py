@@ -29,7 +29,6 @@ from anychip.train.checkpoint.staging import StagingBuffer
 
 _SHOW_PROGRESS_BYTES = 256 << 20
 _VERIFY_THREADS = 4
-_BACKGROUND_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,6 @@ class CheckpointStore:
         stall = time.perf_counter() - started
 
         def write() -> None:
-            _step_aside()
             try:
                 nbytes = write_checkpoint(self._root, step, values, parts, staged.__getitem__, self._ranks)
                 self._retain(step)
@@ -315,9 +313,3 @@ def _known(info: CheckpointInfo, names: Collection[str]) -> Collection[str]:
 
 def _place(entry: TensorEntry) -> tuple[str, int]:
     return min(((chunk.file, chunk.start) for chunk in entry.chunks), default=("", 0))
-
-
-def _step_aside() -> None:
-    """Let the scheduler prefer the threads that train; threads started by this one inherit it (Linux)."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
