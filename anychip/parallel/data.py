@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -53,6 +54,10 @@ class DataParallel:
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.SUM)
         return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so: all of them get the same answer."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))))
 
     def barrier(self) -> None:
         if self.size > 1:

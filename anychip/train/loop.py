@@ -83,7 +83,6 @@ def run_training(job: TrainingJob) -> int:
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     peak = measure_matmul_flops(device, dtype) if is_writer else None
-    saved = step
     with _stop_requests() as stop, _Prefetch(job, step) as batches, progress(job.title, job.steps, "steps") as bar:
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
@@ -115,17 +114,16 @@ def run_training(job: TrainingJob) -> int:
                 )
                 log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
-            leaving = stop.requested or step == job.steps
+            leaving = replicas.any(stop.requested) or step == job.steps
             if is_writer and (leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0)):
-                _save(job, model, optimizer, store, step, wait=leaving or not job.checkpoint.asynchronous)
-                saved = step
-            if stop.requested and step < job.steps:
+                _save(job, model, optimizer, store, step, last=leaving)
+            if leaving:
                 break
     replicas.barrier()
     if log:
         log.close()
     if step < job.steps:
-        raise Stopped(f"Stopped at step {step} of {job.steps}; step {saved} is saved.", do="Run it again to continue.")
+        raise Stopped(f"Stopped at step {step} of {job.steps}, which is saved.", do="Run it again to continue.")
     return step
 
 
@@ -186,19 +184,17 @@ def _restore(job: TrainingJob, model: Decoder, optimizer: Optimizer, store: Chec
 
 
 def _save(
-    job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore, step: int, *, wait: bool
+    job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore, step: int, *, last: bool
 ) -> None:
     """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
     extra = {"identity": job.identity, "threads": torch.get_num_threads()}
     try:
-        if wait:
-            store.wait()
-            if step not in store.steps():
-                store.save(step, _state(model, optimizer), extra)
+        if last or not job.checkpoint.asynchronous:
+            store.save(step, _state(model, optimizer), extra)
         else:
             store.save_async(step, _state(model, optimizer), extra)
     except AnychipError as error:
-        if wait and job.checkpoint.asynchronous:
+        if last:
             raise
         print(f"warning: checkpoint of step {step} failed, training goes on: {error}", file=sys.stderr, flush=True)
 
