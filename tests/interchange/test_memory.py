@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Converts a small model first, so that what is measured afterwards is the conversion and not imports and threads.
+# Converts a smaller model first, so that what is measured afterwards grows with the model: not imports, not threads.
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
@@ -47,7 +47,7 @@ def convert(name, model):
     return recipe.model, peaks
 
 large = json.loads(sys.argv[2])
-convert("small", {**large, "num_hidden_layers": 4})
+convert("small", {**large, "num_hidden_layers": 12})
 model, peaks = convert("large", large)
 print(json.dumps({"bytes": 4 * num_parameters(model), "peaks": peaks}))
 """
@@ -55,10 +55,10 @@ print(json.dumps({"bytes": 4 * num_parameters(model), "peaks": peaks}))
 
 @pytest.mark.slow
 def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
-    model = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "num_attention_heads": 8,
+    model = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 8,
              "num_key_value_heads": 8}  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(model)]
-    # Freed memory goes back to the system at once, so that the peak shows what was held and not what was kept for later.
+    # Freed memory goes back to the system at once, so that the peak shows what was held.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", **allocator}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
@@ -66,5 +66,5 @@ def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     measured = json.loads(result.stdout.splitlines()[-1])
     one_layer = measured["bytes"] / model["num_hidden_layers"]
     growth = measured["peaks"][-1] - measured["peaks"][0]
-    assert measured["bytes"] > 300e6
-    assert growth < 6 * one_layer, (growth, measured)
+    assert measured["bytes"] > 500e6
+    assert growth < 7 * one_layer, (growth, measured)
