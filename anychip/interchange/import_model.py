@@ -56,6 +56,9 @@ def import_model(source: Path, recipe: Recipe, run: RunDirectory) -> Path:
         check = check_logits(published.config, read, published.read, source)
         _keep_tokenizer(tokenizer, run)
         write_json(run.root / "import.json", {"source": str(source), "logit_check": check.as_record()})
+    except OSError as error:
+        retire(info.path)
+        raise InputError(f"could not be written ({error.strerror}).", where=run.root, do="Free space there.") from None
     except BaseException:
         retire(info.path)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,20 @@ def test_an_import_refuses_to_overwrite_a_checkpoint(tmp_path: Path) -> None:
     import_model(source, import_recipe(source), run)
     with pytest.raises(InputError, match="not overwritten"):
         import_model(source, import_recipe(source), run)
+
+
+def test_a_disk_that_fills_during_an_import_is_said_and_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, run = export_run(make_run(tmp_path / "run")), RunDirectory(tmp_path / "again")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("anychip.interchange.import_model.write_json", full)
+    with pytest.raises(InputError, match="No space left"):
+        import_model(source, import_recipe(source), run)
+    assert CheckpointStore(run.checkpoints).steps() == []
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused_both_ways(tmp_path: Path) -> None:
