@@ -174,7 +174,7 @@ def _training_sample(run: RunDirectory, sources: list[SourceConfig], wanted_byte
     """Training documents, thinned by their digests to about `wanted_bytes`."""
     import orjson
 
-    files = [path for source in sources for path in _document_files(run, source, "train")]
+    files = [path for source in sources for path in document_files(run, source, "train")]
     total = sum(path.stat().st_size for path in files)
     share = min(1.0, wanted_bytes / total)
     with progress("training the tokenizer", total, "bytes") as bar:
@@ -193,7 +193,7 @@ def _pack_source(
 ) -> dict[str, Any]:
     packed: dict[str, Any] = {}
     for side in _SIDES:
-        inputs = _document_files(run, source, side)
+        inputs = document_files(run, source, side)
         prefix = packed_prefix(run, source.name, side)
         key = sha256_json([_FORMAT, documents_key, tokenizer.digest, [str(path) for path in inputs]])
 
@@ -220,7 +220,8 @@ def _check_megatron(recipe: Recipe, source: SourceConfig) -> dict[str, Any]:
     return {"documents": corpus.packed.document_count, "tokens": corpus.token_count}
 
 
-def _document_files(run: RunDirectory, source: SourceConfig, side: Side) -> list[Path]:
+def document_files(run: RunDirectory, source: SourceConfig, side: Side) -> list[Path]:
+    """The cleaned documents of one side, as JSON lines with `id` and `text`."""
     return sorted((run.data / "documents" / side / source.name).glob("*.jsonl"))
 
 

@@ -247,7 +247,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         serialized = file.read_text(encoding="utf-8")
         added = [token["content"] for token in json.loads(serialized).get("added_tokens", []) if token["special"]]
-    except (UnicodeDecodeError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"is not a tokenizer.json ({type(error).__name__}).", where=file, do="Give another file."
         ) from None
@@ -275,7 +275,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"is not valid JSON ({error}).", where=path, do="Repair or remove the file.") from None
     if not isinstance(config, dict):
         raise InputError("is not a JSON object.", where=path, do="Repair or remove the file.")
