@@ -82,9 +82,12 @@ def report(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption
 def init(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Write a randomly initialised checkpoint of a recipe's model, without training."""
     from anychip.interchange.initialize import init_model
-    from anychip.stages import open_run
+    from anychip.stages import keep_recipe, open_run
 
-    typer.echo(f"wrote {init_model(*open_run(recipe, overrides or [], runs))}")
+    opened = open_run(recipe, overrides or [], runs)
+    written = init_model(*opened)
+    keep_recipe(*opened)
+    typer.echo(f"wrote {written}")
 
 
 @app.command()
@@ -110,9 +113,12 @@ def import_(
 ) -> None:
     """Start a recipe from published TeleChat2 weights (safetensors or old .bin)."""
     from anychip.interchange.import_model import import_model
-    from anychip.stages import open_run
+    from anychip.stages import keep_recipe, open_run
 
-    typer.echo(f"wrote {import_model(source, *open_run(recipe, overrides or [], runs))}")
+    opened = open_run(recipe, overrides or [], runs)
+    written = import_model(source, *opened)
+    keep_recipe(*opened)
+    typer.echo(f"wrote {written}")
 
 
 @data_app.command("prepare")

@@ -36,14 +36,22 @@ class Stage:
 
 
 def open_run(recipe_path: Path, overrides: Sequence[str], runs: Path) -> tuple[Recipe, RunDirectory]:
-    """Load a recipe, keep it resolved in its run directory, refuse one that contradicts finished stages."""
+    """Load a recipe and find its run directory; refuse a recipe that contradicts finished stages. Writes nothing."""
     recipe = load_recipe(recipe_path, overrides)
     run = RunDirectory(runs / recipe.name)
     if run.recipe_path.is_file():
         _check_unchanged(recipe, run)
-    if int(os.environ.get("RANK", "0")) == 0 and not (run.recipe_path.is_file() and run.read_recipe() == recipe):
-        run.write_recipe(recipe)
     return recipe, run
+
+
+def keep_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Keep the resolved recipe with the run."""
+    if _is_first_process() and not (run.recipe_path.is_file() and run.read_recipe() == recipe):
+        run.write_recipe(recipe)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def run_stages(recipe: Recipe, run: RunDirectory) -> None:
@@ -69,11 +77,12 @@ def run_stage(name: str, recipe: Recipe, run: RunDirectory) -> None:
     if run.finished(name) is not None and name != "report":
         print(f"{name}: done before")
         return
+    keep_recipe(recipe, run)
     print(f"{name}: starts", flush=True)
     started = time.monotonic()
     record = stage.run(recipe, run)
     seconds = time.monotonic() - started
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_first_process():
         run.finish(name, {"fingerprint": _fingerprint(stage, recipe), "seconds": round(seconds, 3), **record})
     print(f"{name}: done in {seconds:.1f} s", flush=True)
 

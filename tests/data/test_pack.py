@@ -1,102 +1,141 @@
-"""Packing: any number of processes and any interruption give the same bytes; changed inputs are packed anew."""
-
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import megatron_format
 import pytest
-from megatron_format import read
-from tiny_corpus import make_recipe, sentence, write_jsonl
+from tiny_corpus import sentence
 
 from anychip.data import pack
-from anychip.data.prepare import prepare_data
-from anychip.data.tokenizer import load_tokenizer, train_bpe
-from anychip.rundir import RunDirectory
+from anychip.data.documents import DocumentTable
+from anychip.data.pack import counts_path, documents_path, pack_corpus, read_counts
+from anychip.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from anychip.files import sha256_file
+
+SUFFIXES = (".bin", ".idx", ".documents", ".json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and three files of documents."""
+    root = tmp_path_factory.mktemp("pack")
+    train_bpe((sentence(n) for n in range(40)), 300).save(root / "tokenizer")
+    for number in range(3):
+        lines = [
+            json.dumps({"id": f"s:{number}#{n}", "source": "s", "text": sentence(n * 3 + number, 10 + n % 50) + " é"})
+            for n in range(120)
+        ]
+        (root / f"{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> tuple[list[Path], Path]:
-    """Documents as JSON lines with ids, and a tokenizer."""
-    texts = [sentence(n, 60 + n % 50) for n in range(400)]
-    lines = "".join(json.dumps({"id": f"doc-{n}", "text": text}) + "\n" for n, text in enumerate(texts))
-    path = tmp_path / "documents.jsonl"
-    path.write_text(lines, encoding="utf-8")
-    tokenizer = train_bpe(texts[:50], 320)
-    tokenizer.save(tmp_path / "tokenizer")
-    return [path], tmp_path / "tokenizer"
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "_PART_BYTES", 2000)
 
 
-def packed_bytes(prefix: Path) -> list[bytes]:
-    return [prefix.with_name(prefix.name + end).read_bytes() for end in (".bin", ".idx", ".documents", ".json")]
+def inputs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
 
 
-def test_processes_do_not_change_a_byte(
-    inputs: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def files(prefix: Path) -> list[bytes]:
+    return [prefix.with_name(prefix.name + suffix).read_bytes() for suffix in SUFFIXES]
+
+
+def test_packed_corpus_holds_every_document_and_its_end(folder: Path, tmp_path: Path, small_parts: None) -> None:
+    prefix = tmp_path / "s"
+    counts = pack_corpus(inputs(folder), prefix, folder / "tokenizer", 1)
+    tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer")
+    records = [json.loads(line) for path in inputs(folder) for line in path.read_text(encoding="utf-8").splitlines()]
+    packed, code = megatron_format.read(prefix)
+    assert code == 8
+    assert packed == [[[*tokenizer.encode(record["text"]), tokenizer.eos_id]] for record in records]
+    table = DocumentTable(documents_path(prefix))
+    assert [table.id(number) for number in range(len(table))] == [record["id"] for record in records]
+    assert table.text_bytes.tolist() == [len(record["text"].encode()) for record in records]
+    assert counts == read_counts(prefix)
+    assert counts.documents == len(records)
+    assert counts.tokens == sum(len(document[0]) for document in packed)
+    assert counts.text_bytes == sum(len(record["text"].encode()) for record in records)
+    assert counts.bin_sha256 == sha256_file(tmp_path / "s.bin")
+    assert counts.idx_sha256 == sha256_file(tmp_path / "s.idx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"s{suffix}" for suffix in SUFFIXES)
+
+
+def test_processes_and_part_sizes_do_not_change_a_byte(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack, "_PART_BYTES", 20_000)
-    files, tokenizer = inputs
-    for workers in (1, 2):
-        pack.pack_corpus(files, tmp_path / f"by{workers}", tokenizer, workers)
-    one, two = packed_bytes(tmp_path / "by1"), packed_bytes(tmp_path / "by2")
-    assert one == two
+    pack_corpus(inputs(folder), tmp_path / "whole", folder / "tokenizer", 1)
+    monkeypatch.setattr(pack, "_PART_BYTES", 10_000)
+    pack_corpus(inputs(folder), tmp_path / "two", folder / "tokenizer", 2)
+    assert files(tmp_path / "two") == files(tmp_path / "whole")
 
 
-def test_what_is_packed_is_what_was_written(inputs: tuple[list[Path], Path], tmp_path: Path) -> None:
-    files, folder = inputs
-    counts = pack.pack_corpus(files, tmp_path / "out", folder, 1)
-    tokenizer = load_tokenizer(folder)
-    documents, _ = read(tmp_path / "out")
-    sequences = [sequence for document in documents for sequence in document]
-    assert counts.documents == len(documents) == 400
-    assert counts.tokens == sum(len(sequence) for sequence in sequences)
-    assert all(sequence[-1] == tokenizer.eos_id for sequence in sequences)
-    assert tokenizer.decode(sequences[7][:-1]) == sentence(7, 67)
+def test_no_documents_give_an_empty_corpus(folder: Path, tmp_path: Path) -> None:
+    counts = pack_corpus([], tmp_path / "none", folder / "tokenizer", 1)
+    assert (counts.documents, counts.tokens) == (0, 0)
+    assert (tmp_path / "none.bin").read_bytes() == b""
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from anychip.data import pack
-pack._PART_BYTES = 20_000
-pack.pack_corpus([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), 1)
-"""
+def _pack_slowly(folder: Path, prefix: Path) -> None:
+    """In a process of its own, to be killed: small parts, each followed by a pause."""
+    pack._PART_BYTES = 2000  # type: ignore[attr-defined]
+    write = pack.write_document_table
+
+    def write_and_rest(*arguments: object) -> None:
+        write(*arguments)  # type: ignore[arg-type]
+        time.sleep(0.003)
+
+    pack.write_document_table = write_and_rest
+    pack_corpus(inputs(folder), prefix, folder / "tokenizer", 1)
 
 
-def test_killed_packing_continues_to_the_same_bytes(
-    inputs: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kill_at_random_moments_then_resume_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, small_parts: None
 ) -> None:
-    monkeypatch.setattr(pack, "_PART_BYTES", 20_000)
-    files, tokenizer = inputs
-    pack.pack_corpus(files, tmp_path / "whole", tokenizer, 1)
-    killed = tmp_path / "killed"
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(files[0]), str(killed), str(tokenizer)])
-        deadline = time.monotonic() + 30
-        while process.poll() is None and time.monotonic() < deadline:
-            if any(tmp_path.glob(".killed.parts-*/*.documents")):
-                process.send_signal(signal.SIGKILL)
+    pack_corpus(inputs(folder), tmp_path / "whole", folder / "tokenizer", 1)
+    prefix = tmp_path / "killed"
+    context = multiprocessing.get_context("spawn")
+    generator = random.Random(5)
+    seen_parts = []
+    for _ in range(4):
+        process = context.Process(target=_pack_slowly, args=(folder, prefix))
+        process.start()
+        before = len(list(tmp_path.glob(".killed.parts-*/*.documents")))
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
+            if len(list(tmp_path.glob(".killed.parts-*/*.documents"))) > before:
                 break
             time.sleep(0.001)
-        process.wait()
-    pack.pack_corpus(files, killed, tokenizer, 1)
-    assert packed_bytes(killed)[:3] == packed_bytes(tmp_path / "whole")[:3]
-    assert not list(tmp_path.glob(".killed.parts-*"))
+        time.sleep(generator.random() * 0.02)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        seen_parts.append(len(list(tmp_path.glob(".killed.parts-*/*.documents"))))
+        assert not counts_path(prefix).exists(), "nothing is published before the end"
+    assert seen_parts == sorted(seen_parts)
+    assert seen_parts[0] > 0
+    taken = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".killed.parts-*/*.documents")}
+    write, written = pack._pack_part, []
+    try:
+        pack._pack_part = lambda *arguments: written.append(arguments[2]) or write(*arguments)  # type: ignore
+        pack_corpus(inputs(folder), prefix, folder / "tokenizer", 1)
+    finally:
+        pack._pack_part = write
+    assert written, "there was something left to do"
+    assert not {documents_path(part) for part in written} & taken.keys(), "finished parts are taken as they are"
+    assert files(prefix) == files(tmp_path / "whole")
 
 
-def test_a_changed_corpus_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "texts.jsonl", [sentence(n) for n in range(30)])
-    recipe = make_recipe([{"name": "texts", "path": str(source)}])
-    run = RunDirectory(tmp_path / "run")
-    prepare_data(recipe, run)
-    packed = run.data / "train" / "texts.bin"
-    before, written = packed.read_bytes(), packed.stat().st_mtime_ns
-    prepare_data(recipe, run)
-    assert packed.stat().st_mtime_ns == written
-    write_jsonl(source, [sentence(n) for n in range(50, 90)])
-    prepare_data(recipe, run)
-    assert packed.read_bytes() != before
+def test_other_inputs_do_not_reuse_old_parts(folder: Path, tmp_path: Path, small_parts: None) -> None:
+    prefix = tmp_path / "s"
+    pack_corpus(inputs(folder)[:1], prefix, folder / "tokenizer", 1)
+    pack_corpus(inputs(folder)[1:], prefix, folder / "tokenizer", 1)
+    pack_corpus(inputs(folder)[1:], tmp_path / "other", folder / "tokenizer", 1)
+    assert files(prefix) == files(tmp_path / "other")
