@@ -134,3 +134,12 @@ def held_out_from(packed: IndexedCorpus, validation_fraction: float) -> int:
     """Of a corpus packed elsewhere the last documents are held out, as Megatron splits; the first of these."""
     held_out = int(np.ceil(packed.document_count * validation_fraction))
     return packed.document_count - min(held_out, max(packed.document_count - 1, 0))
+
+
+def foreign_token_error(token: int, vocab_size: int, prefix: Path) -> InputError:
+    """What a user is told about a token id that the model does not have."""
+    return InputError(
+        f"holds token {token}, but model.vocab_size is {vocab_size}.",
+        where=prefix,
+        do="Use the tokenizer that the corpus was packed with, and a model that has its vocabulary.",
+    )

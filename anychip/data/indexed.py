@@ -45,6 +45,13 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size < _MAX_UINT16_VOCABULARY else "<i4"
 
 
+def foreign_token(tokens: npt.NDArray[Any], vocab_size: int) -> int | None:
+    """The first token id outside 0..vocab_size-1, or None."""
+    if tokens.size and (tokens.max() >= vocab_size or tokens.min() < 0):
+        return int(tokens[(tokens >= vocab_size) | (tokens < 0)][0])
+    return None
+
+
 def write_idx(prefix: Path, dtype: str, lengths: npt.NDArray[np.int32]) -> None:
     """Write PREFIX.idx for sequences of these lengths [n], each a document, that lie in .bin without gaps."""
     count = len(lengths)
@@ -150,10 +157,13 @@ class IndexedCorpus:
         sequence = int(np.searchsorted(self._pointers, position * self.dtype.itemsize, side="right")) - 1
         return int(np.searchsorted(self._documents, sequence, side="right")) - 1
 
-    def largest_token(self) -> int:
-        """The largest token id in the corpus (reads all of it, block by block); -1 when it is empty."""
-        blocks = range(0, self.token_count, _CHECK_ROWS)
-        return max((int(self._tokens[start : start + _CHECK_ROWS].max()) for start in blocks), default=-1)
+    def foreign_token(self, vocab_size: int) -> int | None:
+        """A token id outside 0..vocab_size-1, or None; reads the whole corpus, block by block."""
+        for start in range(0, self.token_count, _CHECK_ROWS):
+            found = foreign_token(self._tokens[start : start + _CHECK_ROWS], vocab_size)
+            if found is not None:
+                return found
+        return None
 
     def _check_contents(self, sequences: int) -> None:
         if len(self._documents) == 0 or self._documents[0] != 0 or self._documents[-1] != sequences:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anychip.data.batch import IGNORE_LABEL, Batch
-from anychip.data.corpora import Corpus, DocumentSpan, open_corpora, read_summary
+from anychip.data.corpora import Corpus, DocumentSpan, foreign_token_error, open_corpora, read_summary
+from anychip.data.indexed import foreign_token
 from anychip.data.schedule import Schedule
 from anychip.data.validation import validation_batches
 from anychip.errors import InputError
@@ -92,12 +93,9 @@ class TrainingData:
         start, stop = self._bounds(corpus, sample)
         size = stop - start
         tokens = corpus.tokens(max(start - 1, 0), stop)
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise InputError(
-                f"holds token {tokens.max()}, but model.vocab_size is {self.vocab_size}.",
-                where=corpus.prefix,
-                do="Use the tokenizer that the corpus was packed with, and a model that has its vocabulary.",
-            )
+        foreign = foreign_token(tokens, self.vocab_size)
+        if foreign is not None:
+            raise foreign_token_error(foreign, self.vocab_size, corpus.prefix)
         labels[:size] = tokens[-size:]
         if start:
             inputs[:size] = tokens[:-1]

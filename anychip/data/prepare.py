@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anychip.data.corpora import Corpus, packed_prefix
+from anychip.data.corpora import Corpus, foreign_token_error, packed_prefix
 from anychip.data.indexed import idx_path
 from anychip.data.loader import TrainingData
 from anychip.data.pack import pack_corpus
@@ -210,13 +210,9 @@ def _check_megatron(recipe: Recipe, source: SourceConfig) -> dict[str, Any]:
     corpus = Corpus(source.name, Path(source.path).expanduser())
     if corpus.token_count == 0:
         raise InputError("holds no tokens.", where=source.path, do="Give another corpus, or remove the source.")
-    largest = corpus.packed.largest_token()
-    if largest >= recipe.model.vocab_size:
-        raise InputError(
-            f"holds token {largest}, but model.vocab_size is {recipe.model.vocab_size}.",
-            where=source.path,
-            do="Use the tokenizer that the corpus was packed with, and a model that has its vocabulary.",
-        )
+    foreign = corpus.packed.foreign_token(recipe.model.vocab_size)
+    if foreign is not None:
+        raise foreign_token_error(foreign, recipe.model.vocab_size, corpus.prefix)
     return {"documents": corpus.packed.document_count, "tokens": corpus.token_count}
 
 

@@ -52,7 +52,8 @@ def test_what_another_writer_writes_we_read(
     assert corpus.document_count == len(documents)
     assert corpus.tokens(0, corpus.token_count).tolist() == stream
     assert corpus.tokens(0, 1).dtype == np.int64
-    assert corpus.largest_token() == max(stream)
+    assert corpus.foreign_token(max(stream) + 1) is None
+    assert corpus.foreign_token(max(stream)) == max(stream)
     for number, document in enumerate(flat):
         start, stop = corpus.document_start(number), corpus.document_start(number + 1)
         assert corpus.tokens(start, stop).tolist() == document
