@@ -33,12 +33,12 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
             self.vocab_size = int(self._processor.get_piece_size())
+            pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
         except (RuntimeError, TypeError, ValueError):
             raise InputError("is not a SentencePiece model.", where=where, do="Give another file.") from None
-        ids = range(self.vocab_size)
         self.special_tokens = {
-            self._processor.id_to_piece(index): index
-            for index in ids
+            piece: index
+            for index, piece in enumerate(pieces)
             if self._processor.is_control(index) or self._processor.is_unknown(index)
         }
         super().__init__(_roles(list(self.special_tokens), config))
