@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anychip.data.documents import DocumentTable
-from anychip.data.indexed import IndexedCorpus, Tokens
+from anychip.data.indexed import IndexedCorpus, Tokens, is_packed
 from anychip.data.pack import documents_path
 from anychip.data.split import Side
 from anychip.errors import InputError
@@ -114,7 +114,7 @@ def packed_prefix(run: RunDirectory, name: str, side: Side) -> Path:
 
 
 def _open(run: RunDirectory, recipe: Recipe, source: SourceConfig, side: Side) -> Corpus | None:
-    if source.format != "megatron":
+    if not is_packed(source):
         prefix = packed_prefix(run, source.name, side)
         held = read_summary(run)["sources"].get(source.name, {}).get(side)
         if held is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from anychip.errors import InputError
+from anychip.errors import AnychipError, InputError
 from anychip.progress import progress
 from anychip.recipe.schema import ExecutorConfig
 
@@ -61,10 +62,27 @@ def wait_until_done(executor: PipelineExecutor, name: str) -> None:
         return
     with progress(f"{name}: waiting for cluster tasks", left, "tasks") as bar:
         while left:
-            time.sleep(_CLUSTER_POLL_SECONDS)
+            queued = _is_queued(executor)
             now_left = len(executor.get_incomplete_ranks(skip_completed=True))
             bar.advance(left - now_left)
             left = now_left
+            if left and not queued:
+                raise AnychipError(
+                    f"{left} tasks of the stage {name} failed.",
+                    where=executor.logging_dir.path,
+                    do="Read the logs there and run again; finished tasks are kept.",
+                )
+            if left:
+                time.sleep(_CLUSTER_POLL_SECONDS)
+
+
+def _is_queued(executor: PipelineExecutor) -> bool:
+    """Whether a scheduler still has jobs of this executor; executors without one have ended all their tasks."""
+    job = getattr(executor, "job_id", None)
+    if job is None or shutil.which("squeue") is None:
+        return False
+    answer = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and bool(answer.stdout.strip())
 
 
 def _local(name: str, steps: list[PipelineStep], tasks: int, logs: str, config: ExecutorConfig) -> PipelineExecutor:

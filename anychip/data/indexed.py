@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from anychip.errors import InputError
 from anychip.files import atomic_writer
+from anychip.recipe.schema import SourceConfig
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -30,6 +31,14 @@ _MAX_UINT16_VOCABULARY = 65_500
 _CHECK_ROWS = 1 << 20
 
 Tokens = npt.NDArray[np.int64]
+
+
+def is_packed(source: SourceConfig) -> bool:
+    """Whether a source names the prefix of a packed corpus instead of documents."""
+    if source.format != "auto":
+        return source.format == "megatron"
+    prefix = Path(source.path).expanduser()
+    return not prefix.exists() and idx_path(prefix).is_file()
 
 
 def bin_path(prefix: Path) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anychip.data.corpora import Corpus, foreign_token_error, packed_prefix
-from anychip.data.indexed import idx_path
+from anychip.data.indexed import idx_path, is_packed
 from anychip.data.loader import TrainingData
 from anychip.data.pack import pack_corpus
 from anychip.data.readers import fingerprint, list_files, nothing_left
@@ -55,7 +55,7 @@ def prepare_data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 
 def _prepare(recipe: Recipe, run: RunDirectory, seconds: dict[str, float]) -> dict[str, Any]:
-    texts = [source for source in recipe.data.sources if source.format != "megatron"]
+    texts = [source for source in recipe.data.sources if not is_packed(source)]
     documents_key = ""
     documents: dict[str, int] = {}
     if texts:
@@ -66,7 +66,7 @@ def _prepare(recipe: Recipe, run: RunDirectory, seconds: dict[str, float]) -> di
     with _timed(seconds, "packing"):
         sources = {source.name: _pack_source(recipe, run, source, tokenizer, documents_key) for source in texts}
     for source in recipe.data.sources:
-        if source.format == "megatron":
+        if is_packed(source):
             sources[source.name] = _check_megatron(recipe, source)
     return {
         "documents": documents,

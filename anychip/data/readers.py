@@ -16,6 +16,7 @@ from typing import Literal
 
 from anychip.data import formats, python_sources
 from anychip.data.documents import Document
+from anychip.data.indexed import is_packed
 from anychip.errors import InputError
 from anychip.files import sha256_json
 from anychip.recipe.schema import SourceConfig
@@ -56,7 +57,7 @@ class InputFile:
 
 def list_files(source: SourceConfig) -> list[InputFile]:
     """Every file of a source, sorted by relative path, so that the same corpus gives the same list anywhere."""
-    if source.format == "megatron":
+    if is_packed(source):
         raise InputError(f"source {source.name} is packed already and has no documents to read.", where=source.path)
     if source.path == "python:stdlib":
         return _stdlib_inputs(source)
@@ -91,7 +92,8 @@ def read_file(source: SourceConfig, file: InputFile, on_skip: Skip = ignore_skip
     """Documents of one file. What cannot be read is an InputError, except a lone bad text file inside a folder,
     which is reported to `on_skip(reason, where)` and left out.
     """
-    name = f"{source.name}:{file.relative}"
+    # A file name need not be UTF-8; a document's id is.
+    name = f"{source.name}:{file.relative}".encode("utf-8", "backslashreplace").decode()
     if file.kind in ("builtins", "topics"):
         pages = python_sources.builtin_pages() if file.kind == "builtins" else python_sources.language_topics()
         for page, text in pages:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anychip.data.tokenizer import Tokenizer, _roles
+from anychip.data.tokenizer import Tokenizer, roles_of
 from anychip.errors import InputError
 from anychip.files import atomic_writer
 
@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
             for index, piece in enumerate(pieces)
             if self._processor.is_control(index) or self._processor.is_unknown(index)
         }
-        super().__init__(_roles(list(self.special_tokens), config))
+        super().__init__(roles_of(list(self.special_tokens), config))
         self._control_ids = frozenset(self.special_tokens.values())
         self.digest = hashlib.sha256(serialized).hexdigest()
         self._check(where)

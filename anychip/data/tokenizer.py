@@ -228,7 +228,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     # Without this a special token spelled out in the training text would be cut out of it.
     backend.encode_special_tokens = True
     backend.train_from_iterator(texts, trainer=trainer)
-    return JsonTokenizer(backend.to_str(pretty=True), _roles(_BPE_SPECIAL_TOKENS, {}))
+    return JsonTokenizer(backend.to_str(pretty=True), roles_of(_BPE_SPECIAL_TOKENS, {}))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -251,7 +251,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(
             f"is not a tokenizer.json ({type(error).__name__}).", where=file, do="Give another file."
         ) from None
-    return JsonTokenizer(serialized, _roles(added, config), where=file)
+    return JsonTokenizer(serialized, roles_of(added, config), where=file)
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -282,7 +282,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _roles(special: Sequence[str], config: dict[str, Any]) -> dict[str, str]:
+def roles_of(special: Sequence[str], config: dict[str, Any]) -> dict[str, str]:
     """Which special token has which role. A name in the configuration that the model lacks is passed over."""
     roles = {}
     for role, usual in _ROLE_NAMES.items():

@@ -19,7 +19,7 @@ from anychip.data.clean import normalize, reason_to_drop
 from anychip.data.pipeline import clean_corpus
 from anychip.data.readers import list_files
 from anychip.data.split import hold_one_out, side
-from anychip.errors import InputError
+from anychip.errors import AnychipError, InputError
 from anychip.recipe import Recipe
 from anychip.recipe.schema import CleaningConfig
 
@@ -186,8 +186,9 @@ def test_clusters_that_are_not_here(
         clean(make_recipe([{"name": "s", "path": str(path)}], data={"executor": executor}), tmp_path)
 
 
-def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for sbatch and srun that runs the array's tasks at once, on this machine."""
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A stand-in for Slurm's commands that runs an array's tasks at once, on this machine; `data` of a recipe."""
     tools = tmp_path / "bin"
     tools.mkdir()
     sbatch = tools / "sbatch"
@@ -197,7 +198,7 @@ def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "script = sys.argv[-1]\n"
         "last = int(re.search(r'--array=0-(\\d+)', open(script).read()).group(1))\n"
         "for task in range(last + 1):\n"
-        "    subprocess.run(['bash', script], check=True, stdout=subprocess.DEVNULL,\n"
+        "    subprocess.run(['bash', script], stdout=subprocess.DEVNULL,\n"
         "                   env={**os.environ, 'SLURM_ARRAY_TASK_ID': str(task), 'SLURM_NODELIST': 'here'})\n"
         "print('Submitted batch job 7')\n"
     )
@@ -205,18 +206,28 @@ def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     srun.write_text('#!/bin/bash\nwhile [[ "$1" != launch_pickled_pipeline ]]; do shift; done\nexec "$@"\n')
     scontrol = tools / "scontrol"
     scontrol.write_text("#!/bin/bash\necho here\n")
-    for tool in (sbatch, srun, scontrol):
+    squeue = tools / "squeue"
+    squeue.write_text("#!/bin/bash\n")
+    for tool in (sbatch, srun, scontrol, squeue):
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    path = write_jsonl(tmp_path / "a.jsonl", [sentence(n) for n in (1, 2, 2)])
     executor = {"kind": "slurm", "slurm_partition": "cpu", "tasks": 1}
-    recipe = make_recipe(
-        [{"name": "s", "path": str(path)}],
-        data={"executor": executor, "validation_fraction": 0.0, "dedup": {"enabled": False}},
-    )
-    counts, sides = clean(recipe, tmp_path)
+    return {"executor": executor, "validation_fraction": 0.0, "dedup": {"enabled": False}}
+
+
+def test_slurm_jobs_do_the_same_work(tmp_path: Path, slurm: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [sentence(n) for n in (1, 2, 2)])
+    counts, sides = clean(make_recipe([{"name": "s", "path": str(path)}], data=slurm), tmp_path)
     assert counts == {"read": 3, "kept": 3}
     assert sides["train"] == {sentence(1), sentence(2)}
+
+
+def test_failed_slurm_tasks_are_not_waited_for(tmp_path: Path, slurm: dict[str, Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{broken\n")
+    with pytest.raises(AnychipError, match="1 tasks of the stage read failed") as error:
+        clean(make_recipe([{"name": "s", "path": str(path)}], data=slurm), tmp_path)
+    assert (Path(error.value.where) / "logs").is_dir()
 
 
 def test_split_depends_on_the_text_alone() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -167,6 +168,12 @@ def test_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
     with pytest.raises(InputError, match="leads to itself"):
         texts(tmp_path)
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("hello")
+    (document,) = read_documents(source(tmp_path))
+    assert document.id.encode() == b"src:caf\\udce9.txt"
 
 
 def test_fingerprint_follows_files(tmp_path: Path) -> None:
