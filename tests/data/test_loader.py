@@ -125,6 +125,13 @@ def test_validation_counts_the_bytes_of_exactly_its_texts(prepared: Prepared) ->
     assert sum(int((batch.labels >= 0).sum()) for batch, _ in validation_batches(run, recipe, 3, 10**6)) == everything
 
 
+def test_a_text_that_ends_with_a_batch_counts_once(prepared: Prepared) -> None:
+    run, recipe = prepared
+    single = recipe.model_copy(update={"training": recipe.training.model_copy(update={"seq_length": 1})})
+    sizes = [size for _, size in validation_batches(run, single, 1, 10**6) if size]
+    assert sizes == [len(text.encode()) for _, text in validation_texts(run, single, 10**6)]
+
+
 def test_held_out_documents_are_not_trained_on(prepared: Prepared) -> None:
     run, recipe = prepared
     held_out = {name for name, _ in validation_texts(run, recipe, 10**6)}

@@ -91,7 +91,7 @@ def _schedule(counts: list[int], batch: int, seed: int, change: tuple[int, int] 
         step, silenced = change
         weights = {name: float(number != silenced) for number, name in enumerate(names)}
         if any(weights.values()):
-            changes.append((step, weights))
+            changes += [(step, weights), (step + 2, changes[0][1])]
     return Schedule(names, counts, changes, batch, seed)
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,13 @@ def test_truncated_parquet(tmp_path: Path) -> None:
 
 def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_JSON_LINE_BYTES", 1000)
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "x" * 2000}))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"x" * (32 << 20), compresslevel=1))
+    tracemalloc.start()
     with pytest.raises(InputError, match="line 1 is longer"):
         texts(path)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20, "the line must not be read whole"
+    tracemalloc.stop()
 
 
 def test_missing_path_and_unknown_package(tmp_path: Path) -> None:
