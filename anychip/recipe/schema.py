@@ -91,7 +91,7 @@ class CleaningConfig(Section):
     min_characters: Annotated[int, Field(ge=0)] = 64
     max_characters: Positive = 2_000_000
     max_line_characters: Positive = Field(
-        2_000, description="mean line length above which a document is data, not text"
+        2_000, description="mean length of lines and sentences above which a document is data"
     )
     min_alphanumeric_fraction: Fraction = 0.25
     max_repeated_line_fraction: Fraction = 0.5
