@@ -18,6 +18,8 @@ from anychip.errors import InputError
 from anychip.recipe import Recipe, load_recipe
 
 PAGES = all_pages()
+PAIRS = list(zip(pages("en"), pages("zh"), strict=True))
+PAIR_NAMES = [english.name for english, _ in PAIRS]
 COMMANDS = list(dict.fromkeys(tuple(words) for page in PAGES for block in blocks(page) for words in block.commands))
 
 
@@ -35,13 +37,23 @@ def test_both_languages_have_the_same_pages_in_the_same_order() -> None:
     assert english == chinese and english
 
 
-@pytest.mark.parametrize(
-    ("english", "chinese"), list(zip(pages("en"), pages("zh"), strict=True)), ids=[name(page) for page in pages("en")]
-)
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=PAIR_NAMES)
 def test_both_languages_have_the_same_commands_and_links(english: Path, chinese: Path) -> None:
     assert blocks(english) == blocks(chinese)
     if english not in READMES.values():
         assert [link.split("#")[0] for link in links(english)] == [link.split("#")[0] for link in links(chinese)]
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=PAIR_NAMES)
+def test_both_languages_name_the_same_things(english: Path, chinese: Path) -> None:
+    """Fields, files, messages and figures in `code` type, and the shape of the page."""
+    assert spans(english) == spans(chinese)
+    for mark in ("\n#", "\n|", "\n- "):
+        assert prose(english).count(mark) == prose(chinese).count(mark), mark
+
+
+def spans(page: Path) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", prose(page)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -105,6 +117,20 @@ def reference() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.step=5", "training.step is not a field of a recipe; did you mean steps?"),
+        ("optimizer.name=sgd", "optimizer.name is 'sgd'; allowed: 'adamw' or 'muon'."),
+        ("model.num_attention_heads=5", "hidden_size 192 is not a multiple of num_attention_heads 5."),
+    ],
+)
+def test_the_errors_page_quotes_what_is_said(override: str, message: str) -> None:
+    assert message in spans(ROOT / "docs" / "en" / "errors.md")
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(ROOT / "recipes" / "demo.yaml", [override])
 
 
 @pytest.mark.parametrize("language", READMES)
