@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -112,11 +113,9 @@ def is_field(path: str) -> bool:
 
 def reference() -> ModuleType:
     """docs/reference.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if str(ROOT / "docs") not in sys.path:
+        sys.path.insert(0, str(ROOT / "docs"))
+    return importlib.import_module("reference")
 
 
 @pytest.mark.parametrize(
@@ -137,3 +136,18 @@ def test_the_errors_page_quotes_what_is_said(override: str, message: str) -> Non
 def test_the_table_of_fields_is_the_schema(language: str) -> None:
     written = (ROOT / "docs" / language / "recipe-fields.md").read_text(encoding="utf-8")
     assert written == reference().page(language), "run `python docs/reference.py`"
+
+
+def test_no_explanation_is_left_of_a_field_that_is_gone() -> None:
+    meanings = sys.modules[reference().meaning.__module__]
+    paths = re.findall(r"^(?:\| `|## )([\w.]+(?:\[\][\w.]+)?)", reference().page("en"), re.MULTILINE)
+    for table in (meanings.ENGLISH, meanings.CHINESE):
+        used = {key for key in table for path in paths if path == key or path.endswith(f".{key}")}
+        assert set(table) == used
+
+
+def test_options_of_benchmarks_exist() -> None:
+    for page in PAGES:
+        for script, rest in re.findall(r"(benchmarks/\w+\.py)(.*)", "".join(block.text for block in blocks(page))):
+            for option in re.findall(r"--[a-z-]+", rest):
+                assert f'"{option}"' in (ROOT / script).read_text(encoding="utf-8"), option
