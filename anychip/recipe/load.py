@@ -24,7 +24,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises InputError naming the file, the field, what was found and what is allowed.
     """
-    raw = migrate(_read_yaml(path), str(path))
+    raw = migrate(read_yaml(path), str(path))
     for override in overrides:
         _apply_override(raw, override)
     return parse_recipe(raw, str(path))
@@ -35,7 +35,7 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(_expand_preset(raw, where))
     except ValidationError as error:
-        raise InputError(" ".join(_explain(error)), where=where) from None
+        raise InputError(" ".join(explain(error, Recipe)), where=where) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -44,7 +44,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a small YAML file; InputError says what is wrong with it otherwise."""
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
             raise InputError(
@@ -130,18 +131,19 @@ def _expand_preset(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return {**raw, "model": {**PRESETS[preset], **model}}
 
 
-def _explain(error: ValidationError) -> Iterable[str]:
+def explain(error: ValidationError, schema: type[BaseModel]) -> Iterable[str]:
+    """One sentence for each field that `schema` refused."""
     for item in error.errors(include_url=False):
         location = [str(part) for part in item["loc"]]
-        field = ".".join(location) or "recipe"
+        field = ".".join(location) or schema.__name__.lower()
         found = repr(item.get("input"))
         found = found if len(found) <= 60 else found[:57] + "..."
         kind = item["type"]
         if kind == "extra_forbidden":
-            known = _fields_at(Recipe, location[:-1])
+            known = _fields_at(schema, location[:-1])
             close = difflib.get_close_matches(location[-1], known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}."
-            yield f"{field} is not a field of a recipe; {hint}"
+            yield f"{field} is not a field of a {schema.__name__.lower()}; {hint}"
         elif kind == "missing":
             yield f"{field} is missing."
         elif kind == "literal_error":

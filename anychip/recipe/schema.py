@@ -191,6 +191,29 @@ class TrainingConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How a model and its batches are split over processes. The product of all degrees is the number of processes."""
+
+    data_parallel_replicate: Positive | None = Field(
+        None, description="copies of the (sharded) model; default: as many as the other degrees leave"
+    )
+    data_parallel_shard: Positive = Field(1, description="processes that share one copy's parameters (FSDP2)")
+    tensor_parallel: Positive = Field(1, description="processes that split each matrix, and the sequence between them")
+    pipeline_parallel: Positive = Field(1, description="processes that each hold a run of layers")
+    context_parallel: Positive = Field(1, description="processes that split each sequence inside attention")
+    expert_parallel: Positive = Field(1, description="processes that share the experts; part of data_parallel_shard")
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe_v"] = Field(
+        "1f1b", description="interleaved takes virtual_pipeline stages a process; zero_bubble and dualpipe_v take two"
+    )
+    virtual_pipeline: Positive = Field(1, description="stages a process")
+    pipeline_layers: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="layers of each stage, in order; default: as even as can be"
+    )
+    context_method: Literal["ring", "all_gather"] = Field(
+        "ring", description="ring: keys travel in turn, least memory; all_gather: all keys at once"
+    )
+
+
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -280,6 +303,7 @@ class Recipe(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

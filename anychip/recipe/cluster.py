@@ -1,0 +1,90 @@
+"""A cluster file: which chips, how many, how they are joined, how often they fail, how jobs are started on them.
+
+`plan` and `launch` read it. Bandwidths are per device and direction; what is left out comes from the chip catalogue.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from anychip.errors import InputError
+from anychip.recipe.load import explain, read_yaml
+from anychip.recipe.schema import Positive, Section
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class NodeGroup(Section):
+    """Nodes of one kind."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    chip: str = Field(description="a chip of the catalogue, such as ascend-910b3 (`anychip chips` lists them)")
+    nodes: Positive
+    devices_per_node: Positive | None = Field(None, description="default: the catalogue's")
+    intra_node_gb_per_s: PositiveFloat | None = Field(None, description="GB/s a device and direction inside a node")
+    inter_node_gbit_per_s: PositiveFloat | None = Field(None, description="Gbit/s a device between nodes")
+    supernode_nodes: Positive | None = Field(None, description="nodes that share the fast link, if more than one")
+    watts_per_node: PositiveFloat | None = Field(None, description="power of a whole node under load")
+
+
+class FailureConfig(Section):
+    """How often nodes fail and what a failure costs. Everything is off by default."""
+
+    per_1000_node_days: NotNegative = Field(0.0, description="failures that stop the job")
+    detect_seconds: NotNegative = 0.0
+    restart_seconds: NotNegative = Field(0.0, description="rescheduling, process start, groups, warm-up")
+    load_seconds: NotNegative | None = Field(None, description="reading a checkpoint; default: from its size")
+    storage_gb_per_s: PositiveFloat | None = Field(None, description="what the whole cluster reads or writes together")
+    repair_hours: NotNegative = 0.0
+    spare_nodes: Annotated[int, Field(ge=0)] = 0
+    straggler_sigma: NotNegative = Field(0.0, description="relative noise of one device's step time")
+    slow_node_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    slow_node_factor: Annotated[float, Field(ge=1)] = 1.0
+
+
+class LaunchConfig(Section):
+    """What a scheduler must be told."""
+
+    kind: Literal["torchrun", "slurm", "kubernetes", "volcano", "ascendjob"] = "torchrun"
+    hosts: list[str] = Field(default_factory=list, description="torchrun: one address a node, the first one leads")
+    port: Annotated[int, Field(gt=1023, lt=65536)] = 29500
+    network_interface: str | None = None
+    working_directory: str | None = None
+    python: str = "python"
+    image: str | None = None
+    namespace: str = "default"
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str | None = None
+    queue: str | None = None
+    volume_claim: str | None = Field(None, description="Kubernetes: claim that holds recipes and runs")
+    mount_path: str = "/data"
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
+class Cluster(Section):
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    groups: Annotated[list[NodeGroup], Field(min_length=1)]
+    between_groups_gbit_per_s: PositiveFloat | None = Field(None, description="Gbit/s a device between node groups")
+    failures: FailureConfig = FailureConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Cluster:
+        names = [group.name for group in self.groups]
+        if len(set(names)) != len(names):
+            raise ValueError(f"group names must differ, found {names}")
+        return self
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Read a cluster file. Raises InputError naming the field and what it may be."""
+    try:
+        return Cluster.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise InputError(" ".join(explain(error, Cluster)), where=path) from None
