@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anychip.model.cache import KeyValueCache
-from anychip.model.rope import rotary, rotate
+from anychip.model.rope import Rotary, rotary, rotate
 from anychip.recipe.schema import ModelConfig
 
 
@@ -24,8 +24,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight)
+
+    def normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight.float()).to(x.dtype)
 
 
 class Linear(nn.Module):
@@ -115,11 +118,18 @@ class Decoder(nn.Module):
         length = start + input_ids.shape[1]
         if cache is not None:
             cache.extend(input_ids.shape[1])
-        cos, sin, scale = rotary(self.config, start, length, length, input_ids.device)
-        x = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute_dtype)
+        tables = rotary(self.config, start, length, length, input_ids.device)
+        return self.norm(self.run_layers(self.embed(input_ids), tables, cache))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [b, s] -> [b, s, h] in the compute dtype."""
+        return self.embed_tokens(input_ids).to(self.compute_dtype)
+
+    def run_layers(self, x: Tensor, tables: Rotary, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [b, s, h] through all layers that are here."""
         for layer in self.layers:
-            x = layer(x, cos, sin, scale, cache)
-        return self.norm(x)
+            x = layer(x, *tables, cache)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., h] -> logits [..., vocab_size] in the compute dtype."""
