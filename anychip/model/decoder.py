@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anychip.chips.operators import Operators, reference
 from anychip.model.cache import KeyValueCache
-from anychip.model.rope import Rotary, rotary, rotate
+from anychip.model.rope import Rotary, rotary
 from anychip.recipe.schema import ModelConfig
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight in fp32 (arXiv 1910.07467), returned in x's dtype."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, operators: Operators = reference) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.rms_norm = eps, operators.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight)
 
     def normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight.float()).to(x.dtype)
+        return self.rms_norm(x, weight, self.eps)
 
 
 class Linear(nn.Module):
@@ -45,53 +45,50 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """`attend` mixes the values; who splits the sequence replaces it from outside."""
+
+    def __init__(self, config: ModelConfig, layer: int, operators: Operators = reference) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.rotate, self.attend = operators.rotate, operators.attention
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, queries, bias=False)
         self.k_proj = Linear(config.hidden_size, keys, bias=False)
         self.v_proj = Linear(config.hidden_size, keys, bias=False)
         self.o_proj = Linear(queries, config.hidden_size, bias=True)
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None) -> Tensor:
         batch, seq, _ = x.shape
-        q = rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, n, s, d]
-        k = rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, k, s, d]
+        q = self.rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, n, s, d]
+        k = self.rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, k, s, d]
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        mask = None
-        if cache is not None:
+        if cache is not None:  # new tokens see all cached ones and their own past
             k, v = cache.write(self.layer, k, v)
-            if 1 < seq < k.shape[2]:  # new tokens see all cached ones and their own past
-                mask = torch.ones(seq, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - seq)
-        causal = mask is None and seq > 1
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self.grouped
-        )
+        mixed = self.attend(q, k, v, scale=scale, causal=True, mask=None)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operators: Operators = reference) -> None:
         super().__init__()
+        self.swiglu = operators.swiglu
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, operators: Operators = reference) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
+        self.self_attn = Attention(config, layer, operators)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
+        self.mlp = MLP(config, operators)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, scale, cache)
@@ -101,12 +98,14 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. Build it on the meta device to count, or fill it with `init_parameters`."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, operators: Operators = reference
+    ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty_embedding(config))
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, operators) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:

@@ -109,14 +109,6 @@ def cos_sin(config: ModelConfig, positions: Tensor, alpha: int) -> tuple[Tensor,
     return cos.to(positions.device), sin.to(positions.device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [batch, seq, heads, head_dim] by cos/sin [seq, head_dim / 2]; keeps x's dtype, computes in fp32."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 def _base(config: ModelConfig, alpha: int) -> float:
     dim = config.head_dim
     return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta

@@ -1,0 +1,130 @@
+"""Every operator in plain PyTorch: what training on a CPU uses, and what every vendor's own version is checked with.
+
+Accumulation, norms and softmax are in fp32, or in fp64 when the inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from anychip.chips.operators.contract import Operators
+from anychip.chips.operators.plain_attention import attention, attention_backward, attention_with_lse
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See contract.RmsNorm."""
+    inner = wide(x)
+    return (inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + eps) * weight.to(inner.dtype)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See contract.Rotate."""
+    half = x.shape[-1] // 2
+    first, second = wide(x[..., :half]), wide(x[..., half:])
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See contract.Swiglu."""
+    return F.silu(gate) * up
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """One product an expert, written straight into its rows of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        ctx.sizes = counts.tolist()
+        out = x.new_empty(x.shape[0], weights.shape[2])
+        for rows, weight, result in zip(x.split(ctx.sizes), weights, out.split(ctx.sizes), strict=True):
+            torch.mm(rows, weight, out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weights = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
+        start = 0
+        for expert, size in enumerate(ctx.sizes):
+            part = slice(start, start + size)
+            if grad_x is not None:
+                torch.mm(grad[part], weights[expert].t(), out=grad_x[part])
+            if grad_weights is not None:
+                torch.mm(x[part].t(), grad[part], out=grad_weights[expert])
+            start += size
+        return grad_x, grad_weights, None
+
+
+def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """See contract.GroupedMatmul."""
+    return _GroupedMatmul.apply(x, weights, counts)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """See contract.CrossEntropy."""
+    log_probabilities = torch.log_softmax(wide(logits), dim=-1)
+    losses = -log_probabilities.gather(1, target[:, None]).squeeze(1)
+    if not with_gradient:
+        return losses, None
+    gradient = log_probabilities.exp_()
+    return losses, gradient.scatter_add_(1, target[:, None], gradient.new_full((), -1.0).expand(len(target), 1))
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """See contract.AdamW. PyTorch's fused step."""
+    with torch.no_grad():
+        torch_adamw(
+            list(parameters),
+            list(gradients),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            [],
+            list(steps),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+
+reference = Operators(
+    attention=attention,
+    attention_with_lse=attention_with_lse,
+    attention_backward=attention_backward,
+    rms_norm=rms_norm,
+    rotate=rotate,
+    swiglu=swiglu,
+    grouped_matmul=grouped_matmul,
+    cross_entropy=cross_entropy,
+    adamw=adamw,
+)
