@@ -20,8 +20,12 @@ from anychip.recipe import Recipe, load_recipe
 from anychip.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from anychip.model.decoder import Decoder
+    from torch import Tensor
+
+    from anychip.data.batch import Batch
     from anychip.tune.sft import SftData
+
+    Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,16 @@ def _data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.data.loader import TrainingData
-    from anychip.model.init import init_parameters
+    from anychip.model.arithmetic import parameter_shapes
+    from anychip.model.init import init_tensor
+    from anychip.parallel.parts import copy_part
     from anychip.train.job import TrainingJob
     from anychip.train.loop import run_training
 
-    def initialize(model: Decoder) -> None:
-        init_parameters(model, recipe.model, recipe.seed)
+    def initialize(parameters: Mapping[str, Tensor]) -> None:
+        for name, shape in parameter_shapes(recipe.model):
+            if name in parameters:
+                copy_part(parameters[name], init_tensor(name, shape, recipe.model, recipe.seed))
 
     training = recipe.training
     job = TrainingJob(
@@ -148,7 +156,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         model=recipe.model,
         source=TrainingData(run, recipe),
         initialize=initialize,
-        evaluate=_validation(recipe, run),
+        evaluate=_validation(recipe, run) if recipe.data.validation_fraction else None,
         identity=_fingerprint(STAGES["train"], recipe),
         steps=training.steps,
         seq_length=training.seq_length,
@@ -163,17 +171,18 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         loss_chunk_tokens=training.loss_chunk_tokens,
         eval_interval=training.eval_interval,
         deterministic=training.deterministic,
+        parallel=recipe.parallel,
     )
     return {"step": run_training(job)}
 
 
-def _validation(recipe: Recipe, run: RunDirectory) -> Callable[[Decoder], Mapping[str, float]]:
-    from anychip.data.loader import validation_batches
-    from anychip.evals.bits_per_byte import evaluate_bits_per_byte
+def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
+    from anychip.data.validation import validation_batches
+    from anychip.evals.bits_per_byte import measure_bits_per_byte
 
-    def evaluate(model: Decoder) -> Mapping[str, float]:
+    def evaluate(score: Callable[[Batch], float]) -> Mapping[str, float]:
         batches = validation_batches(run, recipe, recipe.training.micro_batch_size, recipe.training.eval_tokens)
-        measured = evaluate_bits_per_byte(model, batches, recipe.training.loss_chunk_tokens)
+        measured = measure_bits_per_byte(score, batches)
         return {"validation_bits_per_byte": measured.bits_per_byte, "validation_loss": measured.nats_per_token}
 
     return evaluate
@@ -189,12 +198,12 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     assert recipe.tune.sft is not None
     sft, data = recipe.tune.sft, SftData(recipe, run)
 
-    def initialize(model: Decoder) -> None:
+    def initialize(parameters: Mapping[str, Tensor]) -> None:
         store = CheckpointStore(run.checkpoints)
         newest = store.latest()
         if newest is None:
             raise InputError("there is no pretrained checkpoint to tune.", where=run.checkpoints)
-        store.load(newest, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+        store.load(newest, {f"model.{name}": parameter.detach() for name, parameter in parameters.items()})
 
     job = TrainingJob(
         title="sft",
@@ -215,17 +224,18 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         recompute=recipe.training.recompute,
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         deterministic=recipe.training.deterministic,
+        parallel=recipe.parallel,
     )
     return {"step": run_training(job)}
 
 
-def _held_out_loss(data: SftData) -> Callable[[Decoder], Mapping[str, float]]:
+def _held_out_loss(data: SftData) -> Evaluate:
     """Loss on questions about known subjects in words that tuning never uses."""
-    from anychip.evals.bits_per_byte import evaluate_bits_per_byte
+    from anychip.evals.bits_per_byte import measure_bits_per_byte
 
-    def evaluate(model: Decoder) -> Mapping[str, float]:
+    def evaluate(score: Callable[[Batch], float]) -> Mapping[str, float]:
         batches = data.held_out_batches(data.split.held_out_phrasings[:_HELD_OUT_DIALOGS])
-        return {"validation_loss": evaluate_bits_per_byte(model, batches).nats_per_token}
+        return {"validation_loss": measure_bits_per_byte(score, batches).nats_per_token}
 
     return evaluate
 

@@ -82,7 +82,7 @@ def anychip(run: RunDirectory, recipe: Recipe, seconds: float) -> tuple[Nats, in
     dtype = compute_dtype("auto", backend)
     model = Decoder(recipe.model, dtype)
     init_parameters(model, recipe.model, recipe.seed)
-    optimizer = Optimizer(model, recipe.optimizer, dtype)
+    optimizer = Optimizer(dict(model.named_parameters()), recipe.optimizer, dtype)
     get = batches(run, recipe)
 
     def step(number: int, steps: int) -> float:

@@ -40,6 +40,7 @@ SLOW_SECONDS = 60.0
 CONTESTANTS = {
     "anychip": ("anychip", "auto", False),
     "anychip, compiled": ("anychip", "auto", True),
+    "anychip bf16": ("anychip", "bf16", False),
     "HF bf16 autocast": ("hf", "bf16", False),
     "HF fp32": ("hf", "fp32", False),
     "HF fp32, compiled": ("hf", "fp32", True),
@@ -78,7 +79,7 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
-    optimizer = Optimizer(model, OptimizerConfig(), dtype)
+    optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig(), dtype)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq + 1))
 
     def step() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anychip.data.batch import Batch
+from anychip.data.batch import IGNORE_LABEL, Batch
 
 if TYPE_CHECKING:
     from anychip.model.decoder import Decoder
@@ -36,26 +36,38 @@ def evaluate_bits_per_byte(
 ) -> BitsPerByte:
     """Code length of held-out batches under `model`, in its own compute dtype; softmax and sums are fp32 or wider.
 
-    `batches` yields a Batch and the UTF-8 bytes that its labels stand for; labels of -100 are context only. Logits of
-    `chunk_tokens` tokens exist at one time. Special tokens such as `<_end>` cost bits and stand for no bytes, so the
-    model pays for knowing where a document ends. Raises ValueError when no byte was scored.
+    Logits of `chunk_tokens` tokens exist at one time. See `measure_bits_per_byte`.
     """
     import torch
 
-    from anychip.train.loss import IGNORE_INDEX, head_cross_entropy
+    from anychip.train.loss import head_cross_entropy
 
     device = model.lm_head.weight.device
+
+    def score(batch: Batch) -> float:
+        hidden = model(batch.input_ids.to(device)).flatten(0, 1)
+        return head_cross_entropy(hidden, model.lm_head.weight, batch.labels.to(device).flatten(), chunk_tokens).item()
+
     was_training = model.training
     model.eval()
-    nats, tokens, utf8_bytes = 0.0, 0, 0
     with torch.no_grad():
-        for batch, batch_bytes in batches:
-            labels = batch.labels.to(device).flatten()
-            hidden = model(batch.input_ids.to(device)).flatten(0, 1)
-            nats += head_cross_entropy(hidden, model.lm_head.weight, labels, chunk_tokens).item()
-            tokens += int((labels != IGNORE_INDEX).sum())
-            utf8_bytes += batch_bytes
+        measured = measure_bits_per_byte(score, batches)
     model.train(was_training)
+    return measured
+
+
+def measure_bits_per_byte(score: Callable[[Batch], float], batches: Iterable[tuple[Batch, int]]) -> BitsPerByte:
+    """Code length of held-out batches; `score` gives the summed loss of one in nats.
+
+    `batches` yields a Batch and the UTF-8 bytes that its labels stand for; labels of -100 are context only. Special
+    tokens such as `<_end>` cost bits and stand for no bytes, so the model pays for knowing where a document ends.
+    Raises ValueError when no byte was scored.
+    """
+    nats, tokens, utf8_bytes = 0.0, 0, 0
+    for batch, batch_bytes in batches:
+        nats += score(batch)
+        tokens += int((batch.labels != IGNORE_LABEL).sum())
+        utf8_bytes += batch_bytes
     if utf8_bytes == 0:
         raise ValueError("no held-out text was scored")
     return BitsPerByte(nats / math.log(2), tokens, utf8_bytes)

@@ -1,64 +1,40 @@
-"""Data parallelism: every process holds the whole model and reads its own rows of each global batch."""
+"""Data parallelism: every reader has its own rows. Copies of the model add up their gradients; shards of one copy
+(FSDP2, arXiv 2304.11277) gather parameters when a layer needs them and keep their part of gradients and optimizer."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from anychip.errors import InputError
+from anychip.model.decoder import Decoder
+from anychip.parallel.collectives import sum_in_buckets
+from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import local
 
 
-@dataclass(frozen=True)
-class DataParallel:
-    """This process's place among `size` replicas. Size 1 needs no process group."""
+def apply_sharding(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard each layer and what is around the layers over `mesh` (shard, or replicate x shard).
 
-    rank: int = 0
-    size: int = 1
+    Parameters travel in the compute dtype, gradients are added up in fp32 or wider. The loss is already divided by the
+    labels of the whole batch, so SUM is all a collective library must know.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
-    @classmethod
-    def from_environment(cls, collective_backend: str) -> DataParallel:
-        """Join the process group that torchrun describes; alone when it describes none."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group(collective_backend)
-        return cls(dist.get_rank(), size)
 
-    def rows(self, global_batch_size: int, micro_batch_size: int) -> range:
-        """Rows of the global batch that this process reads."""
-        if global_batch_size % (self.size * micro_batch_size):
-            raise InputError(
-                f"global_batch_size {global_batch_size} does not divide into {self.size} processes with "
-                f"micro_batch_size {micro_batch_size}.",
-                do=f"Choose a global_batch_size that is a multiple of {self.size * micro_batch_size}.",
-            )
-        share = global_batch_size // self.size
-        return range(self.rank * share, (self.rank + 1) * share)
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up gradients over processes. The loss is already divided by the labels of the whole batch, so SUM is
-        all a collective library must know."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(value, op=dist.ReduceOp.SUM)
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so: all of them get the same answer."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))))
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+def sum_copies(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """Add up gradients of an unsharded model over everything that read different tokens. Once a step."""
+    group = processes.group("replicate", "context")
+    if group is not None and processes.layout.shard == 1:
+        sum_in_buckets((local(p.grad) for p in parameters if p.grad is not None), group)

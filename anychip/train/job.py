@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from anychip.data.batch import Batch
-from anychip.model.decoder import Decoder
-from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig
+from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
 
 
 class BatchSource(Protocol):
@@ -23,7 +24,8 @@ class BatchSource(Protocol):
 class TrainingJob:
     """One training run over `steps` global batches.
 
-    `initialize` fills a new model when there is no checkpoint; `evaluate` returns named numbers for the log (every
+    `initialize` fills a new model's parameters, given by logical name, when there is no checkpoint; `evaluate` is given
+    a function that scores a batch (its summed loss in nats) and returns named numbers for the log (every
     `eval_interval` steps, 0 for the end only). `identity` is kept in each checkpoint; a checkpoint of another identity
     is refused.
     """
@@ -32,13 +34,14 @@ class TrainingJob:
     directory: Path
     model: ModelConfig
     source: BatchSource
-    initialize: Callable[[Decoder], None]
-    evaluate: Callable[[Decoder], Mapping[str, float]] | None
+    initialize: Callable[[Mapping[str, Tensor]], None]
+    evaluate: Callable[[Callable[[Batch], float]], Mapping[str, float]] | None
     identity: str
     steps: int
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
+    parallel: ParallelConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     log: LogConfig

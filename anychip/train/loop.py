@@ -7,6 +7,7 @@ that was stopped or killed continues bit for bit.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -20,20 +21,19 @@ import torch
 from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
-from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
-from anychip.model.decoder import Decoder
-from anychip.parallel.data import DataParallel
+from anychip.parallel.gradients import clip_gradients
+from anychip.parallel.processes import Processes
 from anychip.progress import progress
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.engine import Engine
 from anychip.train.guard import check_finite
 from anychip.train.job import TrainingJob
-from anychip.train.loss import head_cross_entropy
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
 from anychip.train.precision import compute_dtype
-from anychip.train.recompute import apply_recompute
 from anychip.train.schedule import lr_share
 
 
@@ -61,25 +61,19 @@ def run_training(job: TrainingJob) -> int:
     """
     backend = detect_backend()
     backend.prepare_process()
-    replicas = DataParallel.from_environment(backend.collective_backend)
-    rows = replicas.rows(job.global_batch_size, job.micro_batch_size)
-    device, dtype = backend.device(replicas.rank), compute_dtype(job.compute_dtype, backend)
+    device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
     torch.use_deterministic_algorithms(job.deterministic)
-
-    model = Decoder(job.model, dtype).to(device)
-    optimizer = Optimizer(model, job.optimizer, dtype)
-    store = CheckpointStore(job.directory / "checkpoints", keep=job.checkpoint.keep)
-    step = _restore(job, model, optimizer, store)
-    if job.checkpoint.asynchronous and replicas.rank == 0:
-        store.prepare(_state(model, optimizer))
-    apply_recompute(model, job.recompute)
-    if job.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+    processes = Processes.join(job.parallel, device, backend.collective_backend)
+    engine = Engine(job, processes, dtype)
+    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
+    step = _restore(job, engine, optimizer, store)
+    if job.checkpoint.asynchronous:
+        store.prepare(_state(engine, optimizer))
     if step >= job.steps:
         return step
 
-    is_writer = replicas.rank == 0
+    is_writer = processes.is_first
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     peak = measure_matmul_flops(device, dtype) if is_writer else None
@@ -91,35 +85,36 @@ def run_training(job: TrainingJob) -> int:
             batch = batches.get(step)
             clock.data_seconds += time.perf_counter() - waited
             clock.tokens += batch.input_ids.numel()
-            loss = _forward_backward(job, model, batch, rows, replicas)
-            grad_norm = _clip(model, job.optimizer.grad_clip)
-            check_finite(model, step + 1, loss, grad_norm)
+            loss = engine.forward_backward(batch)
+            grad_norm = clip_gradients(engine.parameters.values(), processes, job.optimizer.grad_clip)
+            check_finite(engine.parameters, step + 1, loss, grad_norm)
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             optimizer.step(lr)
-            model.zero_grad(set_to_none=True)
+            for parameter in engine.parameters.values():
+                parameter.grad = None
             step += 1
             bar.advance()
 
             if log and (step % job.log.interval == 0 or step in (1, job.steps)):
                 backend.synchronize()
-                metrics = _measure(job, backend, clock, step, loss, grad_norm, lr, replicas.size, peak)
+                metrics = _measure(job, backend, clock, step, loss, grad_norm, lr, processes.layout.world_size, peak)
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)
-            if log and job.evaluate and (step == job.steps or (job.eval_interval and step % job.eval_interval == 0)):
+            if job.evaluate and (step == job.steps or (job.eval_interval and step % job.eval_interval == 0)):
                 started = time.perf_counter()
-                values = job.evaluate(model)
-                print(
-                    " | ".join([f"step {step}/{job.steps}", *(f"{k} {v:.4f}" for k, v in values.items())]), flush=True
-                )
-                log.write({"step": step, **values})
+                values = job.evaluate(engine.score)
+                if log:
+                    named = (f"{name} {value:.4f}" for name, value in values.items())
+                    print(" | ".join([f"step {step}/{job.steps}", *named]), flush=True)
+                    log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
-            leaving = replicas.any(stop.requested) or step == job.steps
-            if is_writer and (leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0)):
-                _save(job, model, optimizer, store, step, last=leaving)
+            leaving = processes.any(stop.requested) or step == job.steps
+            if leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0):
+                _save(job, engine, optimizer, store, step, last=leaving)
             if leaving:
                 break
-    replicas.barrier()
+    processes.barrier()
     if log:
         log.close()
     if step < job.steps:
@@ -127,43 +122,17 @@ def run_training(job: TrainingJob) -> int:
     return step
 
 
-def _forward_backward(job: TrainingJob, model: Decoder, batch: Batch, rows: range, replicas: DataParallel) -> float:
-    """Gradients of the mean loss over all labels of the global batch; returns that mean (nats a token)."""
-    device = model.lm_head.weight.device
-    labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for start in range(rows.start, rows.stop, job.micro_batch_size):
-        part = slice(start, start + job.micro_batch_size)
-        hidden = model(batch.input_ids[part].to(device))
-        labels = batch.labels[part].to(device).flatten()
-        loss = head_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels, job.loss_chunk_tokens)
-        loss = loss / labels_in_batch
-        loss.backward()
-        total += loss.detach()
-    replicas.sum_gradients(model.parameters())
-    return float(replicas.sum(total))
-
-
-def _clip(model: Decoder, largest: float) -> float:
-    """Scale gradients down to the norm `largest` (0: leave them); returns the norm before."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return float(norm)
-
-
-def _state(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Everything that a step changes, by logical name; the live tensors, not copies."""
-    named = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def _state(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, by logical name; the live tensors (this process's parts), not copies."""
+    named = {f"model.{name}": parameter.detach() for name, parameter in engine.parameters.items()}
     return named | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
 
 
-def _restore(job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore) -> int:
+def _restore(job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore) -> int:
     """Fill model and optimizer from the newest good checkpoint, or initialise them; returns the step."""
     newest = store.latest()
     if newest is None:
-        job.initialize(model)
+        job.initialize(engine.parameters)
         return 0
     if newest.extra.get("identity") not in (None, job.identity):
         raise InputError(
@@ -172,7 +141,7 @@ def _restore(job: TrainingJob, model: Decoder, optimizer: Optimizer, store: Chec
             do="Give this recipe another name, or restore the recipe that the run was started with.",
         )
     weights_only = newest.extra.get("weights_only", False)
-    state = _state(model, optimizer)
+    state = _state(engine, optimizer)
     store.load(newest, {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state)
     if newest.extra.get("threads", torch.get_num_threads()) != torch.get_num_threads():
         print(
@@ -184,15 +153,15 @@ def _restore(job: TrainingJob, model: Decoder, optimizer: Optimizer, store: Chec
 
 
 def _save(
-    job: TrainingJob, model: Decoder, optimizer: Optimizer, store: CheckpointStore, step: int, *, last: bool
+    job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore, step: int, *, last: bool
 ) -> None:
     """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
     extra = {"identity": job.identity, "threads": torch.get_num_threads()}
     try:
         if last or not job.checkpoint.asynchronous:
-            store.save(step, _state(model, optimizer), extra)
+            store.save(step, _state(engine, optimizer), extra)
         else:
-            store.save_async(step, _state(model, optimizer), extra)
+            store.save_async(step, _state(engine, optimizer), extra)
     except AnychipError as error:
         if last:
             raise

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from anychip.parallel.tensor import local, part_of, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -32,28 +34,32 @@ class Muon:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], momentum: float, weight_decay: float, product_dtype: torch.dtype
+        self, parameters: Mapping[str, nn.Parameter], momentum: float, weight_decay: float, product_dtype: torch.dtype
     ) -> None:
         self.parameters, self.momentum, self.weight_decay = dict(parameters), momentum, weight_decay
         self.product_dtype = product_dtype
-        self.momentum_buffers = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self.momentum_buffers = {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()}
         self._by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, parameter in parameters.items():
             self._by_shape[parameter.shape].append(name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
+        """A direction depends on the whole matrix, so processes that share one gather it and keep their part."""
         for shape, names in self._by_shape.items():
             directions = torch.stack([self._direction(name) for name in names]).to(self.product_dtype)
             updates = orthogonalize(directions)
             scale = 0.2 * max(shape) ** 0.5
             for name, update in zip(names, updates, strict=True):
                 parameter = self.parameters[name]
-                parameter.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * scale)
+                part = part_of(parameter, update)
+                local(parameter.detach()).mul_(1 - lr * self.weight_decay).add_(part, alpha=-lr * scale)
 
     def _direction(self, name: str) -> Tensor:
-        """Nesterov momentum of the gradient."""
+        """Nesterov momentum of the gradient, whole."""
         gradient = self.parameters[name].grad
         assert gradient is not None, name
-        buffer = self.momentum_buffers[name].lerp_(gradient, 1 - self.momentum)
-        return gradient.lerp(buffer, self.momentum)
+        buffer = self.momentum_buffers[name]
+        local(buffer).lerp_(local(gradient), 1 - self.momentum)
+        direction = local(gradient).lerp(local(buffer), self.momentum)
+        return whole(direction, self.parameters[name])

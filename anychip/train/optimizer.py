@@ -2,59 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
+from anychip.parallel.tensor import local
 from anychip.recipe.schema import OptimizerConfig
 from anychip.train.muon import Muon
 
 
 class Optimizer:
-    """Owns the optimizer's state under the parameters' logical names.
+    """Owns the optimizer's state under the parameters' logical names, laid out as the parameters are.
 
-    State (all fp32): `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME` of AdamW, `momentum.NAME` of Muon.
+    State (all fp32): `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME` of AdamW, `momentum.NAME` of Muon. It exists
+    from the start, so that a checkpoint can be read into it.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, product_dtype: torch.dtype) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, product_dtype: torch.dtype
+    ) -> None:
         self.config = config
-        parameters = dict(model.named_parameters())
         matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.ndim == 2}
-        muon = matrices if config.name == "muon" else {}
-        self._adamw_parameters = {name: p for name, p in parameters.items() if name not in muon}
-        self.muon = Muon(muon, config.muon_momentum, config.weight_decay, product_dtype) if muon else None
-        self.adamw = self._build_adamw(config)
-
-    def _build_adamw(self, config: OptimizerConfig) -> torch.optim.AdamW:
-        """Norms and biases are not decayed. State exists from the start, so that a checkpoint can be read into it."""
-        decayed = [p for p in self._adamw_parameters.values() if p.ndim >= 2]
-        plain = [p for p in self._adamw_parameters.values() if p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for parameter in self._adamw_parameters.values():
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        return optimizer
+        by_muon = matrices if config.name == "muon" else {}
+        self.muon = Muon(by_muon, config.muon_momentum, config.weight_decay, product_dtype) if by_muon else None
+        self._parameters = {name: p for name, p in parameters.items() if name not in by_muon}
+        self._exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
+        self._step = {name: torch.zeros((), device=local(p).device) for name, p in self._parameters.items()}
 
     def step(self, lr: float) -> None:
-        """Apply the gradients with this learning rate."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        """Apply the gradients with this learning rate. Norms and biases are not decayed."""
+        decayed = [name for name, p in self._parameters.items() if p.ndim >= 2]
+        self._adamw(decayed, lr, self.config.weight_decay)
+        self._adamw([name for name in self._parameters if name not in set(decayed)], lr, 0.0)
         if self.muon is not None:
             self.muon.step(lr)
 
+    @torch.no_grad()
+    def _adamw(self, names: Iterable[str], lr: float, weight_decay: float) -> None:
+        """AdamW is elementwise: each process updates its own part of every tensor."""
+        names = [name for name in names if self._parameters[name].grad is not None]
+        if not names:
+            return
+        beta1, beta2 = self.config.betas
+        adamw(
+            [local(self._parameters[name].detach()) for name in names],
+            [local(self._gradient(name)) for name in names],
+            [local(self._exp_avg[name]) for name in names],
+            [local(self._exp_avg_sq[name]) for name in names],
+            [],
+            [self._step[name] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self._parameters[name].grad
+        assert gradient is not None, name
+        return gradient
+
     def state(self) -> dict[str, Tensor]:
         """The live state tensors (not copies) by name."""
-        named = {}
-        for name, parameter in self._adamw_parameters.items():
-            for key, value in self.adamw.state[parameter].items():
-                named[f"{key}.{name}"] = value
+        kept = {"step": self._step, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        named = {f"{key}.{name}": value for key, by_name in kept.items() for name, value in by_name.items()}
         if self.muon is not None:
             named.update({f"momentum.{name}": buffer for name, buffer in self.muon.momentum_buffers.items()})
         return named

@@ -40,7 +40,7 @@ def test_orthogonalize_keeps_directions_and_brings_singular_values_near_one() ->
 
 def test_muon_takes_the_layers_matrices_and_adamw_everything_else() -> None:
     model = decoder()
-    state = Optimizer(model, OptimizerConfig(name="muon"), torch.float32).state()
+    state = Optimizer(dict(model.named_parameters()), OptimizerConfig(name="muon"), torch.float32).state()
     for name, parameter in model.named_parameters():
         by_muon = name.startswith("layers.") and parameter.ndim == 2
         assert (f"momentum.{name}" in state) == by_muon
@@ -50,7 +50,7 @@ def test_muon_takes_the_layers_matrices_and_adamw_everything_else() -> None:
 def test_adamw_follows_its_definition_and_spares_vectors_from_decay() -> None:
     model = decoder()
     config = OptimizerConfig(weight_decay=0.5, betas=(0.9, 0.95), eps=1e-8)
-    optimizer = Optimizer(model, config, torch.float32)
+    optimizer = Optimizer(dict(model.named_parameters()), config, torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)

@@ -1,0 +1,52 @@
+"""The gradient's norm over all processes, the same number on each, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import local
+
+_COPY_AXES = ("replicate", "shard", "context", "tensor")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], processes: Processes, largest: float) -> float:
+    """Scale gradients down to the norm `largest` (0: leave them); returns the norm before.
+
+    Every element counts once: of several copies the one with the lowest rank.
+    """
+    with_gradients = [p for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in with_gradients if p.grad is not None]
+    counted = [g for p, g in zip(with_gradients, gradients, strict=True) if _counts_here(p, processes)]
+    norm = float(processes.sum(_sum_of_squares(counted, processes.device)).sqrt())
+    if largest and norm > largest:
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))
+    return norm
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    if not tensors:
+        return torch.zeros((), dtype=dtype, device=device)
+    return torch.stack(torch._foreach_norm(tensors)).to(dtype).square().sum()
+
+
+def _counts_here(parameter: nn.Parameter, processes: Processes) -> bool:
+    shared = _sharded_axes(parameter)
+    return all(getattr(processes.place, axis) == 0 for axis in _COPY_AXES if axis not in shared)
+
+
+def _sharded_axes(parameter: nn.Parameter) -> set[str]:
+    if not isinstance(parameter, DTensor):
+        return set()
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return {
+        axis
+        for name, placement in zip(names, parameter.placements, strict=True)
+        if placement != Replicate()
+        for axis in name.split("_")
+    }

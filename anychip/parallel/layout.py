@@ -1,0 +1,199 @@
+"""Which process does what: the degrees of a recipe, checked against the model, the batch and the number of processes.
+
+Processes are numbered with pipeline outermost and tensor innermost: neighbours in a node share matrices, which talk
+most, and stages, which talk least, lie farthest apart.
+
+    rank = (((pipeline * replicates + replicate) * shards + shard) * contexts + context) * tensors + tensor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from anychip.errors import InputError
+from anychip.recipe.schema import ModelConfig, ParallelConfig
+
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+TWO_STAGE_SCHEDULES = ("zero_bubble", "dualpipe_v")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees in the order of AXES; their product is the number of processes."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        return (self.pipeline, self.replicate, self.shard, self.context, self.tensor)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.degrees)
+
+    @property
+    def readers(self) -> int:
+        """Processes that read different rows of a global batch."""
+        return self.replicate * self.shard
+
+    def coordinate(self, rank: int) -> Layout:
+        """This rank's place on each axis, in the same fields."""
+        places = []
+        for degree in reversed(self.degrees):
+            rank, place = divmod(rank, degree)
+            places.append(place)
+        return Layout(*reversed(places))
+
+    def reader(self, rank: int) -> int:
+        """Which share of the rows this rank reads."""
+        place = self.coordinate(rank)
+        return place.replicate * self.shard + place.shard
+
+    def describe(self) -> str:
+        named = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
+        return " x ".join(named) or "one process"
+
+
+def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
+    """Fill in what the recipe leaves open. Raises InputError when the degrees do not make up `world_size`."""
+    fixed = config.pipeline_parallel * config.data_parallel_shard * config.context_parallel * config.tensor_parallel
+    replicate = config.data_parallel_replicate
+    if replicate is None:
+        replicate = max(1, world_size // fixed)
+    layout = Layout(
+        config.pipeline_parallel, replicate, config.data_parallel_shard, config.context_parallel, config.tensor_parallel
+    )
+    if layout.world_size != world_size:
+        raise InputError(
+            f"the recipe's layout ({layout.describe()}) needs {layout.world_size} processes, there are {world_size}.",
+            do=f"Start a multiple of {fixed} processes"
+            + ("." if config.data_parallel_replicate is None else ", or leave data_parallel_replicate out.")
+            + " Degrees are in the recipe's section parallel.",
+        )
+    return layout
+
+
+def check_layout(config: ParallelConfig, layout: Layout, model: ModelConfig) -> None:
+    """Refuse a layout that this model cannot be cut into, with the nearest legal choices."""
+    _divides("tensor_parallel", layout.tensor, "num_key_value_heads", model.num_key_value_heads)
+    _divides("tensor_parallel", layout.tensor, "intermediate_size", model.intermediate_size)
+    _divides("tensor_parallel", layout.tensor, "vocab_size", model.vocab_size)
+    stages = num_stages(config)
+    if stages > model.num_hidden_layers and not config.pipeline_layers:
+        raise InputError(
+            f"{stages} pipeline stages for {model.num_hidden_layers} layers: some would be empty.",
+            do=f"Lower pipeline_parallel or virtual_pipeline, to {model.num_hidden_layers} stages at most.",
+        )
+    if config.virtual_pipeline > 1 and config.pipeline_schedule != "interleaved":
+        raise InputError(
+            f"virtual_pipeline {config.virtual_pipeline} goes with pipeline_schedule interleaved, not "
+            f"{config.pipeline_schedule}.",
+            do="Set parallel.pipeline_schedule=interleaved, or parallel.virtual_pipeline=1.",
+        )
+    if config.pipeline_schedule == "interleaved" and config.virtual_pipeline == 1 and layout.pipeline > 1:
+        raise InputError(
+            "the interleaved schedule needs more than one stage a process.", do="Set parallel.virtual_pipeline=2."
+        )
+    if layout.pipeline > 1:
+        stage_layers(config, model.num_hidden_layers)
+    if config.expert_parallel > 1:
+        raise InputError("expert_parallel is above 1, and this model has no experts.", do="Set it to 1.")
+
+
+def check_batch(config: ParallelConfig, layout: Layout, seq_length: int, micro_batch: int, global_batch: int) -> None:
+    """Refuse a batch that does not divide over the layout, with the nearest legal choices."""
+    unit = layout.readers * micro_batch
+    if global_batch % unit:
+        raise InputError(
+            f"global_batch_size {global_batch} does not divide into {layout.readers} readers with micro_batch_size "
+            f"{micro_batch}.",
+            do=f"Choose {_nearest(global_batch, unit)}.",
+        )
+    parts = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+    if seq_length % parts:
+        raise InputError(
+            f"seq_length {seq_length} does not divide into {parts} parts (tensor_parallel {layout.tensor}, "
+            f"context_parallel {layout.context}, each of whose processes holds two pieces).",
+            do=f"Choose {_nearest(seq_length, parts)}.",
+        )
+    micro_batches = global_batch // unit
+    if layout.pipeline > 1 and config.pipeline_schedule == "dualpipe_v" and micro_batches < 2 * layout.pipeline:
+        raise InputError(
+            f"dualpipe_v needs at least {2 * layout.pipeline} micro-batches a step (two a process), there are "
+            f"{micro_batches}.",
+            do=f"Raise global_batch_size to {2 * layout.pipeline * unit}, or choose another pipeline_schedule.",
+        )
+    if layout.pipeline > 1 and config.pipeline_schedule == "interleaved" and micro_batches % layout.pipeline:
+        raise InputError(
+            f"the interleaved schedule needs a multiple of pipeline_parallel {layout.pipeline} micro-batches, there "
+            f"are {micro_batches}.",
+            do=f"Choose global_batch_size {_nearest(global_batch, unit * layout.pipeline)}.",
+        )
+
+
+def num_stages(config: ParallelConfig) -> int:
+    """Pipeline stages over all processes."""
+    per_process = 2 if config.pipeline_schedule in TWO_STAGE_SCHEDULES else config.virtual_pipeline
+    return config.pipeline_parallel * (per_process if config.pipeline_parallel > 1 else 1)
+
+
+def stage_layers(config: ParallelConfig, num_hidden_layers: int) -> list[range]:
+    """The layers of each stage, in order. An even split gives what is left over to the middle: the first stage also
+    holds the embedding, the last one the head."""
+    stages = num_stages(config)
+    counts = list(config.pipeline_layers) or _even(num_hidden_layers, stages)
+    if len(counts) != stages or sum(counts) != num_hidden_layers:
+        raise InputError(
+            f"pipeline_layers {counts} gives {len(counts)} stages and {sum(counts)} layers; there are {stages} stages "
+            f"(pipeline_parallel x stages a process) and {num_hidden_layers} layers.",
+            do=f"An even split is {_even(num_hidden_layers, stages)}.",
+        )
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def stages_of(config: ParallelConfig, place: int) -> list[int]:
+    """Stages that the process at this place of the pipeline holds, in the order data passes them."""
+    stages, size = num_stages(config), config.pipeline_parallel
+    if config.pipeline_schedule in TWO_STAGE_SCHEDULES:
+        return [place, stages - 1 - place]  # a V: the first process also holds the last stage
+    return list(range(place, stages, size))
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    base, left = divmod(layers, stages)
+    first = (stages - left) // 2
+    return [base + (first <= stage < first + left) for stage in range(stages)]
+
+
+def _divides(degree_name: str, degree: int, name: str, value: int) -> None:
+    if value % degree:
+        raise InputError(
+            f"{degree_name} {degree} does not divide {name} {value}.",
+            do=f"Choose {degree_name} from {_divisors(value, degree)}.",
+        )
+
+
+def _divisors(value: int, near: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(value, 2 * near) + 1) if value % n == 0)
+
+
+def _nearest(value: int, unit: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+def ranks_along(layout: Layout, rank: int, axes: Sequence[str]) -> list[int]:
+    """Ranks that differ from `rank` only on these axes, ascending; `rank` among them."""
+    mine = layout.coordinate(rank)
+    return [
+        other
+        for other in range(layout.world_size)
+        if all(getattr(layout.coordinate(other), axis) == getattr(mine, axis) for axis in AXES if axis not in axes)
+    ]

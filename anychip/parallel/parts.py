@@ -1,0 +1,58 @@
+"""This process's part of a model: built on the meta device, cut by each dimension in turn, then given memory.
+
+A layout only ever changes which part of which named tensor lies here. `Decoder` knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from anychip.model.decoder import Decoder
+from anychip.parallel.data import apply_sharding
+from anychip.parallel.layout import check_layout
+from anychip.parallel.pipeline import keep_stage, layers_of_stages
+from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import apply_tensor_parallel, local, part_of
+from anychip.recipe.schema import ModelConfig
+
+
+def build_parts(
+    config: ModelConfig,
+    processes: Processes,
+    dtype: torch.dtype,
+    prepare: Callable[[Decoder], None] = lambda part: None,
+) -> list[Decoder]:
+    """The decoders this process holds: one, or one a pipeline stage. Their memory is not filled yet.
+
+    `prepare` is called on each before it is sharded (recomputation and compilation wrap the layers there).
+    """
+    check_layout(processes.config, processes.layout, config)
+    pipelined = processes.layout.pipeline > 1
+    parts = []
+    for stage in layers_of_stages(processes, config.num_hidden_layers) if pipelined else [None]:
+        with torch.device("meta"):
+            part = Decoder(config, dtype)
+        if stage is not None:
+            layers, first, last = stage
+            keep_stage(part, layers, first=first, last=last)
+        if (tensor := processes.mesh("tensor")) is not None:
+            apply_tensor_parallel(part, tensor)
+        prepare(part)
+        if (sharding := processes.sharding_mesh()) is not None:
+            apply_sharding(part, sharding, dtype)
+        part.to_empty(device=processes.device)
+        parts.append(part)
+    return parts
+
+
+def named_parameters(parts: list[Decoder]) -> dict[str, nn.Parameter]:
+    """Parameters of all parts by their logical names, in the order of the forward pass."""
+    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+def copy_part(parameter: Tensor, whole_tensor: Tensor) -> None:
+    """Fill a parameter, or this process's part of it, from the whole tensor (on the CPU)."""
+    local(parameter.detach()).copy_(part_of(parameter, whole_tensor))

@@ -1,0 +1,160 @@
+"""Pipeline parallelism: stages of whole layers, micro-batches passed along, on PyTorch's schedules.
+
+A stage is a Decoder that keeps only its layers, under their names in the whole model; the first one embeds, the last
+one ends in the final norm and the head. Schedules: gpipe (arXiv 1811.06965), 1f1b (2006.09503), interleaved
+(2104.04473), zero_bubble as a V (2401.10241, 2405.15362) and dualpipe_v (2412.19437).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from anychip.model.decoder import Decoder
+from anychip.model.rope import Rotary
+from anychip.parallel.layout import num_stages, stage_layers, stages_of
+from anychip.parallel.processes import Processes
+
+_ONE_STAGE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+_MANY_STAGES = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleZBVZeroBubble,
+    "dualpipe_v": ScheduleDualPipeV,
+}
+
+
+def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool) -> None:
+    """Drop from a whole decoder everything that is not of this stage; the rest keeps its names."""
+    kept = nn.ModuleList()
+    for index in layers:
+        kept.add_module(str(index), model.layers[index])
+    model.layers = kept
+    if not first:
+        model.embed_tokens = None  # type: ignore[assignment]
+    if not last:
+        model.norm = model.lm_head = None  # type: ignore[assignment]
+    model.forward = partial(_stage_forward, model)  # type: ignore[method-assign]
+
+
+def _stage_forward(model: Decoder, x: Tensor) -> Tensor:
+    """Token ids (first stage) or hidden states -> hidden states; `tables` is set for each step."""
+    if model.embed_tokens is not None:
+        x = model.embed(x)
+    x = model.run_layers(x, model.tables)  # type: ignore[arg-type]
+    return x if model.norm is None else model.norm(x)
+
+
+class Pipeline:
+    """This process's stages and the schedule that drives them.
+
+    `stages` are its Decoders in the order data passes them; `loss` maps the last stage's output and labels
+    [b, s] to a scalar. Micro-batches have `shape_in` [b, s] ids and pass hidden states of `shape_between`.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        stages: Sequence[Decoder],
+        num_micro_batches: int,
+        shape_in: tuple[int, ...],
+        shape_between: tuple[int, ...],
+        dtype: torch.dtype,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        config, device = processes.config, processes.device
+        group = processes.group("pipeline")
+        assert group is not None
+        self._processes, self._stages, self._count, self._loss = processes, list(stages), num_micro_batches, loss
+        self._indices = stages_of(config, processes.place.pipeline)
+        self._total, self._dtype, self._shape_between = num_stages(config), dtype, shape_between
+        ids = torch.empty(shape_in, dtype=torch.int64, device="meta")
+        between = torch.empty(shape_between, dtype=dtype, device="meta", requires_grad=True)
+        wrapped = [
+            PipelineStage(
+                stage,
+                index,
+                self._total,
+                device,
+                input_args=(ids if index == 0 else between,),
+                output_args=(between,),
+                group=group,
+            )
+            for stage, index in zip(stages, self._indices, strict=True)
+        ]
+        kind = config.pipeline_schedule
+        many = len(wrapped) > 1
+        schedule: Any = _MANY_STAGES[kind] if many else _ONE_STAGE[kind]
+        self._schedule = schedule(wrapped if many else wrapped[0], num_micro_batches, loss_fn=loss, scale_grads=False)
+
+    @property
+    def holds_first(self) -> bool:
+        return self._indices[0] == 0
+
+    @property
+    def holds_last(self) -> bool:
+        return self._total - 1 in self._indices
+
+    def forward_backward(self, input_ids: Tensor, labels: Tensor, rotary: Rotary, **extra: Tensor) -> Tensor:
+        """One step over all micro-batches; gradients are left in the parameters. Returns the loss where it is known,
+        zero elsewhere."""
+        self._set_rotary(rotary)
+        losses: list[Tensor] = []
+        inputs = (input_ids,) if self.holds_first else ()
+        target = labels if self.holds_last else None
+        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **extra)
+        total = torch.zeros((), device=self._processes.device)
+        return total + torch.stack([loss.detach() for loss in losses]).sum() if losses else total
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, labels: Tensor, rotary: Rotary, **extra: Tensor) -> Tensor:
+        """Loss of one micro-batch of any number of rows, without gradients; zero where the last stage is elsewhere."""
+        self._set_rotary(rotary)
+        group = self._processes.group("pipeline")
+        x: Tensor | None = input_ids
+        for index in range(self._total):
+            owner = self._owner(index)
+            if owner == self._processes.place.pipeline:
+                if x is None:
+                    x = torch.empty(
+                        (len(input_ids), *self._shape_between[1:]), dtype=self._dtype, device=self._processes.device
+                    )
+                    dist.recv(x, group=group, group_src=self._owner(index - 1))
+                x = self._stages[self._indices.index(index)](x, **extra)
+                following = self._owner(index + 1) if index + 1 < self._total else owner
+                if following != owner:
+                    dist.send(x.contiguous(), group=group, group_dst=following)
+                    x = None
+            elif index == 0:
+                x = None
+        if not self.holds_last:
+            return torch.zeros((), device=self._processes.device)
+        assert x is not None
+        return self._loss(x, labels)
+
+    def _owner(self, index: int) -> int:
+        places = range(self._processes.layout.pipeline)
+        return next(place for place in places if index in stages_of(self._processes.config, place))
+
+    def _set_rotary(self, rotary: Rotary) -> None:
+        for stage in self._stages:
+            stage.tables = rotary  # type: ignore[assignment]
+
+
+def layers_of_stages(processes: Processes, num_hidden_layers: int) -> list[tuple[range, bool, bool]]:
+    """Layers, and whether it is the first or the last stage, for each stage of this process."""
+    config = processes.config
+    ranges, last = stage_layers(config, num_hidden_layers), num_stages(config) - 1
+    return [(ranges[i], i == 0, i == last) for i in stages_of(config, processes.place.pipeline)]

@@ -1,0 +1,112 @@
+"""The processes of a job: this one's place in the layout, and the groups it talks in."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from anychip.parallel.layout import AXES, Layout, check_batch, resolve_layout
+from anychip.recipe.schema import ParallelConfig
+
+
+class Processes:
+    """One process of a layout. A layout of one process needs no process group.
+
+    Only axes of more than one process have a group, made by DeviceMesh; groups over several axes are made when first
+    asked for (by all processes, in the same order).
+    """
+
+    def __init__(self, config: ParallelConfig, layout: Layout, rank: int, device: torch.device) -> None:
+        self.config, self.layout, self.rank, self.device = config, layout, rank, device
+        self.place = layout.coordinate(rank)
+        axes = [(axis, degree) for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1]
+        self._mesh = (
+            init_device_mesh(device.type, tuple(d for _, d in axes), mesh_dim_names=tuple(a for a, _ in axes))
+            if axes
+            else None
+        )
+        self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+        self._control: dist.ProcessGroup | None = None
+        self.start_seconds: dict[str, float] = {}
+
+    @classmethod
+    def join(
+        cls, config: ParallelConfig, device: torch.device, collective_backend: str, timeout: timedelta | None = None
+    ) -> Processes:
+        """Join the job that torchrun describes in the environment; a job of one when it describes none."""
+        world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        layout = resolve_layout(config, world_size)
+        started = time.perf_counter()
+        if world_size > 1 and not dist.is_initialized():
+            backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collective_backend}"
+            dist.init_process_group(backends, timeout=timeout)
+        joined = time.perf_counter()
+        processes = cls(config, layout, rank, device)
+        processes.start_seconds = {"rendezvous": joined - started, "groups": time.perf_counter() - joined}
+        return processes
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self, *axes: str) -> DeviceMesh | None:
+        """The mesh over these axes as one dimension; None when they hold one process."""
+        wide = tuple(axis for axis in axes if getattr(self.layout, axis) > 1)
+        if not wide or self._mesh is None:
+            return None
+        if len(wide) == 1:
+            return self._mesh[wide[0]]
+        if wide not in self._flat:
+            self._flat[wide] = self._mesh[wide]._flatten("_".join(wide))
+        return self._flat[wide]
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The process group over these axes; None when they hold one process."""
+        mesh = self.mesh(*axes)
+        return None if mesh is None else mesh.get_group()
+
+    def sharding_mesh(self) -> DeviceMesh | None:
+        """What FSDP2 is given: parameters shared over shard x context, copied over replicate. None: not sharded."""
+        if self.layout.shard == 1:
+            return None
+        shared = self.mesh("shard", "context")
+        assert shared is not None and self._mesh is not None
+        if self.layout.replicate == 1:
+            return shared
+        assert shared.mesh_dim_names is not None
+        return self._mesh["replicate", shared.mesh_dim_names[0]]
+
+    def control_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of all processes that only the checkpoint uses."""
+        if self.layout.world_size > 1 and self._control is None:
+            self._control = dist.new_group(backend="gloo")
+        return self._control
+
+    def rows(self, global_batch_size: int, micro_batch_size: int, seq_length: int) -> range:
+        """Rows of the global batch that this process reads."""
+        check_batch(self.config, self.layout, seq_length, micro_batch_size, global_batch_size)
+        share = global_batch_size // self.layout.readers
+        reader = self.layout.reader(self.rank)
+        return range(reader * share, (reader + 1) * share)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place."""
+        if self.layout.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.SUM)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so: all of them get the same answer."""
+        if self.layout.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def barrier(self) -> None:
+        if self.layout.world_size > 1:
+            self.any(False)

@@ -1,0 +1,145 @@
+"""Tensor parallelism with the sequence split between the matrices (arXiv 1909.08053, 2205.05198).
+
+Each process holds a part of every matrix: columns of q, k, v, gate, up and rows of the vocabulary; rows of o and down.
+Between them, where every token stands alone (norms, residual), each process holds a part of the sequence. So a layer
+gathers the sequence twice and sums partial products back into parts twice; nothing else travels.
+
+Parameters become DTensors, which keeps their global names and shapes; products run on their local parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from anychip.model.decoder import Decoder, Linear, RMSNorm
+from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
+
+_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, differentiable; the tensor itself when it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(like: Tensor, whole_tensor: Tensor) -> Tensor:
+    """The part of a whole tensor that lies where `like`'s part of its own does."""
+    if not isinstance(like, DTensor):
+        return whole_tensor
+    sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole_tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """Every process's `part`, put together as `like` is; called by all that share it."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Cut the parameters of a decoder (or of one pipeline stage of it) and make its modules compute on their parts.
+
+    Outputs of embedding, layers and final norm are then [b, s / n, h]: this process's part of the sequence.
+    """
+    layer: Any
+    for layer in model.layers:
+        for linear in map(layer.get_submodule, _COLUMNS):
+            _shard(linear, mesh, 0)
+            linear.forward = partial(_column, linear)
+        for linear in map(layer.get_submodule, _ROWS):
+            _shard(linear, mesh, 1)
+            linear.forward = partial(_row, linear, mesh)
+        for block in (layer.self_attn, layer.mlp):
+            block.forward = _with_whole_sequence(block.forward, mesh)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            _keep_whole(norm, mesh)
+    if model.embed_tokens is not None:
+        _shard(model.embed_tokens, mesh, 0)
+        model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
+    if model.norm is not None:
+        _keep_whole(model.norm, mesh)
+    if model.lm_head is not None:
+        _shard(model.lm_head, mesh, 0)
+        model.lm_head.forward = partial(_column, model.lm_head)  # type: ignore[method-assign]
+
+
+def sum_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Add up, over the group, gradients of what every process holds whole (norms, biases): each saw only its part of
+    the sequence. Once a step, before anything reads a gradient."""
+    partial_sums = [
+        local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) and _is_whole(p, mesh)
+    ]
+    sum_in_buckets(partial_sums, mesh.get_group())
+
+
+def _is_whole(parameter: DTensor, mesh: DeviceMesh) -> bool:
+    names = parameter.device_mesh.mesh_dim_names or ()
+    assert mesh.mesh_dim_names is not None
+    return parameter.placements[names.index(mesh.mesh_dim_names[0])] == Replicate()
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+    """Cut `weight` on `dim`. A bias is added to whole rows: cut with the columns, kept whole with the rows."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placement = Replicate() if name == "bias" and dim == 1 else Shard(dim if name == "weight" else 0)
+        module.register_parameter(name, _as_dtensor(parameter, mesh, placement))
+
+
+def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
+    """The parameter's own part; meant for the meta device, where nothing is copied."""
+    part = parameter.detach()
+    if isinstance(placement, Shard):
+        part = part.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()
+    return nn.Parameter(DTensor.from_local(part, mesh, [placement], run_check=False))
+
+
+def _column(linear: Linear, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else local(linear.bias).to(x.dtype)
+    return F.linear(x, local(linear.weight).to(x.dtype), bias)
+
+
+def _row(linear: Linear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    total = ScatterSequence.apply(F.linear(x, local(linear.weight).to(x.dtype)), mesh.get_group())
+    return total if linear.bias is None else total + local(linear.bias).to(x.dtype)
+
+
+def _keep_whole(norm: RMSNorm, mesh: DeviceMesh) -> None:
+    norm.weight = _as_dtensor(norm.weight, mesh, Replicate())
+    norm.forward = partial(_norm, norm)  # type: ignore[method-assign]
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return norm.normalize(x, local(norm.weight))
+
+
+def _embed(embedding: nn.Embedding, mesh: DeviceMesh, input_ids: Tensor) -> Tensor:
+    """[b, s] ids -> [b, s / n, h]: every process looks up the ids of its rows, the sum brings them together."""
+    weight = local(embedding.weight)
+    ids = input_ids - mesh.get_local_rank() * weight.shape[0]
+    elsewhere = (ids < 0) | (ids >= weight.shape[0])
+    found = F.embedding(ids.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0.0)
+    return ScatterSequence.apply(found, mesh.get_group())
+
+
+def _with_whole_sequence(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
+    def run(x: Tensor, *inputs: Any, **keywords: Any) -> Any:
+        return forward(GatherSequence.apply(x, mesh.get_group()), *inputs, **keywords)
+
+    return run
+
+
+def gather_sequence(hidden: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Final hidden states of the whole sequence, [b, s / n, h] -> [b, s, h]."""
+    return hidden if mesh is None else GatherSequence.apply(hidden, mesh.get_group())

@@ -1,0 +1,116 @@
+"""Forward and backward of one process, whatever the layout: the loop hands over a global batch and gets its loss.
+
+Every process is given the whole global batch and takes its rows and its part of each sequence from it. The loss is
+divided by the labels of the whole batch before backward, so that gradients are added up and never averaged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.model.decoder import Decoder
+from anychip.model.rope import Rotary, rotary
+from anychip.parallel.data import sum_copies
+from anychip.parallel.parts import build_parts, named_parameters
+from anychip.parallel.pipeline import Pipeline
+from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
+from anychip.train.job import TrainingJob
+from anychip.train.loss import head_cross_entropy
+from anychip.train.recompute import apply_recompute
+
+
+class Engine:
+    """This process's part of the model, and how a batch passes through it."""
+
+    def __init__(self, job: TrainingJob, processes: Processes, dtype: torch.dtype) -> None:
+        self._job, self._processes = job, processes
+        self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
+        self._labels_in_batch = 1
+
+        def prepare(part: Decoder) -> None:
+            apply_recompute(part, job.recompute)
+            if job.compile:
+                for layer in part.layers:
+                    layer.compile(dynamic=False)
+
+        self.parts = build_parts(job.model, processes, dtype, prepare)
+        self.parameters = named_parameters(self.parts)
+        self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token),
+        the same on all processes."""
+        self._labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
+        part = self._my_part(batch, self._rows)
+        if self._pipeline is not None:
+            total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part))
+        else:
+            total = torch.zeros((), device=self._processes.device)
+            for start in range(0, len(self._rows), self._job.micro_batch_size):
+                rows = slice(start, start + self._job.micro_batch_size)
+                loss = self._loss(self.parts[0](part.input_ids[rows]), part.labels[rows])
+                loss.backward()
+                total += loss.detach()
+        self._sum_gradients()
+        return self._sum_losses(total)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> float:
+        """Summed loss (nats) of all rows of a held-out batch, the same on all processes."""
+        self._labels_in_batch = 1
+        part = self._my_part(batch, range(len(batch.input_ids)))
+        if self._pipeline is not None:
+            total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part))
+        else:
+            total = self._loss(self.parts[0](part.input_ids), part.labels)
+        return self._sum_losses(total) / self._processes.layout.readers
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        mesh = self._processes.mesh("tensor")
+        hidden = gather_sequence(hidden, mesh)
+        weight = local(self.parts[-1].lm_head.weight)
+        group = None if mesh is None else mesh.get_group()
+        loss = head_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self._job.loss_chunk_tokens, group)
+        return loss / self._labels_in_batch
+
+    def _sum_gradients(self) -> None:
+        if (mesh := self._processes.mesh("tensor")) is not None:
+            sum_replicated_gradients(self.parameters.values(), mesh)
+        sum_copies(self.parameters.values(), self._processes)
+
+    def _sum_losses(self, mine: Tensor) -> float:
+        """Processes that share matrices all have the same loss: one of them counts."""
+        counts = self._processes.place.tensor == 0
+        return float(self._processes.sum(mine.clone() if counts else torch.zeros_like(mine)))
+
+    def _my_part(self, batch: Batch, rows: range) -> Batch:
+        """These rows on this process's device, padded at the end to a length that the layout divides."""
+        layout = self._processes.layout
+        length = batch.input_ids.shape[1]
+        unit = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+        wanted = self._job.seq_length if layout.pipeline > 1 else -(-length // unit) * unit
+        part = slice(rows.start, rows.stop)
+        input_ids = F.pad(batch.input_ids[part], (0, wanted - length))
+        labels = F.pad(batch.labels[part], (0, wanted - length), value=IGNORE_LABEL)
+        return Batch(input_ids.to(self._processes.device), labels.to(self._processes.device))
+
+    def _rotary(self, part: Batch) -> Rotary:
+        length = part.input_ids.shape[1]
+        return rotary(self._job.model, 0, length, length, self._processes.device)
+
+    def _build_pipeline(self, dtype: torch.dtype) -> Pipeline:
+        job, layout = self._job, self._processes.layout
+        seq = job.seq_length // layout.context
+        return Pipeline(
+            self._processes,
+            self.parts,
+            num_micro_batches=len(self._rows) // job.micro_batch_size,
+            shape_in=(job.micro_batch_size, seq),
+            shape_between=(job.micro_batch_size, seq // layout.tensor, job.model.hidden_size),
+            dtype=dtype,
+            loss=self._loss,
+        )

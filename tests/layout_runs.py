@@ -1,0 +1,194 @@
+"""Small training runs under many layouts: spawned gloo ranks that write what they computed, for tests to compare."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.recipe.schema import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+SEQ_LENGTH, GLOBAL_BATCH, STEPS, SEED = 32, 16, 20, 3
+
+
+class RandomTokens:
+    """Batches by step, rows with unequal numbers of labels: a mean of means would be wrong."""
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(1000 + step)
+        tokens = torch.randint(0, MODEL.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[::3, :9] = IGNORE_LABEL
+        return Batch(tokens[:, :-1], labels)
+
+
+@dataclass(frozen=True)
+class LayoutRun:
+    """One layout to train under, and what of the job differs from the plain one."""
+
+    parallel: dict[str, Any]
+    micro_batch_size: int = 1
+    job: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        parts = [f"{key}={value}" for key, value in {**self.parallel, **self.job}.items()]
+        return ",".join([*parts, f"micro_batch={self.micro_batch_size}"]).replace(" ", "")
+
+    @property
+    def world_size(self) -> int:
+        config = ParallelConfig(**self.parallel)
+        return (
+            (config.data_parallel_replicate or 1)
+            * config.data_parallel_shard
+            * config.tensor_parallel
+            * config.pipeline_parallel
+            * config.context_parallel
+        )
+
+
+def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
+    """Train in this process's place; returns losses, gradient norms, gradients of step 1 and final state, whole."""
+    from anychip.chips.backend import detect_backend
+    from anychip.model.arithmetic import parameter_shapes
+    from anychip.model.init import init_tensor
+    from anychip.parallel.gradients import clip_gradients
+    from anychip.parallel.parts import copy_part
+    from anychip.parallel.processes import Processes
+    from anychip.parallel.tensor import local, whole
+    from anychip.train.engine import Engine
+    from anychip.train.job import TrainingJob
+    from anychip.train.optimizer import Optimizer
+
+    backend = detect_backend()
+    optimizer_config = OptimizerConfig(name=run.job.get("optimizer", "adamw"), lr=1e-3, schedule=ScheduleConfig())
+    job = TrainingJob(
+        title="layout",
+        directory=Path(),
+        model=MODEL,
+        source=RandomTokens(),
+        initialize=lambda parameters: None,
+        evaluate=None,
+        identity="",
+        steps=steps,
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=run.micro_batch_size,
+        global_batch_size=GLOBAL_BATCH,
+        parallel=ParallelConfig(**run.parallel),
+        optimizer=optimizer_config,
+        checkpoint=CheckpointConfig(),
+        log=LogConfig(),
+        loss_chunk_tokens=24,
+        recompute=run.job.get("recompute", "none"),
+    )
+    dtype = getattr(torch, run.job.get("dtype", "float32"))
+    processes = Processes.join(job.parallel, backend.device(0), backend.collective_backend)
+    engine = Engine(job, processes, dtype)
+    for name, shape in parameter_shapes(MODEL):
+        if name in engine.parameters:
+            copy_part(engine.parameters[name], init_tensor(name, shape, MODEL, SEED))
+    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        losses.append(engine.forward_backward(job.source.batch(step)))
+        if step == 0:
+            gradients = {
+                name: whole(local(p.grad), p).cpu().clone()
+                for name, p in engine.parameters.items()
+                if p.grad is not None
+            }
+        norms.append(clip_gradients(engine.parameters.values(), processes, 1.0))
+        optimizer.step(1e-3)
+        for parameter in engine.parameters.values():
+            parameter.grad = None
+    score = engine.score(job.source.batch(steps))
+    weights = {name: whole(local(p.detach()), p).cpu().clone() for name, p in engine.parameters.items()}
+    return {"losses": losses, "norms": norms, "score": score, "gradients": gradients, "weights": weights}
+
+
+def run_layouts(runs: list[LayoutRun], folder: Path, timeout: float = 240.0) -> None:
+    """Train under each layout (all of one world size), one after another in the same spawned ranks.
+
+    Each leaves FOLDER/NAME.rank-R.safetensors with what rank R holds, and NAME.json. Raises when a rank fails or the
+    time is over.
+    """
+    (world_size,) = {run.world_size for run in runs}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "anychip.train.engine"])
+    ranks = [context.Process(target=_rank, args=(rank, world_size, runs, folder)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.is_alive() for process in ranks):
+            failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+            if failed or time.monotonic() > deadline:
+                errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
+                raise AssertionError(f"ranks {failed} failed, or {timeout} s are over:\n" + "\n".join(errors))
+            time.sleep(0.05)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
+    assert not errors, "\n".join(errors)
+
+
+def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> None:
+    import traceback
+
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    for run in runs:
+        try:
+            if world_size > 1:
+                store = dist.FileStore(str(folder / f"{run.name}.store"), world_size)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            result = train(run)
+            tensors = {f"weights.{k}": v.contiguous() for k, v in result["weights"].items()}
+            tensors |= {f"gradients.{k}": v.contiguous() for k, v in result["gradients"].items()}
+            save_file(tensors, folder / f"{run.name}.rank-{rank}.safetensors")
+            if rank == 0:
+                numbers = {key: result[key] for key in ("losses", "norms", "score")}
+                (folder / f"{run.name}.json").write_text(json.dumps(numbers))
+            if world_size > 1:
+                dist.destroy_process_group()
+        except BaseException:
+            (folder / f"error-{rank}.txt").write_text(f"{run.name} rank {rank}\n{traceback.format_exc()}")
+            os._exit(1)
+
+
+def read(run: LayoutRun, folder: Path) -> dict[str, Any]:
+    """What all ranks left of one layout: numbers of rank 0, tensors of all stages."""
+    from safetensors.torch import load_file
+
+    result: dict[str, Any] = json.loads((folder / f"{run.name}.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for rank in range(run.world_size):
+        tensors |= load_file(folder / f"{run.name}.rank-{rank}.safetensors")
+    return {**result, "tensors": tensors}
