@@ -79,10 +79,13 @@ def cross_entropy(logits: Tensor, target: Tensor, *, with_gradient: bool) -> tup
     """See contract.CrossEntropy."""
     log_probabilities = torch.log_softmax(wide(logits), dim=-1)
     losses = -log_probabilities.gather(1, target[:, None]).squeeze(1)
-    if not with_gradient:
-        return losses, None
+    return losses, gradient_of_log_softmax(log_probabilities, target) if with_gradient else None
+
+
+def gradient_of_log_softmax(log_probabilities: Tensor, target: Tensor) -> Tensor:
+    """Softmax minus one-hot, [tokens, vocab], in the place of the log-probabilities."""
     gradient = log_probabilities.exp_()
-    return losses, gradient.scatter_add_(1, target[:, None], gradient.new_full((), -1.0).expand(len(target), 1))
+    return gradient.scatter_add_(1, target[:, None], gradient.new_full((), -1.0).expand(len(target), 1))
 
 
 def adamw(
@@ -97,16 +100,33 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
+    """See contract.AdamW. PyTorch's fused step on a CPU, its loop over tensors elsewhere: not every chip has both."""
+    state = parameters, gradients, exp_avgs, exp_avg_sqs, steps
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    _step_adamw(*state, fused=on_cpu, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def fused_adamw(
+    *state: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
     """See contract.AdamW. PyTorch's fused step."""
+    _step_adamw(*state, fused=True, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _step_adamw(
+    *state: Sequence[Tensor], fused: bool, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    parameters, gradients, exp_avgs, exp_avg_sqs, steps = map(list, state)
     with torch.no_grad():
         torch_adamw(
-            list(parameters),
-            list(gradients),
-            list(exp_avgs),
-            list(exp_avg_sqs),
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
             [],
-            list(steps),
-            fused=True,
+            steps,
+            fused=fused,
+            foreach=not fused,
             amsgrad=False,
             maximize=False,
             lr=lr,

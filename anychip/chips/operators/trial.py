@@ -1,0 +1,298 @@
+"""Small inputs that show whether a vendor's operator computes what the reference computes.
+
+A trial keeps what matters of a call (dtypes, device, sizes a kernel may depend on) and none of its numbers, so that
+equal kinds of calls are one trial. Results are judged by the norm of their difference: single elements near zero may
+be far off, relatively, in any 16-bit format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from anychip.chips.operators.plain_attention import attention_with_lse, visible_past
+
+# Largest norm of the difference over the norm of the expected result. Chips may multiply fp32 in shorter formats.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_SEED = 20_250_115
+
+
+class Trial(Protocol):
+    """One kind of call. Equal and hashable by its fields."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    differentiable: ClassVar[tuple[int, ...]]  # positions of the arguments that get gradients
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keywords on the CPU, in the dtypes of the call."""
+
+    def __hash__(self) -> int: ...
+
+
+class Draw:
+    """Random numbers on the CPU, the same on every machine and chip."""
+
+    def __init__(self) -> None:
+        self._generator = Generator().manual_seed(_SEED)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64).to(dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=self._generator)
+
+
+def disagreement(trial: Trial, function: Callable[..., Any], reference: Callable[..., Any]) -> str | None:
+    """Where the function's results or gradients differ from the reference's; None if nowhere."""
+    args, keywords = trial.inputs(Draw())
+    found = _observe(trial, function, _moved(args, trial.device), _moved(keywords, trial.device))
+    expected = _observe(trial, reference, _widened(args), _widened(keywords))
+    limit = _TOLERANCE[trial.dtype]
+    for what, right in expected.items():
+        if what not in found or found[what].shape != right.shape:
+            return f"its {what} has the wrong shape"
+        difference = _relative_difference(found[what].to("cpu", torch.float64), right)
+        if not difference <= limit:  # true for NaN
+            return f"its {what} differs from the reference by {difference:.2g} of its norm, more than {limit:.2g}"
+    return None
+
+
+def _observe(
+    trial: Trial, function: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Everything a call gives: results (or, from a function without any, the arguments it changed) and gradients."""
+    leaves = {position: args[position].requires_grad_() for position in trial.differentiable}
+    with torch.set_grad_enabled(bool(leaves)):
+        returned = function(*args, **keywords)
+    results = _tensors(args if returned is None else returned)
+    observed = {f"result {number}": result.detach() for number, result in enumerate(results)}
+    if leaves:
+        weights = Draw().normal(*results[0].shape, dtype=trial.dtype).to(results[0])
+        gradients = torch.autograd.grad(results[0], list(leaves.values()), weights)
+        observed.update({f"gradient {at}": g for at, g in zip(leaves, gradients, strict=True)})
+    return observed
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value or () for tensor in _tensors(item)]
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(device, copy=True))
+
+
+def _widened(value: Any) -> Any:
+    return _mapped(value, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    difference = torch.where(found == expected, 0.0, found - expected)  # infinities may agree
+    size = torch.where(expected.isfinite(), expected, 0.0).norm()
+    return (difference.norm() / size.clamp_min(1e-30)).item()
+
+
+@dataclass(frozen=True)
+class AttentionTrial:
+    """Fewer keys than any kernel's block and an odd number of them, so that ends of blocks are tried too."""
+
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    groups: int
+    head_dim: int
+    causal: bool
+    masked: bool
+    square: bool
+
+    differentiable: ClassVar[tuple[int, ...]] = (0, 1, 2)
+    hidden_rows: ClassVar[int] = 0
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        keys = 37
+        queries = keys if self.square else 21
+        q = draw.normal(2, self.heads, queries, self.head_dim, dtype=self.dtype)
+        k = draw.normal(2, self.groups, keys, self.head_dim, dtype=self.dtype)
+        v = draw.normal(2, self.groups, keys, self.head_dim, dtype=self.dtype)
+        mask = None
+        if self.masked:
+            mask = draw.integers(3, 2, 1, queries, keys) > 0
+            past = visible_past(queries, keys, mask.device)
+            mask |= past & ~past.tril(keys - queries - 1)  # every query sees its own token
+            mask[:, :, : self.hidden_rows] = False
+        return [q, k, v], {"scale": self.head_dim**-0.5, "causal": self.causal, "mask": mask}
+
+
+@dataclass(frozen=True)
+class AttentionWithLseTrial(AttentionTrial):
+    differentiable: ClassVar[tuple[int, ...]] = ()
+    hidden_rows: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class AttentionBackwardTrial(AttentionTrial):
+    """`out` and `lse` include a second block of keys, as they do in ring attention."""
+
+    differentiable: ClassVar[tuple[int, ...]] = ()
+    hidden_rows: ClassVar[int] = 2
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        (q, k, v), keywords = super().inputs(draw)
+        others = [draw.normal(*k.shape, dtype=torch.float64) for _ in range(2)]
+        wide = [tensor.double() for tensor in (q, k, v)]
+        out, lse = attention_with_lse(*wide, **keywords)
+        more_out, more_lse = attention_with_lse(
+            wide[0], others[0], others[1], scale=keywords["scale"], causal=False, mask=None
+        )
+        total = torch.logaddexp(lse, more_lse)
+        out = out * (lse - total).exp()[..., None] + more_out * (more_lse - total).exp()[..., None]
+        grad_out = draw.normal(*q.shape, dtype=self.dtype)
+        return [grad_out, q, k, v, out.to(self.dtype), total.float()], keywords
+
+
+@dataclass(frozen=True)
+class RmsNormTrial:
+    """Some rows are so small that `eps` decides."""
+
+    dtype: torch.dtype
+    device: torch.device
+    weight_dtype: torch.dtype
+    size: int
+    eps: float
+
+    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        x = draw.normal(2, 3, self.size, dtype=torch.float64)
+        x[:, 0] *= self.eps**0.5
+        weight = 1.0 + draw.normal(self.size, dtype=torch.float64) / 4
+        return [x.to(self.dtype), weight.to(self.weight_dtype), self.eps], {}
+
+
+@dataclass(frozen=True)
+class RotateTrial:
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    head_dim: int
+
+    differentiable: ClassVar[tuple[int, ...]] = (0,)
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        x = draw.normal(2, 5, self.heads, self.head_dim, dtype=self.dtype)
+        angles = draw.normal(5, self.head_dim // 2, dtype=torch.float64)
+        return [x, angles.cos().float(), angles.sin().float()], {}
+
+
+@dataclass(frozen=True)
+class SwigluTrial:
+    dtype: torch.dtype
+    device: torch.device
+    size: int
+
+    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        return [draw.normal(2, 3, self.size, dtype=self.dtype) for _ in range(2)], {}
+
+
+@dataclass(frozen=True)
+class GroupedMatmulTrial:
+    """One expert without tokens is among the first, one at the end."""
+
+    dtype: torch.dtype
+    device: torch.device
+    size_in: int
+    size_out: int
+
+    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        counts = torch.tensor([5, 0, 16, 3, 0])
+        x = draw.normal(int(counts.sum()), self.size_in, dtype=self.dtype)
+        weights = draw.normal(len(counts), self.size_in, self.size_out, dtype=self.dtype)
+        return [x, weights, counts], {}
+
+
+@dataclass(frozen=True)
+class CrossEntropyTrial:
+    dtype: torch.dtype
+    device: torch.device
+    with_gradient: bool
+
+    differentiable: ClassVar[tuple[int, ...]] = ()
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        logits, target = 4 * draw.normal(7, 301, dtype=torch.float64), draw.integers(301, 7)
+        return [logits.to(self.dtype), target], {"with_gradient": self.with_gradient}
+
+
+@dataclass(frozen=True)
+class AdamWTrial:
+    """A long step from small parameters, so that what is added to them shows."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    differentiable: ClassVar[tuple[int, ...]] = ()
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        shapes = [(7, 5), (11,)]
+        parameters, gradients, exp_avgs = ([draw.normal(*s, dtype=self.dtype) for s in shapes] for _ in range(3))
+        exp_avg_sqs = [draw.normal(*s, dtype=self.dtype).square() for s in shapes]
+        steps = [torch.tensor(3.0), torch.tensor(3.0)]
+        keywords: dict[str, Any] = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+        return [parameters, gradients, exp_avgs, exp_avg_sqs, steps], keywords
+
+
+def _of_attention(kind: type[AttentionTrial]) -> Callable[..., Trial]:
+    def trial(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Trial:
+        sizes = q.shape[1], k.shape[1], q.shape[3]
+        return kind(q.dtype, q.device, *sizes, causal, mask is not None, q.shape[2] == k.shape[2])
+
+    return trial
+
+
+def _of_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **keywords: Any
+) -> Trial:
+    return _of_attention(AttentionBackwardTrial)(q, k, v, **keywords)
+
+
+def _of_adamw(parameters: Sequence[Tensor], *others: Any, **keywords: Any) -> Trial:
+    return AdamWTrial(parameters[0].dtype, parameters[0].device)
+
+
+TRIALS: Mapping[str, Callable[..., Trial]] = {
+    "attention": _of_attention(AttentionTrial),
+    "attention_with_lse": _of_attention(AttentionWithLseTrial),
+    "attention_backward": _of_attention_backward,
+    "rms_norm": lambda x, weight, eps: RmsNormTrial(x.dtype, x.device, weight.dtype, x.shape[-1], eps),
+    "rotate": lambda x, cos, sin: RotateTrial(x.dtype, x.device, x.shape[2], x.shape[3]),
+    "swiglu": lambda gate, up: SwigluTrial(gate.dtype, gate.device, gate.shape[-1]),
+    "grouped_matmul": lambda x, weights, counts: GroupedMatmulTrial(x.dtype, x.device, *weights.shape[1:]),
+    "cross_entropy": lambda logits, target, *, with_gradient: CrossEntropyTrial(
+        logits.dtype, logits.device, with_gradient
+    ),
+    "adamw": _of_adamw,
+}
