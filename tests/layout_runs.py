@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
         loss_chunk_tokens=24,
         recompute=run.job.get("recompute", "none"),
     )
-    dtype = getattr(torch, run.job.get("dtype", "float32"))
+    dtype = getattr(torch, run.job.get("dtype", "float64"))
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)  # of the master weights
     processes = Processes.join(job.parallel, backend.device(0), backend.collective_backend)
     engine = Engine(job, processes, dtype)
     for name, shape in parameter_shapes(MODEL):
@@ -136,7 +138,7 @@ def run_layouts(runs: list[LayoutRun], folder: Path, timeout: float = 240.0) -> 
     """
     (world_size,) = {run.world_size for run in runs}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "anychip.train.engine"])
+    context.set_forkserver_preload(["layout_runs_imports"])
     ranks = [context.Process(target=_rank, args=(rank, world_size, runs, folder)) for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -163,8 +165,10 @@ def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> No
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     for run in runs:
+        started = time.perf_counter()
         try:
             if world_size > 1:
                 store = dist.FileStore(str(folder / f"{run.name}.store"), world_size)
@@ -178,6 +182,8 @@ def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> No
                 (folder / f"{run.name}.json").write_text(json.dumps(numbers))
             if world_size > 1:
                 dist.destroy_process_group()
+            if rank == 0:
+                print(f"{run.name}: {time.perf_counter() - started:.1f} s", flush=True)
         except BaseException:
             (folder / f"error-{rank}.txt").write_text(f"{run.name} rank {rank}\n{traceback.format_exc()}")
             os._exit(1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from anychip.chips.operators import Operators, reference
 from anychip.model.decoder import Decoder
 from anychip.parallel.data import apply_sharding
 from anychip.parallel.layout import check_layout
@@ -23,6 +24,7 @@ def build_parts(
     config: ModelConfig,
     processes: Processes,
     dtype: torch.dtype,
+    operators: Operators = reference,
     prepare: Callable[[Decoder], None] = lambda part: None,
 ) -> list[Decoder]:
     """The decoders this process holds: one, or one a pipeline stage. Their memory is not filled yet.
@@ -34,7 +36,7 @@ def build_parts(
     parts = []
     for stage in layers_of_stages(processes, config.num_hidden_layers) if pipelined else [None]:
         with torch.device("meta"):
-            part = Decoder(config, dtype)
+            part = Decoder(config, dtype, operators)
         if stage is not None:
             layers, first, last = stage
             keep_stage(part, layers, first=first, last=last)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anychip.chips.operators import Operators, reference
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.model.decoder import Decoder
 from anychip.model.rope import Rotary, rotary
@@ -26,8 +27,10 @@ from anychip.train.recompute import apply_recompute
 class Engine:
     """This process's part of the model, and how a batch passes through it."""
 
-    def __init__(self, job: TrainingJob, processes: Processes, dtype: torch.dtype) -> None:
-        self._job, self._processes = job, processes
+    def __init__(
+        self, job: TrainingJob, processes: Processes, dtype: torch.dtype, operators: Operators = reference
+    ) -> None:
+        self._job, self._processes, self._operators = job, processes, operators
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
         self._labels_in_batch = 1
 
@@ -37,7 +40,7 @@ class Engine:
                 for layer in part.layers:
                     layer.compile(dynamic=False)
 
-        self.parts = build_parts(job.model, processes, dtype, prepare)
+        self.parts = build_parts(job.model, processes, dtype, operators, prepare)
         self.parameters = named_parameters(self.parts)
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
@@ -74,7 +77,14 @@ class Engine:
         hidden = gather_sequence(hidden, mesh)
         weight = local(self.parts[-1].lm_head.weight)
         group = None if mesh is None else mesh.get_group()
-        loss = head_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self._job.loss_chunk_tokens, group)
+        loss = head_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            labels.flatten(),
+            self._job.loss_chunk_tokens,
+            group,
+            self._operators.cross_entropy,
+        )
         return loss / self._labels_in_batch
 
     def _sum_gradients(self) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
+from anychip.chips.operators import reference
 from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
@@ -64,8 +65,8 @@ def run_training(job: TrainingJob) -> int:
     device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
-    engine = Engine(job, processes, dtype)
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    engine = Engine(job, processes, dtype, reference)
+    optimizer = Optimizer(engine.parameters, job.optimizer, dtype, reference)
     store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
     step = _restore(job, engine, optimizer, store)
     if job.checkpoint.asynchronous:

@@ -13,13 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anychip.chips.operators import reference
+from anychip.chips.operators.contract import CrossEntropy
+
 IGNORE_INDEX = -100
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        group: dist.ProcessGroup | None,
+        cross_entropy: CrossEntropy,
     ) -> Tensor:
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         everything = kept.numel() == labels.numel()
@@ -34,19 +43,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, rows.shape[0], chunk_tokens):
             part = rows[start : start + chunk_tokens]
-            target = targets[start : start + chunk_tokens, None]
-            logits = (part @ products.t()).float()
+            target = targets[start : start + chunk_tokens]
+            logits = part @ products.t()
             if group is None:
-                log_probabilities = torch.log_softmax(logits, dim=-1)
-                total -= log_probabilities.gather(1, target).sum()
-                hit: Tensor | float = -1.0
+                losses, grad_logits = cross_entropy(logits, target, with_gradient=needs_grad)
             else:
-                log_probabilities, hit, target, at_target = _shared_log_softmax(logits, target, group)
-                total -= at_target.sum()
-            if grad_rows is not None and grad_weight is not None:
-                grad_logits = log_probabilities.exp_()
-                ones = hit if isinstance(hit, Tensor) else grad_logits.new_full((), hit).expand_as(target)
-                grad_logits.scatter_add_(1, target, ones)
+                losses, grad_logits = _shared_cross_entropy(logits, target, group)
+            total += losses.sum()
+            if grad_rows is not None and grad_weight is not None and grad_logits is not None:
                 grad_logits = grad_logits.to(hidden.dtype)
                 torch.mm(grad_logits, products, out=grad_rows[start : start + chunk_tokens])
                 if grad_weight.dtype == grad_logits.dtype:
@@ -56,40 +60,42 @@ class _HeadCrossEntropy(torch.autograd.Function):
         if grad_rows is not None and not everything:
             grad_rows = torch.zeros_like(hidden).index_copy_(0, kept, grad_rows)
         ctx.save_for_backward(grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total.float()
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Pipeline schedules may ask twice, once for each input: what was saved stays as it was."""
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale, None, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None
 
 
-def _shared_log_softmax(
-    logits: Tensor, target: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of this process's rows of the vocabulary, from maxima and sums over all of them.
-
-    Returns them [tokens, rows], -1 where the target's row is here and else 0 [tokens, 1], the target's row here (0 if
-    elsewhere) [tokens, 1], and the target's log-probability [tokens, 1].
-    """
+def _shared_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Losses [tokens], the same on all processes, and softmax minus one-hot of this process's rows of the vocabulary
+    [tokens, rows], from maxima and sums over all rows. fp32, or wider if the logits are."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = logits.amax(1, keepdim=True)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    row = target - group.rank() * logits.shape[1]
-    here = (row >= 0) & (row < logits.shape[1])
+    row = target[:, None] - group.rank() * logits.shape[1]
+    here = ((row >= 0) & (row < logits.shape[1])).to(logits.dtype)
     row = row.clamp(0, logits.shape[1] - 1)
-    logits -= peak
-    both = torch.cat((logits.exp().sum(1, keepdim=True), logits.gather(1, row) * here), dim=1)
+    shifted = logits - peak
+    exponentials = shifted.exp()
+    both = torch.cat((exponentials.sum(1, keepdim=True), shifted.gather(1, row) * here), dim=1)
     dist.all_reduce(both, op=dist.ReduceOp.SUM, group=group)
-    normalizer = both[:, :1].log()
-    return logits.sub_(normalizer), -here.to(logits.dtype), row, both[:, 1:] - normalizer
+    total, at_target = both[:, :1], both[:, 1:]
+    return (total.log() - at_target).squeeze(1), exponentials.div_(total).scatter_add_(1, row, -here)
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    group: dist.ProcessGroup | None = None,
+    cross_entropy: CrossEntropy = reference.cross_entropy,
 ) -> Tensor:
-    """Sum (not mean) of the cross-entropy in nats over tokens whose label is not -100; a scalar fp32.
+    """Sum (not mean) of the cross-entropy in nats over tokens whose label is not -100; a scalar in fp32 or wider.
 
     hidden [tokens, hidden_size] in the compute dtype, weight [vocab_size, hidden_size] fp32, labels [tokens] int64.
     Softmax and the sum are in fp32 or wider. Differentiable in hidden and weight.
@@ -97,4 +103,4 @@ def head_cross_entropy(
     With a `group`, weight holds this process's equal share of the vocabulary, in the order of ranks; every process gets
     the loss, and a gradient of hidden that is its share of a sum.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens, group)
+    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens, group, cross_entropy)

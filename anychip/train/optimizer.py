@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from anychip.chips.operators import Operators, reference
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import OptimizerConfig
 from anychip.train.muon import Muon
@@ -21,16 +21,22 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, product_dtype: torch.dtype
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        product_dtype: torch.dtype,
+        operators: Operators = reference,
     ) -> None:
-        self.config = config
+        self.config, self._operators = config, operators
         matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.ndim == 2}
         by_muon = matrices if config.name == "muon" else {}
         self.muon = Muon(by_muon, config.muon_momentum, config.weight_decay, product_dtype) if by_muon else None
         self._parameters = {name: p for name, p in parameters.items() if name not in by_muon}
         self._exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
-        self._step = {name: torch.zeros((), device=local(p).device) for name, p in self._parameters.items()}
+        self._step = {
+            name: torch.zeros((), dtype=torch.float32, device=p.device) for name, p in self._parameters.items()
+        }
 
     def step(self, lr: float) -> None:
         """Apply the gradients with this learning rate. Norms and biases are not decayed."""
@@ -40,29 +46,21 @@ class Optimizer:
         if self.muon is not None:
             self.muon.step(lr)
 
-    @torch.no_grad()
     def _adamw(self, names: Iterable[str], lr: float, weight_decay: float) -> None:
         """AdamW is elementwise: each process updates its own part of every tensor."""
         names = [name for name in names if self._parameters[name].grad is not None]
-        if not names:
-            return
-        beta1, beta2 = self.config.betas
-        adamw(
-            [local(self._parameters[name].detach()) for name in names],
-            [local(self._gradient(name)) for name in names],
-            [local(self._exp_avg[name]) for name in names],
-            [local(self._exp_avg_sq[name]) for name in names],
-            [],
-            [self._step[name] for name in names],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=self.config.eps,
-            maximize=False,
-        )
+        if names:
+            self._operators.adamw(
+                [local(self._parameters[name].detach()) for name in names],
+                [local(self._gradient(name)) for name in names],
+                [local(self._exp_avg[name]) for name in names],
+                [local(self._exp_avg_sq[name]) for name in names],
+                [self._step[name] for name in names],
+                lr=lr,
+                betas=self.config.betas,
+                eps=self.config.eps,
+                weight_decay=weight_decay,
+            )
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self._parameters[name].grad

@@ -1,0 +1,4 @@
+"""What spawned ranks need, imported once in the server they are forked from."""
+
+import anychip.train.engine
+import anychip.train.optimizer  # noqa: F401

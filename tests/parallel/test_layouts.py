@@ -1,0 +1,109 @@
+"""Every layout trains as one process does: 20 steps in fp64, gradients of step 1 tensor by tensor, final weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_runs import LayoutRun, read, run_layouts, train
+
+LOSS, WEIGHT = 1e-12, 1e-9  # relative; in fp32 rounding alone moves losses by 1e-7
+
+
+def pipeline(size: int, schedule: str, **more: Any) -> dict[str, Any]:
+    if schedule == "interleaved":
+        more["virtual_pipeline"] = 2
+    return {"pipeline_parallel": size, "pipeline_schedule": schedule, **more}
+
+
+TWO = [
+    LayoutRun({"data_parallel_replicate": 2}, 4),
+    LayoutRun({"data_parallel_shard": 2}, 4),
+    LayoutRun({"tensor_parallel": 2}, 4),
+    LayoutRun({"context_parallel": 2}, 4),
+    LayoutRun({"context_parallel": 2, "context_method": "all_gather"}, 4),
+    LayoutRun(pipeline(2, "gpipe"), 4),
+    LayoutRun(pipeline(2, "1f1b"), 2),
+    LayoutRun(pipeline(2, "1f1b", pipeline_layers=[3, 5]), 4),
+    LayoutRun(pipeline(2, "interleaved"), 4),
+    LayoutRun(pipeline(2, "zero_bubble"), 4),
+    LayoutRun(pipeline(2, "dualpipe_v"), 4),
+    LayoutRun({"tensor_parallel": 2}, 8, {"optimizer": "muon"}),
+    LayoutRun({"data_parallel_shard": 2}, 8, {"optimizer": "muon"}),
+    LayoutRun({"data_parallel_shard": 2}, 4, {"recompute": "full"}),
+    LayoutRun(pipeline(2, "1f1b"), 4, {"recompute": "selective"}),
+]
+FOUR = [
+    LayoutRun({"data_parallel_replicate": 4}, 4),
+    LayoutRun({"data_parallel_shard": 4}, 4),
+    LayoutRun({"tensor_parallel": 4}, 8),
+    LayoutRun({"context_parallel": 4}, 8),
+    LayoutRun({"context_parallel": 4, "context_method": "all_gather"}, 8),
+    LayoutRun(pipeline(4, "gpipe"), 4),
+    LayoutRun(pipeline(4, "1f1b"), 4),
+    LayoutRun(pipeline(4, "interleaved"), 4),
+    LayoutRun(pipeline(4, "zero_bubble"), 4),
+    LayoutRun(pipeline(4, "dualpipe_v"), 2),
+    LayoutRun({"data_parallel_replicate": 2, "data_parallel_shard": 2}, 4),
+    LayoutRun({"data_parallel_replicate": 2, "tensor_parallel": 2}, 8),
+    LayoutRun({"data_parallel_shard": 2, "tensor_parallel": 2}, 8),
+    LayoutRun({"data_parallel_shard": 2, "context_parallel": 2}, 8),
+    LayoutRun({"data_parallel_replicate": 2, "context_parallel": 2}, 8),
+    LayoutRun({"tensor_parallel": 2, "context_parallel": 2}, 8),
+    LayoutRun({"data_parallel_shard": 2, **pipeline(2, "1f1b")}, 4),
+    LayoutRun({"data_parallel_replicate": 2, **pipeline(2, "interleaved")}, 4),
+    LayoutRun({"tensor_parallel": 2, **pipeline(2, "zero_bubble")}, 8),
+    LayoutRun({"context_parallel": 2, **pipeline(2, "1f1b")}, 8),
+    LayoutRun({"tensor_parallel": 2, "data_parallel_shard": 2}, 8, {"optimizer": "muon"}),
+]
+EIGHT = [
+    LayoutRun({"data_parallel_replicate": 2, "data_parallel_shard": 2, "tensor_parallel": 2}, 4),
+    LayoutRun({"data_parallel_shard": 2, "tensor_parallel": 2, "context_parallel": 2}, 8),
+    LayoutRun({"data_parallel_shard": 2, "tensor_parallel": 2, **pipeline(2, "1f1b")}, 4),
+    LayoutRun({"data_parallel_replicate": 2, "tensor_parallel": 2, **pipeline(2, "zero_bubble")}, 4),
+    LayoutRun({"data_parallel_replicate": 2, "data_parallel_shard": 2, **pipeline(2, "interleaved")}, 2),
+    LayoutRun({"context_parallel": 2, "tensor_parallel": 2, **pipeline(2, "1f1b")}, 8),
+    LayoutRun({"context_parallel": 2, "data_parallel_shard": 2, **pipeline(2, "dualpipe_v")}, 2),
+    LayoutRun({"tensor_parallel": 4, "data_parallel_shard": 2}, 8),
+    LayoutRun({"tensor_parallel": 2, **pipeline(4, "1f1b")}, 4),
+    LayoutRun({"data_parallel_shard": 2, **pipeline(4, "zero_bubble")}, 2),
+]
+LAYOUTS = {run.name: run for run in [*TWO, *FOUR, *EIGHT]}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, dict[str, Any]]:
+    """What one process computes, by optimizer."""
+    torch.set_num_threads(1)
+    try:
+        return {name: train(LayoutRun({}, 4, {"optimizer": name})) for name in ("adamw", "muon")}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    for runs in (TWO, FOUR, EIGHT):
+        run_layouts(runs, folder, timeout=400)
+    return folder
+
+
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(
+    name: str, one_process: dict[str, dict[str, Any]], results: Path
+) -> None:
+    run = LAYOUTS[name]
+    expected, found = one_process[run.job.get("optimizer", "adamw")], read(run, results)
+    for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
+        assert abs(mine / theirs - 1) < LOSS
+    for mine, theirs in zip(found["norms"], expected["norms"], strict=True):
+        assert abs(mine / theirs - 1) < WEIGHT
+    assert abs(found["score"] / expected["score"] - 1) < LOSS
+    tensors = {f"{kind}.{key}": value for kind in ("gradients", "weights") for key, value in expected[kind].items()}
+    assert found["tensors"].keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert (found["tensors"][key] - value).norm() <= WEIGHT * value.norm(), key
