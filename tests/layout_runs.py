@@ -75,7 +75,7 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
     from anychip.chips.backend import detect_backend
     from anychip.model.arithmetic import parameter_shapes
     from anychip.model.init import init_tensor
-    from anychip.parallel.gradients import clip_gradients
+    from anychip.parallel.gradients import gradient_norm, scale_gradients
     from anychip.parallel.parts import copy_part
     from anychip.parallel.processes import Processes
     from anychip.parallel.tensor import local, whole
@@ -114,14 +114,15 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        losses.append(engine.forward_backward(job.source.batch(step)))
+        losses.append(float(engine.forward_backward(job.source.batch(step))))
         if step == 0:
             gradients = {
                 name: whole(local(p.grad), p).cpu().clone()
                 for name, p in engine.parameters.items()
                 if p.grad is not None
             }
-        norms.append(clip_gradients(engine.parameters.values(), processes, 1.0))
+        norms.append(float(gradient_norm(engine.parameters.values(), processes)))
+        scale_gradients(engine.parameters.values(), norms[-1], 1.0)
         optimizer.step(1e-3)
         for parameter in engine.parameters.values():
             parameter.grad = None
@@ -167,12 +168,12 @@ def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> No
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    if world_size > 1:
+        store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     for run in runs:
         started = time.perf_counter()
         try:
-            if world_size > 1:
-                store = dist.FileStore(str(folder / f"{run.name}.store"), world_size)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
             result = train(run)
             tensors = {f"weights.{k}": v.contiguous() for k, v in result["weights"].items()}
             tensors |= {f"gradients.{k}": v.contiguous() for k, v in result["gradients"].items()}
@@ -180,8 +181,6 @@ def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> No
             if rank == 0:
                 numbers = {key: result[key] for key in ("losses", "norms", "score")}
                 (folder / f"{run.name}.json").write_text(json.dumps(numbers))
-            if world_size > 1:
-                dist.destroy_process_group()
             if rank == 0:
                 print(f"{run.name}: {time.perf_counter() - started:.1f} s", flush=True)
         except BaseException:

@@ -14,18 +14,17 @@ from anychip.parallel.tensor import local
 _COPY_AXES = ("replicate", "shard", "context", "tensor")
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], processes: Processes, largest: float) -> float:
-    """Scale gradients down to the norm `largest` (0: leave them); returns the norm before.
+def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> Tensor:
+    """The norm of all gradients, a scalar. Every element counts once: of several copies the one of the lowest rank."""
+    counted = [local(p.grad) for p in parameters if p.grad is not None and _counts_here(p, processes)]
+    return processes.sum(_sum_of_squares(counted, processes.device)).sqrt()
 
-    Every element counts once: of several copies the one with the lowest rank.
-    """
-    with_gradients = [p for p in parameters if p.grad is not None]
-    gradients = [local(p.grad) for p in with_gradients if p.grad is not None]
-    counted = [g for p, g in zip(with_gradients, gradients, strict=True) if _counts_here(p, processes)]
-    norm = float(processes.sum(_sum_of_squares(counted, processes.device)).sqrt())
+
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, largest: float) -> None:
+    """Scale gradients of this norm down to the norm `largest` (0: leave them)."""
     if largest and norm > largest:
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))
-    return norm
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:

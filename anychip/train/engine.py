@@ -32,7 +32,7 @@ class Engine:
     ) -> None:
         self._job, self._processes, self._operators = job, processes, operators
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
-        self._labels_in_batch = 1
+        self._labels_in_batch, self._all_labelled = 1, False
 
         def prepare(part: Decoder) -> None:
             apply_recompute(part, job.recompute)
@@ -44,11 +44,12 @@ class Engine:
         self.parameters = named_parameters(self.parts)
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
-    def forward_backward(self, batch: Batch) -> float:
-        """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token),
-        the same on all processes."""
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token,
+        a scalar), the same on all processes."""
         self._labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
         part = self._my_part(batch, self._rows)
+        self._all_labelled = self._labels_in_batch == part.labels.shape[1] * len(batch.labels)
         if self._pipeline is not None:
             total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part))
         else:
@@ -64,13 +65,13 @@ class Engine:
     @torch.no_grad()
     def score(self, batch: Batch) -> float:
         """Summed loss (nats) of all rows of a held-out batch, the same on all processes."""
-        self._labels_in_batch = 1
+        self._labels_in_batch, self._all_labelled = 1, False
         part = self._my_part(batch, range(len(batch.input_ids)))
         if self._pipeline is not None:
             total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part))
         else:
             total = self._loss(self.parts[0](part.input_ids), part.labels)
-        return self._sum_losses(total) / self._processes.layout.readers
+        return float(self._sum_losses(total)) / self._processes.layout.readers
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         mesh = self._processes.mesh("tensor")
@@ -83,7 +84,8 @@ class Engine:
             labels.flatten(),
             self._job.loss_chunk_tokens,
             group,
-            self._operators.cross_entropy,
+            all_labelled=self._all_labelled,
+            cross_entropy=self._operators.cross_entropy,
         )
         return loss / self._labels_in_batch
 
@@ -92,10 +94,10 @@ class Engine:
             sum_replicated_gradients(self.parameters.values(), mesh)
         sum_copies(self.parameters.values(), self._processes)
 
-    def _sum_losses(self, mine: Tensor) -> float:
+    def _sum_losses(self, mine: Tensor) -> Tensor:
         """Processes that share matrices all have the same loss: one of them counts."""
         counts = self._processes.place.tensor == 0
-        return float(self._processes.sum(mine.clone() if counts else torch.zeros_like(mine)))
+        return self._processes.sum(mine.clone() if counts else torch.zeros_like(mine))
 
     def _my_part(self, batch: Batch, rows: range) -> Batch:
         """These rows on this process's device, padded at the end to a length that the layout divides."""

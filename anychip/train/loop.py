@@ -25,7 +25,7 @@ from anychip.chips.operators import reference
 from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
-from anychip.parallel.gradients import clip_gradients
+from anychip.parallel.gradients import gradient_norm, scale_gradients
 from anychip.parallel.processes import Processes
 from anychip.progress import progress
 from anychip.train.checkpoint import CheckpointStore
@@ -86,9 +86,10 @@ def run_training(job: TrainingJob) -> int:
             batch = batches.get(step)
             clock.data_seconds += time.perf_counter() - waited
             clock.tokens += batch.input_ids.numel()
-            loss = engine.forward_backward(batch)
-            grad_norm = clip_gradients(engine.parameters.values(), processes, job.optimizer.grad_clip)
+            loss = float(engine.forward_backward(batch))
+            grad_norm = float(gradient_norm(engine.parameters.values(), processes))
             check_finite(engine.parameters, step + 1, loss, grad_norm)
+            scale_gradients(engine.parameters.values(), grad_norm, job.optimizer.grad_clip)
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             optimizer.step(lr)
             for parameter in engine.parameters.values():

@@ -27,12 +27,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         chunk_tokens: int,
+        kept: Tensor | None,
         group: dist.ProcessGroup | None,
         cross_entropy: CrossEntropy,
     ) -> Tensor:
-        kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        everything = kept.numel() == labels.numel()
-        rows, targets = (hidden, labels) if everything else (hidden[kept], labels[kept])
+        rows, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
         products = weight.to(hidden.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_rows = torch.empty_like(rows) if needs_grad else None
@@ -57,7 +56,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.t(), part)
                 else:
                     grad_weight += grad_logits.t() @ part
-        if grad_rows is not None and not everything:
+        if grad_rows is not None and kept is not None:
             grad_rows = torch.zeros_like(hidden).index_copy_(0, kept, grad_rows)
         ctx.save_for_backward(grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -67,7 +66,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         """Pipeline schedules may ask twice, once for each input: what was saved stays as it was."""
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
 
 
 def _shared_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -93,6 +92,8 @@ def head_cross_entropy(
     labels: Tensor,
     chunk_tokens: int,
     group: dist.ProcessGroup | None = None,
+    *,
+    all_labelled: bool = False,
     cross_entropy: CrossEntropy = reference.cross_entropy,
 ) -> Tensor:
     """Sum (not mean) of the cross-entropy in nats over tokens whose label is not -100; a scalar in fp32 or wider.
@@ -101,6 +102,10 @@ def head_cross_entropy(
     Softmax and the sum are in fp32 or wider. Differentiable in hidden and weight.
 
     With a `group`, weight holds this process's equal share of the vocabulary, in the order of ranks; every process gets
-    the loss, and a gradient of hidden that is its share of a sum.
+    the loss, and a gradient of hidden that is its share of a sum. `all_labelled` says that no label is -100, which
+    spares looking.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens, group, cross_entropy)
+    kept = None if all_labelled else (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if kept is not None and kept.numel() == labels.numel():
+        kept = None
+    return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens, kept, group, cross_entropy)
