@@ -151,21 +151,23 @@ class AttentionWithLseTrial(AttentionTrial):
 
 @dataclass(frozen=True)
 class AttentionBackwardTrial(AttentionTrial):
-    """`out` and `lse` include a second block of keys, as they do in ring attention."""
+    """`out` and `lse` include a second block of keys, as they do in ring attention. Of the queries that see no key of
+    the first block, one sees none of the second either."""
 
     differentiable: ClassVar[tuple[int, ...]] = ()
     hidden_rows: ClassVar[int] = 2
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         (q, k, v), keywords = super().inputs(draw)
-        others = [draw.normal(*k.shape, dtype=torch.float64) for _ in range(2)]
-        wide = [tensor.double() for tensor in (q, k, v)]
-        out, lse = attention_with_lse(*wide, **keywords)
+        out, lse = attention_with_lse(q.double(), k.double(), v.double(), **keywords)
+        more_k, more_v = (draw.normal(*k.shape, dtype=torch.float64) for _ in range(2))
+        seen = torch.arange(q.shape[2])[:, None] >= int(self.masked)
         more_out, more_lse = attention_with_lse(
-            wide[0], others[0], others[1], scale=keywords["scale"], causal=False, mask=None
+            q.double(), more_k, more_v, scale=keywords["scale"], causal=False, mask=seen
         )
         total = torch.logaddexp(lse, more_lse)
-        out = out * (lse - total).exp()[..., None] + more_out * (more_lse - total).exp()[..., None]
+        share, more_share = ((part - total).exp().nan_to_num()[..., None] for part in (lse, more_lse))
+        out = out * share + more_out * more_share
         grad_out = draw.normal(*q.shape, dtype=self.dtype)
         return [grad_out, q, k, v, out.to(self.dtype), total.float()], keywords
 
