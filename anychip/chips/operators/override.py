@@ -88,7 +88,7 @@ class CheckedOperator:
             try:
                 if trial.device.type != "cpu" and trial.device.index is not None:
                     torch.accelerator.set_device_index(trial.device.index)
-                found.append(disagreement(trial, function, reference))
+                found.append(disagreement(self._name, trial, function, reference))
             except Exception as error:  # whatever a vendor's library raises, the reference can take over
                 found.append(f"{type(error).__name__} in the first call: {_first_line(error)}")
 

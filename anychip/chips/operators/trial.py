@@ -8,8 +8,7 @@ be far off, relatively, in any 16-bit format.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -22,15 +21,13 @@ _SEED = 20_250_115
 
 
 class Trial(Protocol):
-    """One kind of call. Equal and hashable by its fields."""
+    """One kind of call: a named tuple, which is made and compared at every call in no time."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
     @property
     def device(self) -> torch.device: ...
-
-    differentiable: ClassVar[tuple[int, ...]]  # positions of the arguments that get gradients
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         """Arguments and keywords on the CPU, in the dtypes of the call."""
@@ -51,11 +48,12 @@ class Draw:
         return torch.randint(0, high, shape, generator=self._generator)
 
 
-def disagreement(trial: Trial, function: Callable[..., Any], reference: Callable[..., Any]) -> str | None:
+def disagreement(name: str, trial: Trial, function: Callable[..., Any], reference: Callable[..., Any]) -> str | None:
     """Where the function's results or gradients differ from the reference's; None if nowhere."""
     args, keywords = trial.inputs(Draw())
-    found = _observe(trial, function, _moved(args, trial.device), _moved(keywords, trial.device))
-    expected = _observe(trial, reference, _widened(args), _widened(keywords))
+    leaves = _DIFFERENTIABLE.get(name, ())
+    found = _observe(function, _moved(args, trial.device), _moved(keywords, trial.device), leaves, trial.dtype)
+    expected = _observe(reference, _widened(args), _widened(keywords), leaves, trial.dtype)
     limit = _TOLERANCE[trial.dtype]
     for what, right in expected.items():
         if what not in found or found[what].shape != right.shape:
@@ -67,18 +65,22 @@ def disagreement(trial: Trial, function: Callable[..., Any], reference: Callable
 
 
 def _observe(
-    trial: Trial, function: Callable[..., Any], args: list[Any], keywords: dict[str, Any]
+    function: Callable[..., Any],
+    args: list[Any],
+    keywords: dict[str, Any],
+    differentiable: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Everything a call gives: results (or, from a function without any, the arguments it changed) and gradients."""
-    leaves = {position: args[position].requires_grad_() for position in trial.differentiable}
+    leaves = [args[position].requires_grad_() for position in differentiable]
     with torch.set_grad_enabled(bool(leaves)):
         returned = function(*args, **keywords)
     results = _tensors(args if returned is None else returned)
     observed = {f"result {number}": result.detach() for number, result in enumerate(results)}
     if leaves:
-        weights = Draw().normal(*results[0].shape, dtype=trial.dtype).to(results[0])
-        gradients = torch.autograd.grad(results[0], list(leaves.values()), weights)
-        observed.update({f"gradient {at}": g for at, g in zip(leaves, gradients, strict=True)})
+        weights = Draw().normal(*results[0].shape, dtype=dtype).to(results[0])
+        gradients = torch.autograd.grad(results[0], leaves, weights)
+        observed.update({f"gradient {at}": g for at, g in zip(differentiable, gradients, strict=True)})
     return observed
 
 
@@ -112,8 +114,7 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return (difference.norm() / size.clamp_min(1e-30)).item()
 
 
-@dataclass(frozen=True)
-class AttentionTrial:
+class AttentionTrial(NamedTuple):
     """Fewer keys than any kernel's block and an odd number of them, so that ends of blocks are tried too."""
 
     dtype: torch.dtype
@@ -125,40 +126,21 @@ class AttentionTrial:
     masked: bool
     square: bool
 
-    differentiable: ClassVar[tuple[int, ...]] = (0, 1, 2)
-    hidden_rows: ClassVar[int] = 0
-
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
-        keys = 37
-        queries = keys if self.square else 21
-        q = draw.normal(2, self.heads, queries, self.head_dim, dtype=self.dtype)
-        k = draw.normal(2, self.groups, keys, self.head_dim, dtype=self.dtype)
-        v = draw.normal(2, self.groups, keys, self.head_dim, dtype=self.dtype)
-        mask = None
-        if self.masked:
-            mask = draw.integers(3, 2, 1, queries, keys) > 0
-            past = visible_past(queries, keys, mask.device)
-            mask |= past & ~past.tril(keys - queries - 1)  # every query sees its own token
-            mask[:, :, : self.hidden_rows] = False
-        return [q, k, v], {"scale": self.head_dim**-0.5, "causal": self.causal, "mask": mask}
+        return _attention_inputs(self, draw, blind_queries=0)
 
 
-@dataclass(frozen=True)
 class AttentionWithLseTrial(AttentionTrial):
-    differentiable: ClassVar[tuple[int, ...]] = ()
-    hidden_rows: ClassVar[int] = 2
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        return _attention_inputs(self, draw, blind_queries=2)
 
 
-@dataclass(frozen=True)
 class AttentionBackwardTrial(AttentionTrial):
     """`out` and `lse` include a second block of keys, as they do in ring attention. Of the queries that see no key of
     the first block, one sees none of the second either."""
 
-    differentiable: ClassVar[tuple[int, ...]] = ()
-    hidden_rows: ClassVar[int] = 2
-
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
-        (q, k, v), keywords = super().inputs(draw)
+        (q, k, v), keywords = _attention_inputs(self, draw, blind_queries=2)
         out, lse = attention_with_lse(q.double(), k.double(), v.double(), **keywords)
         more_k, more_v = (draw.normal(*k.shape, dtype=torch.float64) for _ in range(2))
         seen = torch.arange(q.shape[2])[:, None] >= int(self.masked)
@@ -172,8 +154,22 @@ class AttentionBackwardTrial(AttentionTrial):
         return [grad_out, q, k, v, out.to(self.dtype), total.float()], keywords
 
 
-@dataclass(frozen=True)
-class RmsNormTrial:
+def _attention_inputs(trial: AttentionTrial, draw: Draw, blind_queries: int) -> tuple[list[Any], dict[str, Any]]:
+    keys = 37
+    queries = keys if trial.square else 21
+    q = draw.normal(2, trial.heads, queries, trial.head_dim, dtype=trial.dtype)
+    k = draw.normal(2, trial.groups, keys, trial.head_dim, dtype=trial.dtype)
+    v = draw.normal(2, trial.groups, keys, trial.head_dim, dtype=trial.dtype)
+    mask = None
+    if trial.masked:
+        mask = draw.integers(3, 2, 1, queries, keys) > 0
+        past = visible_past(queries, keys, mask.device)
+        mask |= past & ~past.tril(keys - queries - 1)  # every query sees its own token
+        mask[:, :, :blind_queries] = False
+    return [q, k, v], {"scale": trial.head_dim**-0.5, "causal": trial.causal, "mask": mask}
+
+
+class RmsNormTrial(NamedTuple):
     """Some rows are so small that `eps` decides."""
 
     dtype: torch.dtype
@@ -182,8 +178,6 @@ class RmsNormTrial:
     size: int
     eps: float
 
-    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
-
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         x = draw.normal(2, 3, self.size, dtype=torch.float64)
         x[:, 0] *= self.eps**0.5
@@ -191,14 +185,11 @@ class RmsNormTrial:
         return [x.to(self.dtype), weight.to(self.weight_dtype), self.eps], {}
 
 
-@dataclass(frozen=True)
-class RotateTrial:
+class RotateTrial(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     heads: int
     head_dim: int
-
-    differentiable: ClassVar[tuple[int, ...]] = (0,)
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         x = draw.normal(2, 5, self.heads, self.head_dim, dtype=self.dtype)
@@ -206,28 +197,22 @@ class RotateTrial:
         return [x, angles.cos().float(), angles.sin().float()], {}
 
 
-@dataclass(frozen=True)
-class SwigluTrial:
+class SwigluTrial(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     size: int
-
-    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         return [draw.normal(2, 3, self.size, dtype=self.dtype) for _ in range(2)], {}
 
 
-@dataclass(frozen=True)
-class GroupedMatmulTrial:
+class GroupedMatmulTrial(NamedTuple):
     """One expert without tokens is among the first, one at the end."""
 
     dtype: torch.dtype
     device: torch.device
     size_in: int
     size_out: int
-
-    differentiable: ClassVar[tuple[int, ...]] = (0, 1)
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         counts = torch.tensor([5, 0, 16, 3, 0])
@@ -236,27 +221,21 @@ class GroupedMatmulTrial:
         return [x, weights, counts], {}
 
 
-@dataclass(frozen=True)
-class CrossEntropyTrial:
+class CrossEntropyTrial(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     with_gradient: bool
-
-    differentiable: ClassVar[tuple[int, ...]] = ()
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         logits, target = 4 * draw.normal(7, 301, dtype=torch.float64), draw.integers(301, 7)
         return [logits.to(self.dtype), target], {"with_gradient": self.with_gradient}
 
 
-@dataclass(frozen=True)
-class AdamWTrial:
+class AdamWTrial(NamedTuple):
     """A long step from small parameters, so that what is added to them shows."""
 
     dtype: torch.dtype
     device: torch.device
-
-    differentiable: ClassVar[tuple[int, ...]] = ()
 
     def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
         shapes = [(7, 5), (11,)]
@@ -285,6 +264,14 @@ def _of_adamw(parameters: Sequence[Tensor], *others: Any, **keywords: Any) -> Tr
     return AdamWTrial(parameters[0].dtype, parameters[0].device)
 
 
+# Positions of the arguments that get gradients
+_DIFFERENTIABLE: Mapping[str, tuple[int, ...]] = {
+    "attention": (0, 1, 2),
+    "rms_norm": (0, 1),
+    "rotate": (0,),
+    "swiglu": (0, 1),
+    "grouped_matmul": (0, 1),
+}
 TRIALS: Mapping[str, Callable[..., Trial]] = {
     "attention": _of_attention(AttentionTrial),
     "attention_with_lse": _of_attention(AttentionWithLseTrial),
