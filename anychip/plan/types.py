@@ -154,9 +154,9 @@ class Site:
 
     name: str
     # Fitted scalars.
-    matmul_efficiency: float = 0.75  # of very large products
-    matmul_half_size: float = 256.0  # rows or columns at which a product reaches half of that
-    attention_efficiency: float = 0.45  # of fused attention
+    matmul_efficiency: float = 0.8  # of very large products
+    matmul_half_area: float = 1.0e6  # output elements at which half of the cores work
+    attention_efficiency: float = 0.5  # of fused attention
     memory_efficiency: float = 0.75
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.7
@@ -165,11 +165,14 @@ class Site:
     layer_overhead_s: float = 0.0  # time a layer and direction that no size explains: launches, host work
     step_overhead_s: float = 0.0
     # Facts of the software, not fitted.
+    matmul_traffic: float = 1.0  # share of a product's operand traffic that does not hide behind its arithmetic
     fused_attention: bool = True
     causal_skip: bool = True  # fused attention skips the upper triangle
     fused_pointwise: bool = True  # bias, activation, dropout, rope and norm in one kernel each
     dropout: bool = False
-    gradient_bytes: int = 4  # main gradient of one parameter
+    expert_imbalance: float = 1.0  # tokens of the busiest expert rank over the mean
+    reduce_bytes: int = 4  # of one gradient when it is reduced
+    gradient_bytes: int = 4  # main gradient of one parameter in memory
     # Memory that no tensor explains.
     reserved_bytes: float = 1.0e9  # context, collective buffers
     allocator_slack: float = 0.04  # of activations

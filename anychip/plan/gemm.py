@@ -1,0 +1,40 @@
+"""Time of one matrix product from its shape.
+
+A product of M x K by K x N spends its FLOPs at a fraction of the peak and moves its operands once. Small outputs leave
+cores idle: `matmul_half_area` is the output area at which half of them work. The rest is a roofline whose two sides
+add up, which is what pipelined kernels with imperfect overlap show.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anychip.plan.table import Hardware
+from anychip.plan.types import Floats, Site
+
+BYTES = 2.0  # of an activation or weight in half precision
+
+
+def product_seconds(
+    m: Floats, n: Floats, k: Floats, hardware: Hardware, site: Site, count: Floats | float = 1.0
+) -> Floats:
+    """Seconds of `count` products of [m, k] by [k, n] that run together, such as experts or heads."""
+    area = m * n
+    flops = 2.0 * area * k * count
+    idle = 1.0 + site.matmul_half_area / np.maximum(area * count, 1.0)
+    moved = BYTES * (m * k + k * n + area) * count
+    return np.asarray(
+        flops * idle / (hardware.peak * site.matmul_efficiency)
+        + site.matmul_traffic * moved / (hardware.bandwidth * site.memory_efficiency)
+    )
+
+
+def linear_seconds(
+    tokens: Floats, out: Floats, into: Floats, hardware: Hardware, site: Site, count: Floats | float = 1.0
+) -> tuple[Floats, Floats, Floats]:
+    """Seconds of a linear layer's forward product, of its input gradient and of its weight gradient."""
+    return (
+        product_seconds(tokens, out, into, hardware, site, count),
+        product_seconds(tokens, into, out, hardware, site, count),
+        product_seconds(out, into, tokens, hardware, site, count),
+    )

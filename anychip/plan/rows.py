@@ -1,0 +1,575 @@
+"""Published runs as workloads and layouts: the two CSV formats that `validate` and `calibrate` read.
+
+`runs.csv` has a row for each measured run of any framework; the vTrain format (github.com/VIA-Research/vTrain, MIT)
+has iteration times of GPT models under Megatron-DeepSpeed. A row that does not say enough is skipped with a reason,
+and what had to be assumed of the others is kept with them.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from anychip.errors import InputError
+from anychip.plan.shapes import flops_per_token, num_parameters, work_of
+from anychip.plan.types import Experts, LatentAttention, Layout, Workload
+
+RUN_COLUMNS = (
+    "id source date framework chip chip_count devices_per_node intra_node_link inter_node_link model_name params_total "
+    "params_active layers hidden ffn heads kv_heads vocab gated_mlp seq_len moe_experts moe_topk moe_ffn shared_experts "
+    "global_batch_sequences micro_batch tp pp vpp dp cp ep zero_stage_or_dist_opt sequence_parallel recompute precision "
+    "step_time_s tokens_per_s_per_device tflops_per_device mfu peak_mem_gb flops_convention notes"
+).split()
+_VTRAIN_SHARED = (
+    "global batch|micro batch|hidden size|attention heads|# layers|sequence length|tensor parallelism|data parallelism|"
+    "pipeline parallelism|iteration time (ms)"
+).split("|")
+VTRAIN_MULTI_COLUMNS = ("Parameters (billion)", "# GPUs", *_VTRAIN_SHARED)
+VTRAIN_SINGLE_COLUMNS = ("# GPUs", *_VTRAIN_SHARED)
+
+Software = Literal["megatron-2021", "megatron", "fsdp", "mindspeed", "mindformers", "jax"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run, ready to be predicted."""
+
+    id: str
+    source: str  # whose measurement it is: what leave-one-source-out leaves out
+    model: str  # what leave-one-model-out leaves out
+    software: Software
+    chip: str  # as the catalogue names it
+    devices: int
+    devices_per_node: int | None
+    inter_node_gbit_per_s: float | None  # a device
+    workload: Workload
+    layout: Layout
+    seconds: float | None
+    memory_bytes: float | None
+    memory_kind: Literal["allocated", "used"] = "allocated"  # tensors only, or with context and allocator
+    group: str = ""  # runs that differ in their layout only: pair order and regret are taken inside
+    assumed: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Skipped:
+    id: str
+    reason: str
+
+
+class _Incomplete(Exception):
+    """A row does not say enough; the message says what is missing."""
+
+
+def read_rows(path: Path) -> tuple[list[Run], list[Skipped]]:
+    """Read a CSV of either format. Raises InputError naming the columns that are missing."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            rows = [{(key or "").strip(): value for key, value in row.items()} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot be read: {error}.", where=path, do="Give a CSV file in UTF-8.") from None
+    parse = _parser_of(header, path)
+    runs: list[Run] = []
+    skipped: list[Skipped] = []
+    for number, row in enumerate(rows, start=1):
+        name = row.get("id") or f"row-{number}"
+        try:
+            runs.append(parse(row, number))
+        except _Incomplete as reason:
+            skipped.append(Skipped(name, str(reason)))
+        except ValueError as error:
+            raise InputError(f"row {number} ({name}) has a value that is no number: {error}.", where=path) from None
+    return runs, skipped
+
+
+def _parser_of(header: list[str], path: Path) -> Callable[[dict[str, str], int], Run]:
+    """The format is told by its columns; the nearer format's missing ones are named."""
+    if not set(VTRAIN_SINGLE_COLUMNS) - set(header):
+        return _vtrain_run
+    if not (missing := [name for name in RUN_COLUMNS if name not in header]):
+        return _published_run
+    vtrain_missing = [name for name in VTRAIN_SINGLE_COLUMNS if name not in header]
+    if len(vtrain_missing) < len(VTRAIN_SINGLE_COLUMNS) / 2:
+        missing = vtrain_missing
+    raise InputError(
+        f"lacks the columns {', '.join(missing)}.",
+        where=path,
+        do="Use exactly the columns of runs.csv, or those of vTrain's files (`# GPUs, global batch, ...`).",
+    )
+
+
+def _vtrain_run(row: dict[str, str], number: int) -> Run:
+    get = lambda name: int(float(row[name]))  # noqa: E731
+    hidden, seq, layers = get("hidden size"), get("sequence length"), get("# layers")
+    multi = bool(row.get("Parameters (billion)"))
+    workload = Workload(
+        name=f"gpt-h{hidden}-l{layers}",
+        layers=layers,
+        hidden=hidden,
+        ffn=4 * hidden,
+        heads=get("attention heads"),
+        kv_heads=get("attention heads"),
+        head_dim=hidden // get("attention heads"),
+        vocab=51_200,
+        seq_length=seq,
+        global_batch=get("global batch"),
+        dtype="fp16",
+        gated=False,
+        biases="all",
+        norm="layer",
+        tied_embeddings=True,
+        learned_positions=seq,
+    )
+    layout = Layout(
+        dp=get("data parallelism"),
+        tp=get("tensor parallelism"),
+        pp=get("pipeline parallelism"),
+        zero=0,
+        sequence_parallel=False,
+        micro_batch=get("micro batch"),
+        recompute="full",
+    )
+    devices = get("# GPUs")
+    if layout.devices != devices:
+        raise _Incomplete(f"tp x dp x pp is {layout.devices}, but # GPUs is {devices}")
+    return Run(
+        id=f"vtrain-{'multi' if multi else 'single'}-{number}",
+        source="vTrain multi-node" if multi else "vTrain single-node",
+        model=workload.name,
+        software="megatron-2021",
+        chip="a100-80g",
+        devices=devices,
+        devices_per_node=8,
+        inter_node_gbit_per_s=100.0,
+        workload=workload,
+        layout=layout,
+        seconds=float(row["iteration time (ms)"]) / 1e3,
+        memory_bytes=None,
+        group=f"{workload.name} {devices} {workload.global_batch}",
+    )
+
+
+# --- runs.csv ---------------------------------------------------------------------------------------------------
+
+_CHIPS = {
+    "A100-80G-SXM": "a100-80g",
+    "A100-40G-SXM": "a100-40g",
+    "A100-40G": "a100-40g",
+    "A100-80G-PCIe": "a100-80g-pcie",
+    "V100-32G-SXM": "v100-32g",
+    "H100-80G-SXM": "h100-sxm",
+    "H800-SXM": "h800-sxm",
+    "B200-SXM": "b200-sxm",
+    "B300-SXM": "b300-sxm",
+    "GB200": "gb200",
+    "GB300": "gb300",
+    "TPUv4": "tpu-v4",
+    "TPUv5e": "tpu-v5e",
+    "TPUv5p": "tpu-v5p",
+    "TPUv6e-Trillium": "tpu-v6e",
+    "Ascend-910A": "ascend-910a",
+    "Ascend-910B": "ascend-910b2",
+    "Ascend-unspecified": "ascend-910b2",
+    "Ascend-910C": "ascend-910c-die",
+}
+_SUSPECT_CARDS = {
+    "qwen2_72b_32k": "its tokens/s exceed the chip's peak",
+    "deepseek2_236B": "36 tokens/s/device is an order below its neighbours",
+    "deepseek_coder1_5_7b": "340 tokens/s/device is an order below its neighbours",
+    "qwen2_57b": "listed as suspect by the collection's README",
+}
+# Micro-batch and model chunks of arXiv 2104.04473's Table 1, from the scripts published with it.
+_TABLE_1 = {
+    "1.7B": (16, 1), "3.6B": (16, 1), "7.5B": (16, 1), "18.4B": (8, 1), "39.1B": (4, 1), "76.1B": (2, 3),
+    "145.6B": (2, 2), "310.1B": (1, 2), "529.6B": (1, 3), "1008.0B": (1, 1),
+}  # fmt: skip
+_VOCABULARIES = (
+    ("aquila", 100_008), ("baichuan2", 125_696), ("baichuan", 64_000), ("bloom", 250_880), ("qwen", 151_936),
+    ("chatglm3", 65_024), ("glm3", 65_024), ("glm4", 151_552), ("yi", 64_000), ("llama3", 128_256),
+    ("llama-3", 128_256), ("llama", 32_000), ("mixtral", 32_000), ("mistral", 32_000), ("gemma", 256_000),
+    ("deepseek", 102_400), ("telechat", 131_072), ("minicpm", 122_753), ("internlm2", 92_544), ("gpt", 51_200),
+)  # fmt: skip
+_HEAD_DIMS = (("gemma", 256), ("qwen3_30b", 128), ("qwen3_235b", 128), ("qwen3-30b", 128), ("gpt_oss", 64))
+_UNGATED = ("gpt", "bloom", "mpt", "megatron", "meg", "ds3d", "opt")
+
+
+def _published_run(row: dict[str, str], number: int) -> Run:
+    text = _Text(row)
+    text.refuse()
+    workload, assumed = _workload(text)
+    layout = _layout(text, workload, assumed)
+    devices = text.integer("chip_count")
+    if devices is None:
+        devices = layout.devices
+    if layout.devices != devices:
+        raise _Incomplete(f"its degrees multiply to {layout.devices}, not to chip_count {devices}")
+    software = _software(text)
+    seconds = _step_seconds(text, workload, devices)
+    memory = text.number("peak_mem_gb")
+    if seconds is None and memory is None:
+        raise _Incomplete("prints neither a time nor a memory")
+    used = "nvidia-smi" in text.notes
+    return Run(
+        id=row["id"],
+        source=_source(text),
+        model=_model(text, workload),
+        software=software,
+        chip=_chip(text),
+        devices=devices,
+        devices_per_node=text.integer("devices_per_node"),
+        inter_node_gbit_per_s=_network(text),
+        workload=workload,
+        layout=layout,
+        seconds=seconds,
+        memory_bytes=None if memory is None else memory * (1e9 if used else 2**30),
+        memory_kind="used" if used else "allocated",
+        group=f"{_source(text)} {workload.name} {workload.hidden} {workload.layers} {workload.heads} "
+        f"{workload.seq_length} {devices} {workload.global_batch}",
+        assumed=tuple(assumed),
+    )
+
+
+class _Text:
+    """A row with typed access to its cells; notes are searched by pattern."""
+
+    def __init__(self, row: Mapping[str, str]) -> None:
+        self.row = row
+        self.notes = row["notes"] or ""
+        self.name = f"{row['id']} {row['model_name']}".lower()
+
+    def cell(self, name: str) -> str:
+        return (self.row[name] or "").strip()
+
+    def number(self, name: str) -> float | None:
+        return float(self.cell(name)) if self.cell(name) else None
+
+    def integer(self, name: str) -> int | None:
+        value = self.number(name)
+        return None if value is None else round(value)
+
+    def needed(self, name: str) -> int:
+        value = self.integer(name)
+        if value is None:
+            raise _Incomplete(f"{name} is not printed")
+        return value
+
+    def note(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.notes)
+        return found.group(1) if found else None
+
+    def refuse(self) -> None:
+        """Rows that cannot be used whatever the model."""
+        if "disagree" in self.notes or re.search(r"says device num = \d+ but", self.notes):
+            raise _Incomplete("table and script disagree on the cluster's size")
+        for card, why in _SUSPECT_CARDS.items():
+            if self.cell("framework") == "MindFormers" and card in self.row["id"]:
+                raise _Incomplete(f"suspect card: {why}")
+        if self.cell("chip") == "Ascend-unreleased":
+            raise _Incomplete("the chip is not named")
+        if "mamba" in self.name:
+            raise _Incomplete("a state-space model, which the cost model does not describe")
+        if "nemotron_3" in self.name or "qwen3_next" in self.name:
+            raise _Incomplete("a hybrid of attention and state-space layers, which the cost model does not describe")
+        if "tp2d" in self.name:
+            raise _Incomplete("two-dimensional tensor parallelism, which the cost model does not describe")
+
+
+def _workload(text: _Text) -> tuple[Workload, list[str]]:
+    assumed: list[str] = []
+    layers, hidden, heads = text.needed("layers"), text.needed("hidden"), text.needed("heads")
+    seq = text.integer("seq_len") or int(text.note(r"max_target_length \(inferred (\d+)\)") or 0)
+    if not seq:
+        raise _Incomplete("seq_len is not printed")
+    batch = text.integer("global_batch_sequences") or _noted_batch(text)
+    if not batch:
+        raise _Incomplete("the global batch is not printed")
+    gated = _gated(text, assumed)
+    ffn = text.integer("ffn") or _derived_ffn(text, hidden, gated, assumed)
+    vocab = text.integer("vocab") or _vocabulary(text, assumed)
+    head_dim = int(text.note(r"--kv-channels (\d+)") or 0) or next(
+        (width for name, width in _HEAD_DIMS if name in text.name), hidden // heads
+    )
+    if skipped := text.note(r"--noop-layers ([\d,]+)"):
+        layers -= len(skipped.split(","))
+    experts = _experts(text, ffn)
+    tied = not gated if not text.note(r"(untie-embeddings)") else False
+    if text.note(r"(--position-embedding-type)"):
+        tied = text.note(r"(untie-embeddings)") is None
+    return (
+        Workload(
+            name=text.cell("model_name") or text.cell("id"),
+            layers=layers,
+            hidden=hidden,
+            ffn=ffn,
+            heads=heads,
+            kv_heads=text.integer("kv_heads") or heads,
+            head_dim=head_dim,
+            vocab=vocab,
+            seq_length=seq,
+            global_batch=batch,
+            dtype=_precision(text),
+            gated=gated,
+            biases="none" if gated else "all",
+            norm="rms" if gated else "layer",
+            tied_embeddings=tied,
+            learned_positions=0 if gated or "rope" in text.notes or "alibi" in text.notes else seq,
+            latent=_latent(text),
+            experts=experts,
+            predicted_tokens=int(text.note(r"--mtp-num-layers (\d+)") or 0),
+        ),
+        assumed,
+    )
+
+
+def _noted_batch(text: _Text) -> int:
+    for pattern in (r"global_batch_sequences=(\d+)", r"inferred gbs=(\d+)", r"inferred gbs = [^=;]*= (\d+)"):
+        if found := text.note(pattern):
+            return int(found)
+    return 0
+
+
+def _precision(text: _Text) -> Any:
+    printed = text.cell("precision").lower()
+    if "nvfp4" in printed:
+        raise _Incomplete("4-bit products, whose peak the catalogue does not hold")
+    if "fp8" in printed:
+        return "fp8"
+    return "fp16" if "fp16" in printed else "bf16"
+
+
+def _gated(text: _Text, assumed: list[str]) -> bool:
+    if text.cell("gated_mlp"):
+        return text.cell("gated_mlp") not in ("0", "False", "false")
+    name = text.cell("model_name").lower() + text.cell("source").lower() + text.name
+    gated = not any(word in name for word in ("gpt2", "gpt3", "gpt-", "bloom", "megatron", "bigscience", "arxiv 2104"))
+    assumed.append(f"{'gated' if gated else 'plain'} feed-forward")
+    return gated
+
+
+def _derived_ffn(text: _Text, hidden: int, gated: bool, assumed: list[str]) -> int:
+    """Llama's rule when the source derives it in code, otherwise 4 hidden."""
+    if text.integer("moe_ffn") and text.integer("moe_experts"):
+        return text.needed("moe_ffn")
+    if not gated:
+        return 4 * hidden
+    multiple = int(text.note(r"multiple_of=(\d+)") or 256)
+    width = int(8 * hidden / 3)
+    factor = text.note(r"ffn_dim_multiplier=([\d.]+)")
+    if factor:
+        width = int(float(factor) * width)
+        multiple = 4096 if multiple == 256 else multiple
+    assumed.append(f"ffn by Llama's rule, multiples of {multiple}")
+    return -(-width // multiple) * multiple
+
+
+def _vocabulary(text: _Text, assumed: list[str]) -> int:
+    if noted := text.note(r"vocab[^;]*inferred (\d+)"):
+        return int(noted)
+    for name, size in _VOCABULARIES:
+        if name in text.name:
+            assumed.append(f"vocabulary {size} by the model's name")
+            return size
+    assumed.append("vocabulary 51200")
+    return 51_200
+
+
+def _experts(text: _Text, ffn: int) -> Experts | None:
+    count = text.integer("moe_experts")
+    if not count:
+        return None
+    width = text.integer("moe_ffn") or ffn
+    top_k = text.integer("moe_topk") or 1
+    shared = text.integer("shared_experts") or 0
+    dense = int(text.note(r"--first-k-dense-replace (\d+)") or text.note(r"(\d+) dense layer") or 0)
+    if not dense and "deepseekv3" in text.name and text.needed("layers") > 8:
+        dense = 3
+    return Experts(count=count, top_k=top_k, ffn=width, shared_ffn=shared * width, dense_layers=dense)
+
+
+def _latent(text: _Text) -> LatentAttention | None:
+    if not ("MLA" in text.notes or "kv-lora-rank" in text.notes or re.search(r"deepseek[-_]?v?[23]|dsv[23]", text.name)):
+        return None
+    if "deepseek_500b" in text.name or "minimax" in text.name:
+        return None
+    q_rank = int(text.note(r"q_lora (\d+)") or text.note(r"--q-lora-rank (\d+)") or (0 if "lite" in text.name else 1536))
+    return LatentAttention(
+        q_rank=q_rank,
+        kv_rank=int(text.note(r"kv_lora (\d+)") or text.note(r"--kv-lora-rank (\d+)") or 512),
+        nope_dim=int(text.note(r"qk_nope (\d+)") or 128),
+        rope_dim=int(text.note(r"qk_rope (\d+)") or 64),
+        value_dim=int(text.note(r" v (\d+)\)") or text.note(r"--v-head-dim (\d+)") or 128),
+    )
+
+
+def _layout(text: _Text, workload: Workload, assumed: list[str]) -> Layout:
+    tp = text.integer("tp") or int(text.note(r"inferred: tp=(\d+)") or 0)
+    pp = text.integer("pp") or int(text.note(r"pp=(\d+)") or 0)
+    if not tp or not pp:
+        raise _Incomplete("tp and pp are not printed")
+    devices = text.integer("chip_count") or 0
+    cp = text.integer("cp") or 1
+    dp = text.integer("dp") or max(1, devices // (tp * pp * cp))
+    micro, vpp = text.integer("micro_batch"), text.integer("vpp") or 1
+    table_1 = re.match(r"mlm-sc21-t1-(.*)", text.cell("id"))
+    if table_1 and table_1.group(1) in _TABLE_1:
+        micro, vpp = _TABLE_1[table_1.group(1)]
+        assumed.append("micro-batch and chunks from the scripts published with the paper")
+    if micro is None and pp == 1 and "mlm-2020" in text.cell("id"):
+        micro = workload.global_batch // dp
+        assumed.append("one micro-batch a step")
+    if micro is None:
+        raise _Incomplete("micro_batch is not printed")
+    if workload.global_batch % (dp * micro):
+        if workload.global_batch < dp * micro:
+            raise _Incomplete(f"global batch {workload.global_batch} is below dp x micro_batch = {dp * micro}")
+        assumed.append("global batch rounded to whole micro-batches")
+    if vpp > 1 and vpp * pp > workload.layers:
+        vpp = max(1, workload.layers // pp)
+        assumed.append(f"vpp {vpp}: the printed one counts layers a chunk")
+    zero, shard = _zero(text, dp, cp)
+    recompute, deep = _recompute(text, assumed)
+    listed = text.note(r"--num-layer-list ([\d,]+)")
+    stages = tuple(int(count) for count in listed.split(",")) if listed else ()
+    if stages and (sum(stages) != workload.layers or len(stages) != pp):
+        stages = ()
+    method: Any = "ulysses" if re.search("ulysses|a2a|hybrid_cp", text.notes) else "ring"
+    printed_sp = text.cell("sequence_parallel")
+    modern = not (_software(text) in ("megatron-2021", "fsdp", "jax"))
+    ep = min(text.integer("ep") or 1, dp * cp * tp)
+    return Layout(
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        ep=ep,
+        expert_tp=1 if _software(text) == "megatron" else tp,
+        zero=zero,
+        shard=shard,
+        sequence_parallel=tp > 1 and (printed_sp in ("1", "True", "true") if printed_sp else modern),
+        micro_batch=micro,
+        recompute=recompute,
+        recompute_layers=deep,
+        schedule="interleaved" if vpp > 1 else "1f1b",
+        context_method=method,
+        stage_layers=stages,
+    )
+
+
+def _zero(text: _Text, dp: int, cp: int) -> tuple[int, int]:
+    printed = text.cell("zero_stage_or_dist_opt").lower()
+    if "zero3" in printed or ("fsdp" in printed and "zero2" not in printed):
+        pod = int(re.search(r"ici (\d+)", printed).group(1)) if "ici" in printed else 0  # type: ignore[union-attr]
+        return 3, pod if pod and pod < dp * cp else 0
+    if "zero2" in printed:
+        return 2, 0
+    if "zero1" in printed or "dist_opt" in printed:
+        return 1, 0
+    if printed in ("", "ddp") and _software(text) == "megatron":
+        return 1, 0
+    return 0, 0
+
+
+def _recompute(text: _Text, assumed: list[str]) -> tuple[Any, int]:
+    """Kind, and for block recompute the number of layers a chunk."""
+    printed = text.cell("recompute").lower()
+    flags = text.note(r"recompute flags: ([^;]*)") or ""
+    blocks = re.search(r"recompute-method=block recompute-num-layers=(\d+)", flags)
+    if printed:
+        return printed, int(blocks.group(1)) if blocks and printed == "full" else 0
+    if "mlm-2020" in text.cell("id") or "inferred: full recompute" in text.notes:
+        return "full", 0
+    assumed.append("no recomputation (not printed)")
+    return "none", 0
+
+
+def _software(text: _Text) -> Software:
+    framework = text.cell("framework").lower()
+    for words, software in (
+        (("mindspeed",), "mindspeed"),
+        (("mindformers", "mindspore"), "mindformers"),
+        (("maxtext", "pathways", "t5x", "jax"), "jax"),
+        (("foundry", "fsdp", "zero-3", "deepspeed 3d"), "fsdp"),
+        (("megatron-deepspeed",), "megatron-2021"),
+    ):
+        if any(word in framework for word in words):
+            return software  # type: ignore[return-value]
+    if framework in ("deepspeed", "pytorch"):
+        return "fsdp"
+    if framework == "megatron-lm" and not text.cell("source").lower().startswith("github moore"):
+        return "megatron-2021"
+    return "megatron"
+
+
+def _step_seconds(text: _Text, workload: Workload, devices: int) -> float | None:
+    """Step time from whatever the source prints, by its own convention of counting FLOPs."""
+    if seconds := text.number("step_time_s"):
+        return seconds
+    tokens = workload.tokens
+    if rate := text.number("tokens_per_s_per_device"):
+        return tokens / (rate * devices)
+    convention = text.cell("flops_convention").lower()
+    w = work_of(workload)
+    if achieved := text.number("tflops_per_device"):
+        if "hardware" in convention:
+            if noted := text.note(r"step_time_s=([\d.]+)"):
+                return float(noted)
+            return _megatron_hardware_flops(workload) / (achieved * 1e12 * devices)
+        halve = "halved" in convention and "not causal-halved" not in convention and "probably full" not in convention
+        return float(flops_per_token(w, halve_attention=halve)) * tokens / (achieved * 1e12 * devices)
+    if utilisation := text.number("mfu"):
+        if "mindspeed" in convention:
+            per_token = 6 * (num_parameters(workload) - workload.vocab * workload.hidden)
+            per_token += 12 * workload.layers * workload.hidden * workload.seq_length
+            return per_token * tokens / (utilisation * 353.6e12 * devices)
+        raise _Incomplete("prints MFU alone, against a peak it does not name")
+    if text.cell("id").startswith("telechat") and (samples := text.note(r"([\d.]+) samples/s")):
+        return workload.global_batch / float(samples)
+    return None
+
+
+def _megatron_hardware_flops(workload: Workload) -> float:
+    """arXiv 2104.04473, equation 3: forward, backward and full recomputation, attention counted in full."""
+    b, s, layers, h = workload.global_batch, workload.seq_length, workload.layers, workload.hidden
+    return 96.0 * b * s * layers * h**2 * (1 + s / (6 * h) + workload.vocab / (16 * layers * h))
+
+
+def _chip(text: _Text) -> str:
+    chip = text.cell("chip")
+    if chip not in _CHIPS:
+        raise _Incomplete(f"chip {chip!r} is not in the catalogue")
+    return _CHIPS[chip]
+
+
+def _network(text: _Text) -> float | None:
+    """Gbit/s a device from texts such as `8x200Gb/s HDR InfiniBand per node`."""
+    link, per_node = text.cell("inter_node_link"), text.integer("devices_per_node") or 8
+    if found := re.search(r"(?:(\d+)x)?(\d+)\s*Gb/s", link):
+        return int(found.group(1) or 1) * float(found.group(2)) / per_node
+    return None
+
+
+def _source(text: _Text) -> str:
+    """The measuring party and publication, without commit, file and section."""
+    words = text.cell("source").replace("github ", "")
+    return re.split(r"[ :\[]", words, maxsplit=1)[0] if not words.startswith("arXiv") else " ".join(words.split()[:2])
+
+
+def _model(text: _Text, workload: Workload) -> str:
+    """Shape, not name: renamed copies and re-runs of one model are left out together."""
+    return f"h{workload.hidden}-f{workload.ffn}-l{workload.layers}"
+
+
+def iterate_complete(paths: list[Path]) -> Iterator[Run]:
+    for path in paths:
+        yield from read_rows(path)[0]
+
+
+def with_batch(run: Run, global_batch: int) -> Run:
+    return replace(run, workload=replace(run.workload, global_batch=global_batch))

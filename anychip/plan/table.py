@@ -1,0 +1,153 @@
+"""Layouts, machines and sites as arrays, so that one pass of the cost model serves 100,000 of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from anychip.plan.shapes import Work
+from anychip.plan.types import RECOMPUTES, SCHEDULES, Floats, Layout, Machine, Site
+
+METHODS = ("ring", "all_gather", "ulysses")
+MAX_TIERS = 3
+
+
+@dataclass(frozen=True)
+class Table:
+    """Layouts as arrays [n]; names as in `Layout`, choices as indices."""
+
+    dp: Floats
+    tp: Floats
+    pp: Floats
+    vpp: Floats
+    cp: Floats
+    ep: Floats
+    expert_tp: Floats
+    zero: Floats
+    shard: Floats  # resolved: ranks that share the states
+    sp: Floats
+    mbs: Floats
+    recompute: Floats  # index into RECOMPUTES
+    recompute_layers: Floats
+    schedule: Floats  # index into SCHEDULES
+    method: Floats  # index into METHODS
+    first_layers: Floats  # layers on the first rank, on the fullest inner rank, on the last one
+    inner_layers: Floats
+    last_layers: Floats
+
+    def __len__(self) -> int:
+        return len(self.dp)
+
+    def take(self, index: Any) -> Table:
+        return Table(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+def table_of(layouts: Sequence[Layout], layers: Floats) -> Table:
+    """Arrays of layouts; `layers` (of the model, [] or [n]) settles the split that a layout leaves open."""
+    column = {
+        name: np.array([getattr(layout, name) for layout in layouts], dtype=np.float64)
+        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "zero", "recompute_layers")
+    }
+    shard = np.array([layout.shard for layout in layouts], dtype=np.float64)
+    layers = np.broadcast_to(layers, shard.shape)
+    ends = np.array([_stage_ends(layout, int(count)) for layout, count in zip(layouts, layers, strict=True)])
+    return Table(
+        **column,
+        shard=np.where(shard > 0, shard, column["dp"] * column["cp"]),
+        sp=np.array([layout.sequence_parallel for layout in layouts], dtype=np.float64),
+        mbs=np.array([layout.micro_batch for layout in layouts], dtype=np.float64),
+        recompute=np.array([RECOMPUTES.index(layout.recompute) for layout in layouts], dtype=np.float64),
+        schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts], dtype=np.float64),
+        method=np.array([METHODS.index(layout.context_method) for layout in layouts], dtype=np.float64),
+        first_layers=ends[:, 0],
+        inner_layers=ends[:, 1],
+        last_layers=ends[:, 2],
+    )
+
+
+def layers_by_rank(layout: Layout, layers: int) -> list[int]:
+    """Layers on each pipeline rank, all its chunks together.
+
+    Given stages are dealt as the schedule deals them: stage s lies on rank s mod pp (interleaved), or on the ranks in
+    a V for two-chunk schedules. A remainder goes to the inner ranks, because the ends also hold embedding and logits.
+    """
+    if layout.stage_layers:
+        ranks = [0] * layout.pp
+        for stage, count in enumerate(layout.stage_layers):
+            turn, rank = divmod(stage, layout.pp)
+            folded = layout.schedule in ("zero_bubble", "dualpipe_v") and turn % 2 == 1
+            ranks[layout.pp - 1 - rank if folded else rank] += count
+        return ranks
+    stages = layout.pp * layout.vpp
+    base, left = divmod(layers, stages)
+    ranks = [base * layout.vpp] * layout.pp
+    inside_first = [*range(1, layout.pp - 1), 0, layout.pp - 1] if layout.pp > 2 else list(range(layout.pp))
+    for position in range(left):
+        ranks[inside_first[position % layout.pp]] += 1
+    return ranks
+
+
+def _stage_ends(layout: Layout, layers: int) -> tuple[int, int, int]:
+    ranks = layers_by_rank(layout, layers)
+    return ranks[0], max(ranks[1:-1], default=0), ranks[-1]
+
+
+def micro_batches(w: Work, t: Table) -> Floats:
+    """Micro-batches of one pipeline and step, [n]."""
+    return np.maximum(1.0, np.floor(w.batch / (t.dp * t.mbs)))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine as arrays, [] or [n]; tiers as [MAX_TIERS] lists of arrays, unused ones equal to the last."""
+
+    peak: Floats
+    memory: Floats
+    bandwidth: Floats
+    node: Floats  # devices a node
+    tier_size: list[Floats]
+    tier_bandwidth: list[Floats]
+    tier_latency: list[Floats]
+
+
+def peak_of(machine: Machine, dtype: str) -> float:
+    """Dense FLOP/s in `dtype`; halves and doubles are taken for types that the catalogue leaves out."""
+    peaks = machine.peak_flops
+    order = {"bf16": ("bf16", "fp16"), "fp16": ("fp16", "bf16"), "fp8": ("fp8", "bf16", "fp16"), "fp32": ("fp32",)}
+    for name in order.get(dtype, (dtype,)):
+        if name in peaks:
+            return peaks[name]
+    return max(peaks.values())
+
+
+def hardware_of(machines: Sequence[Machine], dtypes: Sequence[str]) -> Hardware:
+    """Arrays of one machine ([]) or of one for each row ([n])."""
+
+    def array(values: Sequence[float]) -> Floats:
+        return np.array(values[0] if len(values) == 1 else values, dtype=np.float64)
+
+    tiers = [[*m.tiers, *[m.tiers[-1]] * (MAX_TIERS - len(m.tiers))] for m in machines]
+    return Hardware(
+        peak=array([peak_of(m, dtype) for m, dtype in zip(machines, dtypes, strict=True)]),
+        memory=array([m.memory_bytes for m in machines]),
+        bandwidth=array([m.memory_bytes_per_s for m in machines]),
+        node=array([m.devices_per_node for m in machines]),
+        tier_size=[array([row[level].devices for row in tiers]) for level in range(MAX_TIERS)],
+        tier_bandwidth=[array([row[level].bytes_per_s for row in tiers]) for level in range(MAX_TIERS)],
+        tier_latency=[array([row[level].latency_s for row in tiers]) for level in range(MAX_TIERS)],
+    )
+
+
+def stack_sites(sites: Sequence[Site]) -> Site:
+    """Sites of several rows as one whose numbers are arrays [n]; one site stays as it is."""
+    if len({id(site) for site in sites}) == 1:
+        return sites[0]
+    numbers = {
+        field.name: np.array([getattr(site, field.name) for site in sites])
+        for field in fields(Site)
+        if isinstance(getattr(sites[0], field.name), int | float | bool)
+    }
+    return replace(sites[0], **numbers)
