@@ -26,7 +26,6 @@ def attention_with_lse(
     """See contract.AttentionWithLse."""
     with torch.no_grad():
         if _cpu_kernel_fits(q, k, causal, mask):
-            k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=_wide_dtype(q), device=q.device)
@@ -54,12 +53,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See contract.AttentionBackward; the formulas are those of arXiv 2205.14135, appendix B.2."""
     with torch.no_grad():
-        heads, groups = q.shape[1], k.shape[1]
         if _cpu_kernel_fits(q, k, causal, mask):
-            grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out, q, _repeated(k, heads), _repeated(v, heads), out, lse, 0.0, causal, scale=scale
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
             )
-            return grad_q, _summed(grad_k, groups), _summed(grad_v, groups)
+        heads, groups = q.shape[1], k.shape[1]
         keys, values = _wide_heads(k, heads), _wide_heads(v, heads)
         grad_q, grad_keys, grad_values = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
         for start in range(0, q.shape[2], _ROWS):
@@ -80,7 +78,8 @@ def visible_past(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def _cpu_kernel_fits(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> bool:
-    """PyTorch's CPU kernel aligns causal attention at the first key, so there lengths must be equal."""
+    """PyTorch's CPU kernel shares key heads by itself, but aligns causal attention at the first key: there lengths
+    must be equal."""
     return q.device.type == "cpu" and mask is None and (not causal or q.shape[2] == k.shape[2])
 
 
@@ -88,25 +87,22 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    """Key heads repeated for the query heads that share them: [b, kv, t, d] -> [b, heads, t, d]."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _wide_heads(x: Tensor, heads: int) -> Tensor:
+    """Key heads repeated for the query heads that share them, in fp32 or wider: [b, kv, t, d] -> [b, heads, t, d]."""
+    return x.to(_wide_dtype(x)).repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _summed(x: Tensor, groups: int) -> Tensor:
-    """The transpose of `_repeated`."""
-    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
-
-
-def _wide_heads(x: Tensor, heads: int) -> Tensor:
-    return _repeated(x.to(_wide_dtype(x)), heads)
+    """The transpose of repeating heads: [b, heads, t, d] -> [b, groups, t, d]."""
+    return x.unflatten(1, (groups, -1)).sum(2)
 
 
 def _scores(q: Tensor, keys: Tensor, rows: slice, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     """Scaled scores of some rows, -inf where a key is hidden: [b, n, rows, t]."""
     scores = q[:, :, rows].to(keys.dtype) @ keys.mT * scale
     if causal:
-        scores = scores.masked_fill(~visible_past(q.shape[2], keys.shape[2], q.device)[rows], -torch.inf)
+        past = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(keys.shape[2] - q.shape[2] + rows.start)
+        scores = scores.masked_fill(~past, -torch.inf)
     if mask is not None:
         part = mask if mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
         scores = scores.masked_fill(~part, -torch.inf)

@@ -116,6 +116,20 @@ def test_blocks_of_keys_add_up_to_attention_and_its_gradients(dtype: torch.dtype
         torch.testing.assert_close(one, other, **tolerance)
 
 
+def test_causal_in_blocks_of_queries_and_keys() -> None:
+    """More queries than are scored at a time, cached keys before them."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, h, s, 4, generator=generator) for h, s in ((2, 700), (1, 720), (1, 720)))
+    keywords = {"scale": 0.5, "causal": True, "mask": None}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = reference.attention(*leaves, **keywords)
+    out, lse = reference.attention_with_lse(q, k, v, **keywords)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    found = reference.attention_backward(torch.ones_like(q), q, k, v, out, lse, **keywords)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_a_query_that_sees_no_key_adds_nothing() -> None:
     q = torch.randn(1, 2, 3, 4)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])
