@@ -160,7 +160,7 @@ def npu_grouped_matmul_add_(
     return input
 
 
-def npu_cross_entropy_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> tuple[Tensor, ...]:
+def npu_cross_entropy_loss(input: Tensor, target: Tensor, *, reduction: str = "mean") -> tuple[Tensor, ...]:
     assert reduction == "none" and target.dtype == torch.int64
     log_prob = input.log_softmax(-1)
     return F.nll_loss(log_prob, target, reduction="none"), log_prob, torch.empty(0), torch.empty(0)
