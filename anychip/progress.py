@@ -33,6 +33,13 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
 
+class _QuietProgress(Progress):
+    """The same counter of a process that leaves the showing to another."""
+
+    def _show(self) -> None:
+        pass
+
+
 class _TerminalProgress(Progress):
     """The same counter drawn by rich."""
 
@@ -52,9 +59,11 @@ class _TerminalProgress(Progress):
 
 
 @contextmanager
-def progress(title: str, total: float | None = None, unit: str = "") -> Iterator[Progress]:
-    """Yield a counter whose `advance(n)` is shown to the user on standard error."""
-    if sys.stderr.isatty():
+def progress(title: str, total: float | None = None, unit: str = "", *, quiet: bool = False) -> Iterator[Progress]:
+    """Yield a counter whose `advance(n)` is shown to the user on standard error; `quiet` only counts."""
+    if quiet:
+        yield _QuietProgress(title, total, unit)
+    elif sys.stderr.isatty():
         terminal = _TerminalProgress(title, total, unit)
         with terminal.bar:
             yield terminal

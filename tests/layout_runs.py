@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rank_pool import run_ranks
 
+from anychip.chips.backend import detect_backend
 from anychip.data.batch import IGNORE_LABEL, Batch
-from anychip.recipe.schema import (
-    CheckpointConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-)
+from anychip.model.arithmetic import parameter_shapes
+from anychip.model.init import init_tensor
+from anychip.parallel.gradients import gradient_norm, scale_gradients
+from anychip.parallel.parts import copy_part
+from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import local, whole
+from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from anychip.train.engine import Engine
+from anychip.train.job import TrainingJob
+from anychip.train.optimizer import Optimizer
 
 MODEL = ModelConfig(
     vocab_size=64,
@@ -70,21 +71,9 @@ class LayoutRun:
         )
 
 
-def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
-    """Train in this process's place; returns losses, gradient norms, gradients of step 1 and final state, whole."""
-    from anychip.chips.backend import detect_backend
-    from anychip.model.arithmetic import parameter_shapes
-    from anychip.model.init import init_tensor
-    from anychip.parallel.gradients import gradient_norm, scale_gradients
-    from anychip.parallel.parts import copy_part
-    from anychip.parallel.processes import Processes
-    from anychip.parallel.tensor import local, whole
-    from anychip.train.engine import Engine
-    from anychip.train.job import TrainingJob
-    from anychip.train.optimizer import Optimizer
-
+def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, Engine, Optimizer]:
+    """This process's part of the job, its parameters filled from SEED."""
     backend = detect_backend()
-    optimizer_config = OptimizerConfig(name=run.job.get("optimizer", "adamw"), lr=1e-3, schedule=ScheduleConfig())
     job = TrainingJob(
         title="layout",
         directory=Path(),
@@ -98,7 +87,7 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
         micro_batch_size=run.micro_batch_size,
         global_batch_size=GLOBAL_BATCH,
         parallel=ParallelConfig(**run.parallel),
-        optimizer=optimizer_config,
+        optimizer=OptimizerConfig(name=run.job.get("optimizer", "adamw"), lr=1e-3),
         checkpoint=CheckpointConfig(),
         log=LogConfig(),
         loss_chunk_tokens=24,
@@ -111,7 +100,12 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
     for name, shape in parameter_shapes(MODEL):
         if name in engine.parameters:
             copy_part(engine.parameters[name], init_tensor(name, shape, MODEL, SEED))
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    return job, processes, engine, Optimizer(engine.parameters, job.optimizer, dtype)
+
+
+def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
+    """Train in this process's place; returns losses, gradient norms, gradients of step 1 and final state, whole."""
+    job, processes, engine, optimizer = build(run, steps)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         losses.append(float(engine.forward_backward(job.source.batch(step))))
@@ -138,54 +132,22 @@ def run_layouts(runs: list[LayoutRun], folder: Path, timeout: float = 240.0) -> 
     time is over.
     """
     (world_size,) = {run.world_size for run in runs}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layout_runs_imports"])
-    ranks = [context.Process(target=_rank, args=(rank, world_size, runs, folder)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + timeout
-    try:
-        while any(process.is_alive() for process in ranks):
-            failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-            if failed or time.monotonic() > deadline:
-                errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
-                raise AssertionError(f"ranks {failed} failed, or {timeout} s are over:\n" + "\n".join(errors))
-            time.sleep(0.05)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
-    assert not errors, "\n".join(errors)
+    run_ranks(world_size, _train_all, (runs, folder), folder, timeout)
 
 
-def _rank(rank: int, world_size: int, runs: list[LayoutRun], folder: Path) -> None:
-    import traceback
-
-    import torch.distributed as dist
+def _train_all(argument: tuple[list[LayoutRun], Path]) -> None:
     from safetensors.torch import save_file
 
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    if world_size > 1:
-        store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    runs, folder = argument
+    rank = os.environ["RANK"]
     for run in runs:
-        started = time.perf_counter()
-        try:
-            result = train(run)
-            tensors = {f"weights.{k}": v.contiguous() for k, v in result["weights"].items()}
-            tensors |= {f"gradients.{k}": v.contiguous() for k, v in result["gradients"].items()}
-            save_file(tensors, folder / f"{run.name}.rank-{rank}.safetensors")
-            if rank == 0:
-                numbers = {key: result[key] for key in ("losses", "norms", "score")}
-                (folder / f"{run.name}.json").write_text(json.dumps(numbers))
-            if rank == 0:
-                print(f"{run.name}: {time.perf_counter() - started:.1f} s", flush=True)
-        except BaseException:
-            (folder / f"error-{rank}.txt").write_text(f"{run.name} rank {rank}\n{traceback.format_exc()}")
-            os._exit(1)
+        result = train(run)
+        tensors = {f"weights.{k}": v.contiguous() for k, v in result["weights"].items()}
+        tensors |= {f"gradients.{k}": v.contiguous() for k, v in result["gradients"].items()}
+        save_file(tensors, folder / f"{run.name}.rank-{rank}.safetensors")
+        if rank == "0":
+            numbers = {key: result[key] for key in ("losses", "norms", "score")}
+            (folder / f"{run.name}.json").write_text(json.dumps(numbers))
 
 
 def read(run: LayoutRun, folder: Path) -> dict[str, Any]:

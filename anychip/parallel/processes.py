@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 
 import torch
@@ -33,7 +32,6 @@ class Processes:
         )
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
         self._control: dist.ProcessGroup | None = None
-        self.start_seconds: dict[str, float] = {}
 
     @classmethod
     def join(
@@ -42,14 +40,10 @@ class Processes:
         """Join the job that torchrun describes in the environment; a job of one when it describes none."""
         world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         layout = resolve_layout(config, world_size)
-        started = time.perf_counter()
         if world_size > 1 and not dist.is_initialized():
             backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collective_backend}"
             dist.init_process_group(backends, timeout=timeout)
-        joined = time.perf_counter()
-        processes = cls(config, layout, rank, device)
-        processes.start_seconds = {"rendezvous": joined - started, "groups": time.perf_counter() - joined}
-        return processes
+        return cls(config, layout, rank, device)
 
     @property
     def is_first(self) -> bool:

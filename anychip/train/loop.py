@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -27,7 +27,7 @@ from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
 from anychip.parallel.gradients import gradient_norm, scale_gradients
 from anychip.parallel.processes import Processes
-from anychip.progress import progress
+from anychip.progress import Progress, progress
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.engine import Engine
 from anychip.train.guard import check_finite
@@ -60,13 +60,16 @@ def run_training(job: TrainingJob) -> int:
     Raises Stopped after SIGINT or SIGTERM (state saved), UnfitError when numbers stop being finite, InputError when a
     checkpoint belongs to another recipe.
     """
+    started = time.perf_counter()
     backend = detect_backend()
     backend.prepare_process()
     device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
+    joined = time.perf_counter()
     engine = Engine(job, processes, dtype, reference)
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype, reference)
+    built = time.perf_counter()
     store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
     step = _restore(job, engine, optimizer, store)
     if job.checkpoint.asynchronous:
@@ -75,10 +78,17 @@ def run_training(job: TrainingJob) -> int:
         return step
 
     is_writer = processes.is_first
+    if is_writer:
+        restored = time.perf_counter()
+        print(
+            f"start: {processes.layout.describe()} | processes {joined - started:.1f} s | "
+            f"model {built - joined:.1f} s | weights {restored - built:.1f} s",
+            flush=True,
+        )
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     peak = measure_matmul_flops(device, dtype) if is_writer else None
-    with _stop_requests() as stop, _Prefetch(job, step) as batches, progress(job.title, job.steps, "steps") as bar:
+    with _stop_requests() as stop, _Prefetch(job, step) as batches, _bar(job, processes) as bar:
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
         while step < job.steps:
@@ -122,6 +132,10 @@ def run_training(job: TrainingJob) -> int:
     if step < job.steps:
         raise Stopped(f"Stopped at step {step} of {job.steps}, which is saved.", do="Run it again to continue.")
     return step
+
+
+def _bar(job: TrainingJob, processes: Processes) -> AbstractContextManager[Progress]:
+    return progress(job.title, job.steps, "steps", quiet=not processes.is_first)
 
 
 def _state(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:

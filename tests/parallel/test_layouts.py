@@ -93,9 +93,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_process_does(
-    name: str, one_process: dict[str, dict[str, Any]], results: Path
-) -> None:
+def test_a_layout_trains_as_one_process_does(name: str, one_process: dict[str, dict[str, Any]], results: Path) -> None:
     run = LAYOUTS[name]
     expected, found = one_process[run.job.get("optimizer", "adamw")], read(run, results)
     for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
