@@ -18,8 +18,9 @@ class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
         """q [b, n, s, d], k and v [b, kv, t, d] -> [b, n, s, d] in q's dtype.
 
-        causal: the last query sees every key, each one before it one key fewer (s <= t). mask: bool, broadcastable to
-        [b, n, s, t], True = visible; with causal both must allow. Every query must see a key.
+        causal: the last query sees every key, each one before it one key fewer (s <= t). mask: bool of two or
+        four dimensions, broadcastable to [b, n, s, t], True = visible; with causal both must allow. Every query must
+        see a key.
         """
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from operator_calls import largest_difference, make_calls, results
 from torch import Tensor
 
-from anychip.chips.operators import reference
+from anychip.chips.operators import Operators, blocked_attention, reference
 from anychip.chips.operators.plain_attention import visible_past
 
 CALLS = sorted(make_calls(torch.float32))
+BLOCKED = replace(
+    reference,
+    attention_with_lse=blocked_attention.attention_with_lse,
+    attention_backward=blocked_attention.attention_backward,
+)
+either_attention = pytest.mark.parametrize("operators", [reference, BLOCKED], ids=["kernel", "blocked"])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -20,6 +28,13 @@ def test_results_and_gradients_are_those_of_fp64(name: str, dtype: torch.dtype, 
     call = make_calls(dtype)[name]
     exact = results(reference, call, lambda x: x.double())
     assert largest_difference(results(reference, call), exact) < limit
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith(("with lse", "backward"))])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
+def test_plain_blocks_give_what_the_kernel_gives(name: str, dtype: torch.dtype, limit: float) -> None:
+    call = make_calls(dtype)[name]
+    assert largest_difference(results(BLOCKED, call), results(reference, call, lambda x: x.double())) < limit
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if make_calls(torch.float32)[n].gradients_of])
@@ -69,8 +84,9 @@ def test_plain_forms() -> None:
     assert reference.cross_entropy(logits, target, with_gradient=False)[1] is None
 
 
+@either_attention
 @pytest.mark.parametrize("queries", [1, 5, 8])
-def test_causal_attention_aligns_the_last_query_with_the_last_key(queries: int) -> None:
+def test_causal_attention_aligns_the_last_query_with_the_last_key(queries: int, operators: Operators) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 8, 4, generator=generator) for _ in range(3))
     whole = reference.attention(q, k, v, scale=0.5, causal=True, mask=None)
@@ -78,13 +94,16 @@ def test_causal_attention_aligns_the_last_query_with_the_last_key(queries: int) 
     torch.testing.assert_close(
         reference.attention(tail, k, v, scale=0.5, causal=True, mask=None), whole[:, :, -queries:]
     )
-    out, _ = reference.attention_with_lse(tail, k, v, scale=0.5, causal=True, mask=None)
+    out, _ = operators.attention_with_lse(tail, k, v, scale=0.5, causal=True, mask=None)
     torch.testing.assert_close(out, whole[:, :, -queries:])
 
 
+@either_attention
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_of_keys_add_up_to_attention_and_its_gradients(dtype: torch.dtype, masked: bool) -> None:
+def test_blocks_of_keys_add_up_to_attention_and_its_gradients(
+    dtype: torch.dtype, masked: bool, operators: Operators
+) -> None:
     """What ring attention does: two blocks of keys, merged by their log-sum-exp; gradients from the merged result."""
     generator = torch.Generator().manual_seed(3)
     q, k, v, grad_out = (torch.randn(2, h, 600, 8, generator=generator).to(dtype) for h in (4, 2, 2, 4))
@@ -93,7 +112,7 @@ def test_blocks_of_keys_add_up_to_attention_and_its_gradients(dtype: torch.dtype
     seen = mask if masked else torch.ones(600, 600, dtype=torch.bool)
     halves = [(slice(0, 256), seen[..., :256]), (slice(256, 600), seen[..., 256:])]
     parts = [
-        reference.attention_with_lse(
+        operators.attention_with_lse(
             q, k[:, :, keys], v[:, :, keys], scale=0.4, causal=False, mask=m if masked else None
         )
         for keys, m in halves
@@ -106,7 +125,7 @@ def test_blocks_of_keys_add_up_to_attention_and_its_gradients(dtype: torch.dtype
     tolerance = {"rtol": 1e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(out, expected, **tolerance)
     blocks = [
-        reference.attention_backward(
+        operators.attention_backward(
             grad_out, q, k[:, :, keys], v[:, :, keys], out, lse, scale=0.4, causal=False, mask=m if masked else None
         )
         for keys, m in halves
@@ -116,28 +135,49 @@ def test_blocks_of_keys_add_up_to_attention_and_its_gradients(dtype: torch.dtype
         torch.testing.assert_close(one, other, **tolerance)
 
 
-def test_causal_in_blocks_of_queries_and_keys() -> None:
+@either_attention
+def test_causal_in_blocks_of_queries_and_keys(operators: Operators) -> None:
     """More queries than are scored at a time, cached keys before them."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, h, s, 4, generator=generator) for h, s in ((2, 700), (1, 720), (1, 720)))
     keywords = {"scale": 0.5, "causal": True, "mask": None}
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = reference.attention(*leaves, **keywords)
-    out, lse = reference.attention_with_lse(q, k, v, **keywords)
+    out, lse = operators.attention_with_lse(q, k, v, **keywords)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    found = reference.attention_backward(torch.ones_like(q), q, k, v, out, lse, **keywords)
+    found = operators.attention_backward(torch.ones_like(q), q, k, v, out, lse, **keywords)
     for one, other in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_query_that_sees_no_key_adds_nothing() -> None:
+@either_attention
+def test_a_query_that_sees_no_key_adds_nothing(operators: Operators) -> None:
     q = torch.randn(1, 2, 3, 4)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])
-    out, lse = reference.attention_with_lse(q, q, q, scale=0.5, causal=False, mask=mask)
+    out, lse = operators.attention_with_lse(q, q, q, scale=0.5, causal=False, mask=mask)
     assert (out[:, :, 1] == 0).all() and (lse[:, :, 1] == -torch.inf).all()
-    grads = reference.attention_backward(torch.ones_like(q), q, q, q, out, lse, scale=0.5, causal=False, mask=mask)
+    grads = operators.attention_backward(torch.ones_like(q), q, q, q, out, lse, scale=0.5, causal=False, mask=mask)
     assert all(torch.isfinite(g).all() for g in grads)
     assert (grads[0][:, :, 1] == 0).all()
+
+
+@either_attention
+@pytest.mark.parametrize("shape", [(1, 9), (7, 9), (2, 1, 1, 9), (1, 4, 7, 9)])
+def test_masks_of_every_shape(shape: tuple[int, ...], operators: Operators) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, h, s, 4, generator=generator) for h, s in ((4, 7), (2, 9), (2, 9)))
+    mask = torch.rand(shape, generator=generator) > 0.4
+    mask[..., 0] = True
+    whole = {"scale": 0.5, "causal": False, "mask": mask.expand(2, 4, 7, 9)}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = reference.attention(*leaves, **whole)
+    keywords = {**whole, "mask": mask}
+    torch.testing.assert_close(operators.attention(q, k, v, **keywords), expected)
+    out, lse = operators.attention_with_lse(q, k, v, **keywords)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    found = operators.attention_backward(torch.ones_like(q), q, k, v, out, lse, **keywords)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_visible_past_counts_from_the_end() -> None:
