@@ -171,6 +171,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         loss_chunk_tokens=training.loss_chunk_tokens,
         eval_interval=training.eval_interval,
         deterministic=training.deterministic,
+        operators=training.operators,
         parallel=recipe.parallel,
     )
     return {"step": run_training(job)}
@@ -203,7 +204,8 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         newest = store.latest()
         if newest is None:
             raise InputError("there is no pretrained checkpoint to tune.", where=run.checkpoints)
-        store.load(newest, {f"model.{name}": parameter.detach() for name, parameter in parameters.items()})
+        weights = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+        store.load(newest, weights, part=recipe.parallel.pipeline_parallel > 1)
 
     job = TrainingJob(
         title="sft",
@@ -224,6 +226,7 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         recompute=recipe.training.recompute,
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         deterministic=recipe.training.deterministic,
+        operators=recipe.training.operators,
         parallel=recipe.parallel,
     )
     return {"step": run_training(job)}

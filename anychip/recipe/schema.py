@@ -179,6 +179,9 @@ class TrainingConfig(Section):
     loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits exist at one time")
     eval_interval: Annotated[int, Field(ge=0)] = Field(100, description="steps between validations; 0: only at the end")
     eval_tokens: Positive = Field(65_536, description="validation tokens read each time")
+    operators: dict[str, Literal["vendor", "reference"]] = Field(
+        default_factory=dict, description="reference: this operator in plain PyTorch, even where the chip has its own"
+    )
     deterministic: bool = Field(False, description="refuse operators without a deterministic implementation")
 
     @model_validator(mode="after")

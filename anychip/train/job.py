@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -51,3 +51,4 @@ class TrainingJob:
     loss_chunk_tokens: int = 1024
     eval_interval: int = 0
     deterministic: bool = False
+    operators: Mapping[str, str] = field(default_factory=dict)

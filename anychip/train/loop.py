@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
-from anychip.chips.operators import reference
+from anychip.chips.operators import operators_for
 from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
@@ -67,8 +67,9 @@ def run_training(job: TrainingJob) -> int:
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
     joined = time.perf_counter()
-    engine = Engine(job, processes, dtype, reference)
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype, reference)
+    operators = operators_for(backend.vendor, job.operators)
+    engine = Engine(job, processes, dtype, operators)
+    optimizer = Optimizer(engine.parameters, job.optimizer, dtype, operators)
     built = time.perf_counter()
     store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
     step = _restore(job, engine, optimizer, store)
@@ -158,7 +159,8 @@ def _restore(job: TrainingJob, engine: Engine, optimizer: Optimizer, store: Chec
         )
     weights_only = newest.extra.get("weights_only", False)
     state = _state(engine, optimizer)
-    store.load(newest, {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state)
+    wanted = {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state
+    store.load(newest, wanted, part=job.parallel.pipeline_parallel > 1)
     if newest.extra.get("threads", torch.get_num_threads()) != torch.get_num_threads():
         print(
             f"note: the checkpoint was written with {newest.extra['threads']} threads, this process has "

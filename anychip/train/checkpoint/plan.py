@@ -125,15 +125,16 @@ def plan_load(manifest: Manifest, into: Mapping[str, Tensor]) -> Iterator[tuple[
     yield from sorted(needed, key=lambda row: (row[0].file, row[0].start))
 
 
-def check_fits(manifest: Manifest, into: Mapping[str, Tensor], where: object) -> None:
+def check_fits(manifest: Manifest, into: Mapping[str, Tensor], where: object, *, part: bool) -> None:
     """Raise InputError, listing names, unless `into` has the tensors of the checkpoint.
 
     Whole groups (the part of the name before the first dot, such as `optimizer`) may be left out, single tensors of a
-    group may not.
+    group may not, unless `into` is one process's `part` of a state, such as a pipeline stage.
     """
     groups = {name.split(".")[0] for name in into}
     missing = sorted(set(into) - set(manifest.tensors))
-    unasked = sorted(name for name in set(manifest.tensors) - set(into) if name.split(".")[0] in groups)
+    others = set() if part else set(manifest.tensors) - set(into)
+    unasked = sorted(name for name in others if name.split(".")[0] in groups)
     wrong = [
         f"{name} (checkpoint {entry.dtype} {entry.shape}, here {DTYPE_NAMES.get(tensor.dtype)} {list(tensor.shape)})"
         for name, tensor in sorted(into.items())

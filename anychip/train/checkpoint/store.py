@@ -217,14 +217,15 @@ class CheckpointStore:
             raise UnfitError(damage)
         return CheckpointInfo(path, manifest)
 
-    def load(self, info: CheckpointInfo, into: Mapping[str, Tensor]) -> None:
+    def load(self, info: CheckpointInfo, into: Mapping[str, Tensor], *, part: bool = False) -> None:
         """Fill the tensors of `into`, in place, whatever layout they and the checkpoint have.
 
         `into` names whole groups: with `model.*` alone the optimizer is left out, but a model tensor that the
-        checkpoint holds and `into` lacks is an error. Raises InputError listing the names that do not fit before
+        checkpoint holds and `into` lacks is an error, unless `part` says that other processes hold the rest (pipeline
+        stages). Raises InputError listing the names that do not fit before
         anything is changed, UnfitError when a file was damaged since it was opened.
         """
-        check_fits(info.manifest, into, info.path)
+        check_fits(info.manifest, into, info.path, part=part)
         with torch.no_grad(), ShardReader(info.path) as reader:
             for chunk, entry, copies in plan_load(info.manifest, into):
                 data = reader.read(chunk, entry.torch_dtype)
