@@ -283,7 +283,6 @@ _TRAINED_WITH = (
     "model",
     "optimizer",
     "training.seq_length",
-    "training.micro_batch_size",
     "training.global_batch_size",
     "training.steps",
     "training.compute_dtype",

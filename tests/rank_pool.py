@@ -49,13 +49,18 @@ def _rank(rank: int, world_size: int, work: Callable[[Any], None], argument: Any
     import torch
     import torch.distributed as dist
 
+    from anychip.chips.backend import detect_backend
+    from anychip.parallel.processes import group_backends
+
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         if world_size > 1:
+            backend = detect_backend()
+            backends = group_backends(backend.device(rank), backend.collective_backend)
             rendezvous = dist.FileStore(str(store), world_size)
-            dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world_size)
+            dist.init_process_group(backends, store=rendezvous, rank=rank, world_size=world_size)
         work(argument)
     except BaseException:
         store.with_name(f"{store.name}.error-{rank}").write_text(f"rank {rank}\n{traceback.format_exc()}")

@@ -14,6 +14,11 @@ from anychip.parallel.layout import AXES, Layout, check_batch, resolve_layout
 from anychip.recipe.schema import ParallelConfig
 
 
+def group_backends(device: torch.device, collective_backend: str) -> str:
+    """What `init_process_group` is told: gloo for host memory, the chip's library for its own."""
+    return "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collective_backend}"
+
+
 class Processes:
     """One process of a layout. A layout of one process needs no process group.
 
@@ -41,8 +46,7 @@ class Processes:
         world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         layout = resolve_layout(config, world_size)
         if world_size > 1 and not dist.is_initialized():
-            backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{collective_backend}"
-            dist.init_process_group(backends, timeout=timeout)
+            dist.init_process_group(group_backends(device, collective_backend), timeout=timeout)
         return cls(config, layout, rank, device)
 
     @property

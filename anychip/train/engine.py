@@ -44,6 +44,12 @@ class Engine:
         self.parameters = named_parameters(self.parts)
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
+    @property
+    def arithmetic(self) -> str:
+        """What decides the order of sums, in words: the same words mean the same bits."""
+        layout, threads = self._processes.layout.describe(), torch.get_num_threads()
+        return f"{layout}, micro-batches of {self._job.micro_batch_size}, {threads} threads a process"
+
     def forward_backward(self, batch: Batch) -> Tensor:
         """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token,
         a scalar), the same on all processes."""

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
-from anychip.chips.operators import operators_for
+from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
@@ -67,6 +68,8 @@ def run_training(job: TrainingJob) -> int:
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
     joined = time.perf_counter()
+    if not processes.is_first:
+        warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it
     operators = operators_for(backend.vendor, job.operators)
     engine = Engine(job, processes, dtype, operators)
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype, operators)
@@ -161,10 +164,10 @@ def _restore(job: TrainingJob, engine: Engine, optimizer: Optimizer, store: Chec
     state = _state(engine, optimizer)
     wanted = {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state
     store.load(newest, wanted, part=job.parallel.pipeline_parallel > 1)
-    if newest.extra.get("threads", torch.get_num_threads()) != torch.get_num_threads():
+    if newest.extra.get("arithmetic", engine.arithmetic) != engine.arithmetic:
         print(
-            f"note: the checkpoint was written with {newest.extra['threads']} threads, this process has "
-            f"{torch.get_num_threads()}; sums may round differently from here on",
+            f"note: the checkpoint was written by {newest.extra['arithmetic']}, this is {engine.arithmetic}; sums may "
+            "round differently from here on",
             file=sys.stderr,
         )
     return newest.step
@@ -174,7 +177,7 @@ def _save(
     job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore, step: int, *, last: bool
 ) -> None:
     """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
-    extra = {"identity": job.identity, "threads": torch.get_num_threads()}
+    extra = {"identity": job.identity, "arithmetic": engine.arithmetic}
     try:
         if last or not job.checkpoint.asynchronous:
             store.save(step, _state(engine, optimizer), extra)

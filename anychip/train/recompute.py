@@ -35,18 +35,9 @@ def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[...
 
 
 def _keep_expensive(context: Any, operator: Any, *inputs: Any, **keywords: Any) -> CheckpointPolicy:
-    name = getattr(operator, "_schema", None)
-    kept = name is not None and name.name in _EXPENSIVE
+    schema = getattr(operator, "_schema", None)
+    kept = schema is not None and (schema.name in _PRODUCTS or "attention" in schema.name or "grouped_m" in schema.name)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_EXPENSIVE = frozenset(
-    {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_fused_attention_overrideable",
-    }
-)
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm"})
