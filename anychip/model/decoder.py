@@ -6,13 +6,16 @@ comments: b batch, s sequence, h hidden, n query heads, k key/value heads, d hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.cache import KeyValueCache
-from anychip.model.rope import Rotary, rotary
+from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.recipe.schema import ModelConfig
 
 
@@ -57,14 +60,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, bias=False)
         self.o_proj = Linear(queries, config.hidden_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None, mask: Any
+    ) -> Tensor:
         batch, seq, _ = x.shape
         q = self.rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, n, s, d]
         k = self.rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, k, s, d]
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         if cache is not None:  # new tokens see all cached ones and their own past
             k, v = cache.write(self.layer, k, v)
-        mixed = self.attend(q, k, v, scale=scale, causal=True, mask=None)
+        mixed = self.attend(q, k, v, scale=scale, causal=True, mask=mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -90,49 +95,74 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.mlp = MLP(config, operators)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, scale, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None, mask: Any = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, scale, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """A causal language model. Build it on the meta device to count, or fill it with `init_parameters`."""
+    """A causal language model. Build it on the meta device to count, or fill it with `init_parameters`.
+
+    `visible` says in the words of `Attention.attend` what documents let a token see; both are replaced together.
+    """
+
+    visible: Callable[[Tensor], Any]
 
     def __init__(
         self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, operators: Operators = reference
     ) -> None:
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.visible = config, compute_dtype, same_document
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty_embedding(config))
         self.layers = nn.ModuleList(DecoderLayer(config, layer, operators) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        length: int | None = None,
+    ) -> Tensor:
         """input_ids [b, s] int64 -> normed hidden states [b, s, h] in the compute dtype.
 
-        With a cache, `input_ids` continue the cached tokens and are added to them.
+        With a cache, `input_ids` continue the cached tokens and are added to them. `positions` int64 [s] say where the
+        tokens stand in a sequence of `length` tokens (default: the cached and these). `documents` int [b, s] keep
+        attention inside tokens of the same number.
         """
         start = 0 if cache is None else cache.length
-        length = start + input_ids.shape[1]
+        end = start + input_ids.shape[1]
         if cache is not None:
             cache.extend(input_ids.shape[1])
-        tables = rotary(self.config, start, length, length, input_ids.device)
-        return self.norm(self.run_layers(self.embed(input_ids), tables, cache))
+        if positions is None:
+            tables = rotary(self.config, start, end, length or end, input_ids.device)
+        else:
+            tables = rotary_at(self.config, positions, length or end)
+        mask = None if documents is None else self.visible(documents)
+        return self.norm(self.run_layers(self.embed(input_ids), tables, cache, mask))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [b, s] -> [b, s, h] in the compute dtype."""
         return self.embed_tokens(input_ids).to(self.compute_dtype)
 
-    def run_layers(self, x: Tensor, tables: Rotary, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states [b, s, h] through all layers that are here."""
+    def run_layers(self, x: Tensor, tables: Rotary, cache: KeyValueCache | None = None, mask: Any = None) -> Tensor:
+        """Hidden states [b, s, h] through all layers that are here; `mask` is what `visible` returned."""
         for layer in self.layers:
-            x = layer(x, *tables, cache)
+            x = layer(x, *tables, cache, mask)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., h] -> logits [..., vocab_size] in the compute dtype."""
         return self.lm_head(hidden)
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """[b, s] int -> [b, 1, s, s] bool: True where two tokens are of one document."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
 
 
 def _empty_embedding(config: ModelConfig) -> Tensor:

@@ -68,9 +68,13 @@ def keeps_published_hazard(config: ModelConfig) -> bool:
 
 def rotary(config: ModelConfig, start: int, end: int, length: int, device: torch.device | str = "cpu") -> Rotary:
     """Tables and score scale for tokens `start` to `end` of a sequence whose S is `length`."""
+    return rotary_at(config, torch.arange(start, end, device=device), length)
+
+
+def rotary_at(config: ModelConfig, positions: Tensor, length: int) -> Rotary:
+    """Tables and score scale for tokens at these positions, int64 [tokens], of a sequence whose S is `length`."""
     scale = rope_scale(config, length)
     plain = config.head_dim**-0.5
-    positions = torch.arange(start, end, device=device)
     if keeps_published_hazard(config):
         return Rotary(*_published_cos_sin(config, positions, scale), plain)
     return Rotary(*cos_sin(config, positions, scale.alpha), plain * scale.mscale**2)

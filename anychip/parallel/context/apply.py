@@ -1,0 +1,55 @@
+"""Context parallelism for a plain decoder: each process holds a part of every sequence (see `split`)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from anychip.chips.operators import Operators, reference
+from anychip.model.decoder import Decoder
+from anychip.parallel.context.attention import GatheredAttention, RingAttention
+from anychip.parallel.context.blocks import (
+    Plan,
+    gathered_plan,
+    gathered_plan_of_documents,
+    ring_plan,
+    ring_plan_of_documents,
+)
+
+Method = Literal["ring", "all_gather"]
+
+
+class ContextAttention:
+    """In the place of a layer's `attend`: the same attention for a process that holds a part of the sequence."""
+
+    def __init__(self, group: dist.ProcessGroup, method: Method, operators: Operators) -> None:
+        self._group, self._operators = group, operators
+        self._attention = RingAttention if method == "ring" else GatheredAttention
+        self._plan = ring_plan if method == "ring" else gathered_plan
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Plan | None) -> Tensor:
+        """q [b, n, s, d], k and v [b, kv, s, d] of this process's tokens -> [b, n, s, d]. `mask`: what the function
+        of documents returned that `apply_context_parallel` put into the decoder, or None."""
+        assert causal and q.shape[2] == k.shape[2], "only whole causal sequences are split"
+        plan = self._plan(q.shape[2], self._group.size(), self._group.rank()) if mask is None else mask
+        return self._attention.apply(q, k, v, scale, plan, self._group, self._operators)
+
+
+def apply_context_parallel(
+    model: Decoder, mesh: DeviceMesh | dist.ProcessGroup, method: Method = "ring", operators: Operators = reference
+) -> None:
+    """Make each layer of a decoder (or of one pipeline stage of it) attend over all processes of `mesh`.
+
+    The decoder is then given `take_part` of input ids and documents, `split_positions` and the whole length.
+    """
+    group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+    for layer in model.layers:
+        layer.self_attn.attend = ContextAttention(group, method, operators)  # type: ignore[union-attr]
+    of_documents = ring_plan_of_documents if method == "ring" else gathered_plan_of_documents
+    model.visible = partial(of_documents, group=group)
