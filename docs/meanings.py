@@ -127,6 +127,7 @@ CHINESE = {
     "parallel.pipeline_layers": "各段的层数，依次列出；默认尽量平均",
     "parallel.context_method": "ring：键依次传递，最省内存；all_gather：一次收齐全部键",
     "training.operators": "reference：该算子用纯 PyTorch，即使芯片有自己的实现",
+    "training.document_mask": "几个文档同在一个样本时，注意力不越出各自的文档；否则都看得见",
     "training.recompute": "反向时重新计算而不保留的激活",
     "training.compile": "用 torch.compile 编译解码层；长的运行才划算",
     "training.loss_chunk_tokens": "同时存在 logits 的词元数",

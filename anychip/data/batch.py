@@ -13,11 +13,21 @@ IGNORE_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """`n` sequences. Both tensors are int64 of shape [n, seq].
+    """`n` sequences. All tensors are int64 of shape [n, seq].
 
     `labels` is already shifted by one: `labels[i, j]` is the token that follows `input_ids[i, j]`;
-    IGNORE_LABEL (-100) means that a position carries no loss.
+    IGNORE_LABEL (-100) means that a position carries no loss. `documents` number the documents of a row: attention
+    stays between equal numbers; None: a row is one text.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    documents: torch.Tensor | None = None
+
+
+def number_documents(input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
+    """Which document each position belongs to, [n, seq] int64 rising along a row.
+
+    An end of document is what the first token of the next one is predicted from, so it opens that one.
+    """
+    return (input_ids == end_id).cumsum(1)

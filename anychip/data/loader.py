@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
 from anychip.data.corpora import Corpus, DocumentSpan, foreign_token_error, open_corpora, read_summary
 from anychip.data.indexed import foreign_token
 from anychip.data.schedule import Schedule
@@ -53,6 +53,10 @@ class TrainingData:
                 where=run.root,
                 do="Lower data.validation_fraction, or remove the source.",
             )
+        self._document_mask = recipe.training.document_mask
+        if self._document_mask:
+            for corpus in self.corpora:
+                self._check_end_tokens(corpus)
         counts = [-(-corpus.token_count // self.seq_length) for corpus in self.corpora]
         self.schedule = Schedule.of_recipe(recipe, counts)
 
@@ -70,7 +74,9 @@ class TrainingData:
         labels = np.full((stop - start, self.seq_length), IGNORE_LABEL, np.int64)
         for row, (corpus, sample) in enumerate(zip(places.corpus, places.sample, strict=True)):
             self._fill(self.corpora[corpus], int(sample), inputs[row], labels[row])
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+        input_ids = torch.from_numpy(inputs)
+        documents = number_documents(input_ids, self._end_id) if self._document_mask else None
+        return Batch(input_ids, torch.from_numpy(labels), documents)
 
     def samples(self, step: int) -> list[Sample]:
         """What the rows of a step are made of."""
@@ -81,6 +87,15 @@ class TrainingData:
             Sample(step, row, self.corpora[corpus].name, epoch, sample, self._documents(self.corpora[corpus], sample))
             for row, (corpus, epoch, sample) in enumerate(rows)
         ]
+
+    def _check_end_tokens(self, corpus: Corpus) -> None:
+        if corpus.tokens(corpus.token_count - 1, corpus.token_count)[0] != self._end_id:
+            raise InputError(
+                f"does not end its documents with token {self._end_id}, by which training.document_mask tells them "
+                "apart.",
+                where=corpus.prefix,
+                do="Pack it with an end-of-document token, or set training.document_mask=false.",
+            )
 
     def _bounds(self, corpus: Corpus, sample: int) -> tuple[int, int]:
         start = sample * self.seq_length

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
 from anychip.data.corpora import Corpus, open_corpora, read_summary
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
@@ -44,7 +44,9 @@ def validation_batches(
             inputs[0] = stream[start - 1]
         shape = (batch_size, seq_length)
         text_bytes = int(sizes[(ends > start) & (ends <= stop)].sum())
-        yield Batch(torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(labels.reshape(shape))), text_bytes
+        input_ids = torch.from_numpy(inputs.reshape(shape))
+        documents = number_documents(input_ids, end_id) if recipe.training.document_mask else None
+        yield Batch(input_ids, torch.from_numpy(labels.reshape(shape)), documents), text_bytes
 
 
 def validation_texts(run: RunDirectory, recipe: Recipe, max_tokens: int) -> Iterator[tuple[str, str]]:

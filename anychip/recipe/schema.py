@@ -174,6 +174,9 @@ class TrainingConfig(Section):
     compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 on a chip that multiplies bf16 matrices in hardware, else fp32"
     )
+    document_mask: bool = Field(
+        False, description="attention stays inside a document, where several share a sample; else it sees them all"
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = Field(False, description="torch.compile the decoder layer; pays on long runs")
     loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits exist at one time")
