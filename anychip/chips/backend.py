@@ -1,24 +1,47 @@
-"""What training asks of a chip. One file beside this one per vendor answers."""
+"""What the rest of the package asks of a chip. One file beside this one per vendor answers."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
+
+from anychip.chips.accelerator import MemoryStatistics
+from anychip.chips.detect import detect_backend
+from anychip.chips.facts import ErrorMeaning, Purpose, Setting, VendorFacts
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Backend", "MemoryStatistics", "detect_backend", "measure_matmul_flops"]
 
 
 class Backend(Protocol):
     """A chip as the rest of the package sees it."""
 
-    vendor: str
-    collective_backend: str
+    @property
+    def facts(self) -> VendorFacts:
+        """What is said of the vendor's software: names, variables, limits, error codes."""
 
-    def device(self, local_rank: int) -> torch.device:
-        """The device that this process computes on."""
+    @property
+    def vendor(self) -> str: ...
+
+    @property
+    def collective_backend(self) -> str: ...
+
+    def load(self) -> None:
+        """Import the vendor's plug-in, if there is one."""
+
+    def device_count(self) -> int:
+        """Devices that this process sees."""
+
+    def device(self, local_rank: int | None = None) -> torch.device:
+        """The device that this process computes on, by its rank within the node; LOCAL_RANK when None."""
 
     def multiplies_bf16(self) -> bool:
         """Whether bf16 matrix products run in hardware, rather than by conversion to fp32."""
+
+    def memory(self) -> MemoryStatistics:
+        """What this process holds on its device."""
 
     def peak_memory_bytes(self) -> int:
         """Largest memory this process has held."""
@@ -29,12 +52,17 @@ class Backend(Protocol):
     def prepare_process(self) -> None:
         """Settings of the process that make training fast on this chip."""
 
+    def set_deterministic(self, enabled: bool) -> None:
+        """Bitwise repetition on or off. Once, before the first operator."""
 
-def detect_backend() -> Backend:
-    """The backend of the chip at hand."""
-    from anychip.chips.cpu import CpuBackend
+    def environment(self, world_size: int, *purposes: Purpose) -> list[Setting]:
+        """Variables to set for a job of so many processes, with the reason for each."""
 
-    return CpuBackend()
+    def collective_timeout(self, world_size: int) -> timedelta:
+        """What init_process_group should be given."""
+
+    def explain_error(self, text: str) -> ErrorMeaning | None:
+        """What an error's text means on this chip, and whether it says that hardware is broken."""
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

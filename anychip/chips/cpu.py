@@ -8,17 +8,35 @@ import resource
 import sys
 from typing import TYPE_CHECKING
 
+from anychip.chips.accelerator import AcceleratorBackend, MemoryStatistics
+from anychip.chips.facts import Collectives, VendorFacts
+
 if TYPE_CHECKING:
     import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
+FACTS = VendorFacts(
+    vendor="cpu",
+    device_type="cpu",
+    collectives=Collectives(
+        "gloo",
+        library="Gloo",
+        refused_ops=frozenset({"PREMUL_SUM"}),
+        refused_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
+        notes="AVG is not for integers, bitwise operations are not for floats.",
+    ),
+)
 
-class CpuBackend:
-    vendor = "cpu"
-    collective_backend = "gloo"
 
-    def device(self, local_rank: int) -> torch.device:
+class CpuBackend(AcceleratorBackend):
+    facts = FACTS
+
+    def device_count(self) -> int:
+        return 1
+
+    def device(self, local_rank: int | None = None) -> torch.device:
+        """All processes of a node share the CPU."""
         import torch
 
         return torch.device("cpu")
@@ -30,6 +48,10 @@ class CpuBackend:
             return False
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+    def memory(self) -> MemoryStatistics:
+        """The operating system's view; PyTorch does not count what it allocates here."""
+        return MemoryStatistics(None, None, None, self.peak_memory_bytes())
 
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

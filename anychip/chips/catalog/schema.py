@@ -20,7 +20,7 @@ class Figure(Entry):
     """A number, who says so, and how far that can be trusted.
 
     official: the vendor published it; press: it was reported; measured: somebody ran a benchmark; derived: follows
-    from another figure. A source that ends in "from memory" was not read again when the catalogue was written.
+    from another figure. A source that says "from memory" was not read again when the catalogue was written.
     """
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
