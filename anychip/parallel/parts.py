@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.decoder import Decoder
+from anychip.parallel.context import apply_context_parallel
 from anychip.parallel.data import apply_sharding
 from anychip.parallel.layout import check_layout
 from anychip.parallel.pipeline import keep_stage, layers_of_stages
@@ -40,6 +41,8 @@ def build_parts(
         if stage is not None:
             layers, first, last = stage
             keep_stage(part, layers, first=first, last=last)
+        if (context := processes.mesh("context")) is not None:
+            apply_context_parallel(part, context, processes.config.context_method, operators)
         if (tensor := processes.mesh("tensor")) is not None:
             apply_tensor_parallel(part, tensor)
         prepare(part)

@@ -6,6 +6,8 @@ divided by the labels of the whole batch before backward, so that gradients are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,8 @@ from torch import Tensor
 from anychip.chips.operators import Operators, reference
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.model.decoder import Decoder
-from anychip.model.rope import Rotary, rotary
+from anychip.model.rope import Rotary, rotary, rotary_at
+from anychip.parallel.context import split_positions, take_part
 from anychip.parallel.data import sum_copies
 from anychip.parallel.parts import build_parts, named_parameters
 from anychip.parallel.pipeline import Pipeline
@@ -55,14 +58,15 @@ class Engine:
         a scalar), the same on all processes."""
         self._labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
         part = self._my_part(batch, self._rows)
-        self._all_labelled = self._labels_in_batch == part.labels.shape[1] * len(batch.labels)
+        self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
             total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part))
         else:
             total = torch.zeros((), device=self._processes.device)
             for start in range(0, len(self._rows), self._job.micro_batch_size):
                 rows = slice(start, start + self._job.micro_batch_size)
-                loss = self._loss(self.parts[0](part.input_ids[rows]), part.labels[rows])
+                hidden = self.parts[0](part.input_ids[rows], **self._places(part))
+                loss = self._loss(hidden, part.labels[rows])
                 loss.backward()
                 total += loss.detach()
         self._sum_gradients()
@@ -76,7 +80,7 @@ class Engine:
         if self._pipeline is not None:
             total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part))
         else:
-            total = self._loss(self.parts[0](part.input_ids), part.labels)
+            total = self._loss(self.parts[0](part.input_ids, **self._places(part)), part.labels)
         return float(self._sum_losses(total)) / self._processes.layout.readers
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -107,17 +111,34 @@ class Engine:
 
     def _my_part(self, batch: Batch, rows: range) -> Batch:
         """These rows on this process's device, padded at the end to a length that the layout divides."""
-        layout = self._processes.layout
-        length = batch.input_ids.shape[1]
-        unit = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
-        wanted = self._job.seq_length if layout.pipeline > 1 else -(-length // unit) * unit
+        layout, length = self._processes.layout, batch.input_ids.shape[1]
+        wanted = self._padded_length(length)
         part = slice(rows.start, rows.stop)
         input_ids = F.pad(batch.input_ids[part], (0, wanted - length))
         labels = F.pad(batch.labels[part], (0, wanted - length), value=IGNORE_LABEL)
+        if layout.context > 1:
+            place = self._processes.place.context
+            input_ids, labels = (take_part(x, layout.context, place) for x in (input_ids, labels))
         return Batch(input_ids.to(self._processes.device), labels.to(self._processes.device))
 
+    def _padded_length(self, length: int) -> int:
+        """The next length that the layout divides; a pipeline passes one shape only."""
+        layout = self._processes.layout
+        unit = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+        return self._job.seq_length if layout.pipeline > 1 else -(-length // unit) * unit
+
+    def _places(self, part: Batch) -> dict[str, Any]:
+        """Where this process's tokens stand in the whole sequence, and how long that is."""
+        contexts, place = self._processes.layout.context, self._processes.place.context
+        if contexts == 1:
+            return {}
+        length = contexts * part.input_ids.shape[1]
+        return {"positions": split_positions(length, contexts, place).to(self._processes.device), "length": length}
+
     def _rotary(self, part: Batch) -> Rotary:
-        length = part.input_ids.shape[1]
+        length, places = part.input_ids.shape[1], self._places(part)
+        if places:
+            return rotary_at(self._job.model, places["positions"], places["length"])
         return rotary(self._job.model, 0, length, length, self._processes.device)
 
     def _build_pipeline(self, dtype: torch.dtype) -> Pipeline:

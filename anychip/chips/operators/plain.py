@@ -66,10 +66,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     first, second = wide(x[..., :half]), wide(x[..., half:])
     cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = torch.empty(x.shape, dtype=torch.promote_types(first.dtype, cos.dtype), device=x.device)
-    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin)
-    return turned.to(x.dtype)
+    turned = ((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin))
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.decoder import Decoder
+from anychip.parallel.collectives import gather
 from anychip.parallel.context.attention import GatheredAttention, RingAttention
 from anychip.parallel.context.blocks import (
     Plan,
     gathered_plan,
-    gathered_plan_of_documents,
+    gathered_plan_inside,
     ring_plan,
-    ring_plan_of_documents,
+    ring_plan_inside,
 )
 
 Method = Literal["ring", "all_gather"]
@@ -34,8 +35,8 @@ class ContextAttention:
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Plan | None) -> Tensor:
-        """q [b, n, s, d], k and v [b, kv, s, d] of this process's tokens -> [b, n, s, d]. `mask`: what the function
-        of documents returned that `apply_context_parallel` put into the decoder, or None."""
+        """q [b, n, s, d], k and v [b, kv, s, d] of this process's tokens -> [b, n, s, d]. `mask`: what
+        `plan_inside` returned, or None."""
         assert causal and q.shape[2] == k.shape[2], "only whole causal sequences are split"
         plan = self._plan(q.shape[2], self._group.size(), self._group.rank()) if mask is None else mask
         return self._attention.apply(q, k, v, scale, plan, self._group, self._operators)
@@ -51,5 +52,13 @@ def apply_context_parallel(
     group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     for layer in model.layers:
         layer.self_attn.attend = ContextAttention(group, method, operators)  # type: ignore[union-attr]
-    of_documents = ring_plan_of_documents if method == "ring" else gathered_plan_of_documents
-    model.visible = partial(of_documents, group=group)
+    model.visible = partial(plan_inside, group=group, method=method)
+
+
+def plan_inside(documents: Tensor, group: dist.ProcessGroup, method: Method) -> Plan:
+    """What each block of attention may see, from the documents [b, s] int of this process's tokens; called by all.
+
+    Their numbers travel once a forward pass, and go to the host once.
+    """
+    everyone = gather(documents[None], 0, group)
+    return (ring_plan_inside if method == "ring" else gathered_plan_inside)(everyone, group.rank())

@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from anychip.parallel.collectives import gather
 from anychip.parallel.context.split import join_parts
 
 
@@ -64,31 +62,24 @@ def gathered_plan(part: int, contexts: int, rank: int) -> Plan:
     return [[Block(rows, slice(0, end), causal=True) for rows, end in zip((first, second), ends, strict=True)]]
 
 
-def ring_plan_of_documents(documents: Tensor, group: dist.ProcessGroup) -> Plan:
-    """`ring_plan` where attention stays inside documents. documents: [b, part] int, this process's; called by all.
-
-    The numbers of the documents travel once a forward pass, and once to the host.
-    """
-    contexts, rank = group.size(), group.rank()
-    everyone = gather(documents[None], 0, group)
-    on_host = everyone.cpu()
-    _, first, second = _chunks(documents.shape[1])
+def ring_plan_inside(documents: Tensor, rank: int) -> Plan:
+    """`ring_plan` where attention stays inside documents: int [contexts, b, part], those of all processes."""
+    contexts, _, part = documents.shape
+    _, first, second = _chunks(part)
     own = [Block(first, first, causal=True), Block(second, second, causal=True), Block(second, first)]
-    limited = []
-    for step, blocks in enumerate([own, *ring_plan(documents.shape[1], contexts, rank)[1:]]):
+    on_host, limited = documents.cpu(), []
+    for step, blocks in enumerate([own, *ring_plan(part, contexts, rank)[1:]]):
         peer = (rank - step) % contexts
-        limited.append(_inside_documents(blocks, documents, everyone[peer], on_host[rank], on_host[peer]))
+        limited.append(_inside(blocks, documents[rank], documents[peer], on_host[rank], on_host[peer]))
     return limited
 
 
-def gathered_plan_of_documents(documents: Tensor, group: dist.ProcessGroup) -> Plan:
-    """`gathered_plan` where attention stays inside documents. documents: [b, part] int, this process's."""
-    contexts, rank = group.size(), group.rank()
-    everyone = gather(documents[None], 0, group)
-    whole = join_parts(everyone.unbind())
-    on_host, mine = whole.cpu(), everyone[rank].cpu()
-    (blocks,) = gathered_plan(documents.shape[1], contexts, rank)
-    return [_inside_documents(blocks, documents, whole, mine, on_host)]
+def gathered_plan_inside(documents: Tensor, rank: int) -> Plan:
+    """`gathered_plan` where attention stays inside documents: int [contexts, b, part], those of all processes."""
+    contexts, _, part = documents.shape
+    on_host, keys = documents.cpu(), join_parts(documents.unbind())
+    (blocks,) = gathered_plan(part, contexts, rank)
+    return [_inside(blocks, documents[rank], keys, on_host[rank], join_parts(on_host.unbind()))]
 
 
 def _chunks(part: int) -> tuple[slice, slice, slice]:
@@ -96,7 +87,7 @@ def _chunks(part: int) -> tuple[slice, slice, slice]:
     return slice(0, part), slice(0, part // 2), slice(part // 2, part)
 
 
-def _inside_documents(
+def _inside(
     blocks: list[Block], queries: Tensor, keys: Tensor, queries_on_host: Tensor, keys_on_host: Tensor
 ) -> list[Block]:
     """Blocks without the keys (and, off the diagonal, the queries) whose document is not on the other side. Only least
