@@ -18,6 +18,7 @@ from anychip.plan.types import Floats, Site
 
 NONE, SELECTIVE, FULL = 0, 1, 2
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = range(5)
+ATTENTION_HALF_LENGTH = 1024.0  # keys at which fused attention runs at half its speed
 LAUNCH_NORM = 4.0
 LAUNCH_SYNC = 0.06  # host time a doubling of tensor parallelism adds: ranks wait for the slowest of them
 LAUNCH_BACKWARD = 1.5  # host time of a backward pass over a forward pass
@@ -105,9 +106,10 @@ def _products(
     """Seconds of all linear layers: forward, input gradient, weight gradient."""
     a = attention_shapes(w)
     up = 1 + w.gated
-    routed = tokens / np.where(t.sp > 0, 1.0, 1.0) * w.top_k * site.expert_imbalance / np.maximum(w.experts, 1)
     local = np.maximum(w.experts, 1) / t.ep
-    routed = routed * t.ep / (t.tp / t.expert_tp)  # an expert serves the tokens of all ep ranks
+    # Tokens of one expert: it serves its ep ranks, and each tensor-parallel rank brings its own part of them.
+    routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp
+    expert_share = share / site.expert_efficiency
     linears = [
         (tokens, a.up_q_out / t.tp, a.up_q_in, 1.0, 1.0),
         (tokens, w.hidden, a.out_in / t.tp, 1.0, 1.0),
@@ -118,8 +120,8 @@ def _products(
         linears += [(tokens, a.down_out, w.hidden, 1.0, 1.0), (tokens, a.up_kv_out / t.tp, a.up_kv_in, 1.0, 1.0)]
     if np.any(w.experts):
         linears += [
-            (routed, w.moe_ffn * up / t.expert_tp, w.hidden, local, share),
-            (routed, w.hidden, w.moe_ffn / t.expert_tp, local, share),
+            (routed, w.moe_ffn * up / t.expert_tp, w.hidden, local, expert_share),
+            (routed, w.hidden, w.moe_ffn / t.expert_tp, local, expert_share),
             (tokens, w.shared_ffn * up / t.tp, w.hidden, 1.0, share),
             (tokens, w.hidden, w.shared_ffn / t.tp, 1.0, share),
             (tokens, w.experts, w.hidden, 1.0, share),
@@ -134,9 +136,10 @@ def _products(
 def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> tuple[Floats, Floats]:
     """Scores, softmax and values of the heads of one rank: seconds forward and backward."""
     heads = w.heads / t.tp
-    flops = 2.0 * tokens * w.seq * heads * (w.key_dim + w.value_dim)
+    flops = 2.0 * tokens * w.span * heads * (w.key_dim + w.value_dim)
     skip = np.where((w.causal > 0) & np.asarray(site.causal_skip), 0.5, 1.0)
-    fused = flops * skip / (hardware.peak * site.attention_efficiency)
+    long = 1 + ATTENTION_HALF_LENGTH / w.span
+    fused = flops * skip * long / (hardware.half_peak * site.attention_efficiency)
     if np.all(site.fused_attention):
         return fused, 2.5 * fused
     batch = heads * t.mbs
@@ -173,7 +176,7 @@ def _pointwise_bytes(w: Work, t: Table, tokens: Floats, share: Floats, site: Sit
 
 def _tensor_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> Floats:
     group = group_of(t.tp, np.ones_like(t.tp), hardware, site)
-    return 2 * all_reduce(group, tokens * w.hidden * BYTES) * (1 - site.tensor_overlap)
+    return 2 * all_reduce(group, tokens * w.hidden * BYTES) * (1 - t.overlap_tensor * site.tensor_overlap)
 
 
 def _context_seconds(w: Work, t: Table, tokens: Floats, core: Floats, hardware: Hardware, site: Site) -> Floats:
@@ -195,7 +198,7 @@ def _expert_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
         return np.zeros_like(tokens)
     group = group_of(t.ep, t.expert_tp, hardware, site)
     mine = tokens / np.where(t.sp > 0, t.tp, 1.0)
-    sent = mine * w.top_k * w.hidden * BYTES * site.expert_imbalance
+    sent = mine * w.top_k * w.hidden * BYTES / site.expert_efficiency
     return 2 * all_to_all(group, sent, hardware, site)
 
 
@@ -214,7 +217,8 @@ def end_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> EndCost:
     group = group_of(t.tp, np.ones_like(t.tp), hardware, site)
     reduce = np.where(t.sp > 0, 0.5, 1.0) * all_reduce(group, tokens * w.hidden * BYTES)
     first = reduce * 2 + tokens * w.hidden * BYTES * 4 / rate
-    logits = sum(linear_seconds(tokens, w.vocab / t.tp, w.hidden, hardware, site))
+    half = replace(hardware, peak=hardware.half_peak, low_precision=np.zeros_like(hardware.low_precision))
+    logits = sum(linear_seconds(tokens, w.vocab / t.tp, w.hidden, half, site))
     loss = tokens * w.vocab / t.tp * 20.0 / rate
     last = (logits + loss + reduce) * (1 + w.extra_layers)
     return EndCost(first, last)
@@ -318,7 +322,7 @@ def _update_seconds(
     fully = m * (2 * all_gather(group, held * BYTES) + all_gather(group, held * site.reduce_bytes))
     traffic = np.where(t.zero == 3, fully, reduce)
     beside = np.where(t.zero == 3, m, 1.0) * layers * layer.backward.seconds
-    hidden = np.minimum(traffic * site.data_overlap, beside)
+    hidden = np.minimum(traffic * site.data_overlap * t.overlap_data, beside)
     rate = hardware.bandwidth * site.memory_efficiency
     shard = np.where(t.zero > 0, t.shard, 1.0)
     optimizer = held * (CLIP_BYTES + ADAM_BYTES / shard) / rate

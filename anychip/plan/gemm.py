@@ -21,10 +21,11 @@ def product_seconds(
     """Seconds of `count` products of [m, k] by [k, n] that run together, such as experts or heads."""
     area = m * n
     flops = 2.0 * area * k * count
+    narrow = 1.0 - hardware.low_precision * (1.0 - site.low_precision_efficiency)
     idle = 1.0 + site.matmul_half_area / np.maximum(area * count, 1.0)
     moved = BYTES * (m * k + k * n + area) * count
     return np.asarray(
-        flops * idle / (hardware.peak * site.matmul_efficiency)
+        flops * idle / (hardware.peak * site.matmul_efficiency * narrow)
         + site.matmul_traffic * moved / (hardware.bandwidth * site.memory_efficiency)
     )
 

@@ -33,6 +33,7 @@ def workload_of(recipe: Recipe) -> Workload:
         global_batch=training.global_batch_size,
         dtype=_DTYPES[training.compute_dtype],
         biases="telechat2",
+        loss_chunk_tokens=training.loss_chunk_tokens,
     )
 
 
@@ -45,6 +46,7 @@ class Work:
 
     layers: Floats
     moe_layers: Floats
+    dense_first: Floats  # leading layers without experts
     hidden: Floats
     ffn: Floats
     gated: Floats  # 1 or 0
@@ -70,6 +72,9 @@ class Work:
     bias_all: Floats
     bias_telechat2: Floats
     causal: Floats
+    span: Floats  # mean keys that a query meets, the upper triangle counted
+    loss_chunk: Floats  # tokens; 0: a whole micro-batch
+    element: Floats  # bytes of an activation
     trainable: Floats
 
     def take(self, index: Any) -> Work:
@@ -92,6 +97,7 @@ def _row(w: Workload) -> dict[str, float]:
     return {
         "layers": w.layers,
         "moe_layers": with_experts,
+        "dense_first": experts.dense_layers,
         "hidden": w.hidden,
         "ffn": w.ffn,
         "gated": float(w.gated),
@@ -117,8 +123,18 @@ def _row(w: Workload) -> dict[str, float]:
         "bias_all": float(w.biases == "all"),
         "bias_telechat2": float(w.biases == "telechat2"),
         "causal": float(w.causal),
+        "span": _span(w),
+        "loss_chunk": w.loss_chunk_tokens,
+        "element": 4.0 if w.dtype == "fp32" else 2.0,
         "trainable": w.trainable_fraction,
     }
+
+
+def _span(w: Workload) -> float:
+    """Keys a query meets in a kernel that works on the full square: a causal window is twice its triangle's mean."""
+    if not 0 < w.window < w.seq_length:
+        return w.seq_length
+    return min(w.seq_length, 2.0 * (w.window - w.window**2 / (2.0 * w.seq_length)))
 
 
 @dataclass(frozen=True)
@@ -230,6 +246,6 @@ def matrix_parameters_per_token(w: Work) -> Floats:
 def flops_per_token(w: Work, *, halve_attention: bool = True) -> Floats:
     """Forward and backward FLOPs of one token; recomputation is not counted (see `model.arithmetic`)."""
     width = w.heads * (w.key_dim + w.value_dim)
-    square = 6 * (w.layers + w.extra_layers) * width * w.seq
+    square = 6 * (w.layers + w.extra_layers) * width * w.span
     halved = np.where((w.causal > 0) & halve_attention, 0.5, 1.0)
     return np.asarray(6 * matrix_parameters_per_token(w) + halved * square)

@@ -34,6 +34,8 @@ class Table:
     recompute_layers: Floats
     schedule: Floats  # index into SCHEDULES
     method: Floats  # index into METHODS
+    overlap_tensor: Floats
+    overlap_data: Floats
     first_layers: Floats  # layers on the first rank, on the fullest inner rank, on the last one
     inner_layers: Floats
     last_layers: Floats
@@ -62,6 +64,8 @@ def table_of(layouts: Sequence[Layout], layers: Floats) -> Table:
         recompute=np.array([RECOMPUTES.index(layout.recompute) for layout in layouts], dtype=np.float64),
         schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts], dtype=np.float64),
         method=np.array([METHODS.index(layout.context_method) for layout in layouts], dtype=np.float64),
+        overlap_tensor=np.array([layout.overlap_tensor for layout in layouts], dtype=np.float64),
+        overlap_data=np.array([layout.overlap_data for layout in layouts], dtype=np.float64),
         first_layers=ends[:, 0],
         inner_layers=ends[:, 1],
         last_layers=ends[:, 2],
@@ -104,7 +108,9 @@ def micro_batches(w: Work, t: Table) -> Floats:
 class Hardware:
     """A machine as arrays, [] or [n]; tiers as [MAX_TIERS] lists of arrays, unused ones equal to the last."""
 
-    peak: Floats
+    peak: Floats  # in the compute type
+    half_peak: Floats  # in half precision, where attention stays
+    low_precision: Floats  # 1 where the compute type is narrower than half precision
     memory: Floats
     bandwidth: Floats
     node: Floats  # devices a node
@@ -132,6 +138,8 @@ def hardware_of(machines: Sequence[Machine], dtypes: Sequence[str]) -> Hardware:
     tiers = [[*m.tiers, *[m.tiers[-1]] * (MAX_TIERS - len(m.tiers))] for m in machines]
     return Hardware(
         peak=array([peak_of(m, dtype) for m, dtype in zip(machines, dtypes, strict=True)]),
+        half_peak=array([peak_of(m, "bf16" if d == "fp8" else d) for m, d in zip(machines, dtypes, strict=True)]),
+        low_precision=array([float(dtype == "fp8") for dtype in dtypes]),
         memory=array([m.memory_bytes for m in machines]),
         bandwidth=array([m.memory_bytes_per_s for m in machines]),
         node=array([m.devices_per_node for m in machines]),

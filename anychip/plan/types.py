@@ -67,9 +67,11 @@ class Workload:
     tied_embeddings: bool = False
     learned_positions: int = 0  # rows of a learned position table
     causal: bool = True
+    window: int = 0  # tokens that attention looks back; 0: all
     latent: LatentAttention | None = None
     experts: Experts | None = None
     predicted_tokens: int = 0  # multi-token prediction: extra layers after the last one
+    loss_chunk_tokens: int = 0  # tokens whose logits exist at one time; 0: all of a micro-batch
     trainable_fraction: float = 1.0
 
     @property
@@ -97,6 +99,8 @@ class Layout:
     recompute_layers: int = 0  # full recompute of so many layers of each chunk; 0: of all
     schedule: Schedule = "1f1b"
     context_method: ContextMethod = "ring"
+    overlap_tensor: bool = True  # products are cut so that tensor-parallel traffic runs beside them
+    overlap_data: bool = True  # gradients are reduced while the backward pass goes on
     stage_layers: tuple[int, ...] = ()  # layers of each of pp * vpp stages in order; empty: as even as can be
 
     @property
@@ -156,10 +160,12 @@ class Site:
     # Fitted scalars.
     matmul_efficiency: float = 0.8  # of very large products
     matmul_half_area: float = 1.0e6  # output elements at which half of the cores work
-    attention_efficiency: float = 0.5  # of fused attention
+    low_precision_efficiency: float = 0.8  # of fp8 products against half-precision ones, conversions included
+    attention_efficiency: float = 0.5  # of fused attention over long sequences, always in half precision
     memory_efficiency: float = 0.75
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.7
+    expert_efficiency: float = 0.7  # of routed experts' products against dense ones of their shape: routing, imbalance
     data_overlap: float = 0.0  # share of the data-parallel traffic that may hide behind the backward pass
     tensor_overlap: float = 0.0
     layer_overhead_s: float = 0.0  # time a layer and direction that no size explains: launches, host work
@@ -170,12 +176,14 @@ class Site:
     causal_skip: bool = True  # fused attention skips the upper triangle
     fused_pointwise: bool = True  # bias, activation, dropout, rope and norm in one kernel each
     dropout: bool = False
-    expert_imbalance: float = 1.0  # tokens of the busiest expert rank over the mean
     reduce_bytes: int = 4  # of one gradient when it is reduced
     gradient_bytes: int = 4  # main gradient of one parameter in memory
+    optimizer_bytes: float = 12.0  # Adam's state of one parameter: fp32 weight and two moments
+    logits_bytes: float = 4.0  # held for one logit: the logit and its gradient
+    layer_gradient_scratch: float = 1.0  # weight gradients of one layer and of the head beside the accumulated ones
     # Memory that no tensor explains.
-    reserved_bytes: float = 1.0e9  # context, collective buffers
-    allocator_slack: float = 0.04  # of activations
+    reserved_bytes: float = 2.0e9  # device context, collective buffers
+    allocator_slack: float = 0.04  # of what tensors take
     # How it was obtained.
     relative_sigma: float = 0.1  # spread of log(measured / predicted) held out
     source: str = ""

@@ -1,0 +1,316 @@
+"""Fitting a site's scalars to measured runs.
+
+The scalars are few and each has a place where it must lie, so the fit is a maximum a posteriori one: residuals of
+log(time) with a robust loss, and a pull towards the prior that small samples cannot overrule. Sites form a tree: all
+modern software on all chips, one family of chips, one software on that family; each level is the next one's prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from anychip.plan.cost import step_terms
+from anychip.plan.machine import machine_of_chip
+from anychip.plan.rows import Run, Software
+from anychip.plan.shapes import Work, work_of
+from anychip.plan.table import Hardware, Table, hardware_of, table_of
+from anychip.plan.types import Floats, Site
+
+FACTS = ("fused_attention", "causal_skip", "fused_pointwise", "dropout", "reduce_bytes", "gradient_bytes")
+NOISE = 0.15  # spread of log(time) between runs of one configuration
+SOURCE_SPREAD = 0.05  # of what a source's runs have in common
+ROBUST = 0.10  # residuals beyond this count linearly, not by their square
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A scalar that may be fitted: its range, the scale it moves on, and how far the prior lets it go."""
+
+    name: str
+    low: float
+    high: float
+    logarithmic: bool = False
+    width: float = 0.5
+
+    def encode(self, value: float) -> float:
+        """To an unbounded scale on which the prior is a normal one."""
+        share = np.log(value / self.low) / np.log(self.high / self.low) if self.logarithmic else 0.0
+        share = share or (value - self.low) / (self.high - self.low)
+        share = min(max(share, 1e-3), 1 - 1e-3)
+        return float(np.log(share / (1 - share)))
+
+    def decode(self, position: float) -> float:
+        share = 1.0 / (1.0 + np.exp(-position))
+        if self.logarithmic:
+            return float(self.low * (self.high / self.low) ** share)
+        return float(self.low + share * (self.high - self.low))
+
+
+KNOBS = {
+    knob.name: knob
+    for knob in (
+        Knob("matmul_efficiency", 0.2, 1.0),
+        Knob("matmul_half_area", 1e4, 2e7, logarithmic=True, width=0.25),
+        Knob("low_precision_efficiency", 0.2, 1.0),
+        Knob("attention_efficiency", 0.05, 0.95),
+        Knob("memory_efficiency", 0.1, 1.0),
+        Knob("intra_node_efficiency", 0.05, 1.0),
+        Knob("inter_node_efficiency", 0.05, 1.0),
+        Knob("tensor_overlap", 0.0, 1.0),
+        Knob("expert_efficiency", 0.1, 1.0),
+        Knob("layer_overhead_s", 1e-5, 5e-3, logarithmic=True, width=0.25),
+    )
+}
+OLD_KNOBS = ("matmul_efficiency", "matmul_half_area", "memory_efficiency", "intra_node_efficiency",
+             "inter_node_efficiency", "layer_overhead_s", "step_overhead_s")  # fmt: skip
+KNOBS["step_overhead_s"] = Knob("step_overhead_s", 1e-4, 1.0, logarithmic=True)
+MODERN_KNOBS = tuple(name for name in KNOBS if name != "step_overhead_s")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Runs as arrays, so that one pass of the cost model predicts them all."""
+
+    runs: tuple[Run, ...]
+    work: Work
+    table: Table
+    hardware: Hardware
+    seconds: Floats
+    facts: dict[str, Any]  # what each run's software does, [n] each: no fit changes it
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Sample:
+        """Raises InputError when a run's chip is not in the catalogue."""
+        twice = [*runs, runs[0]]  # arrays even for one run
+        work = work_of(*[run.workload for run in twice]).take(slice(0, len(runs)))
+        table = table_of([run.layout for run in runs], work.layers)
+        machines = [
+            machine_of_chip(
+                run.chip,
+                run.devices,
+                devices_per_node=run.devices_per_node,
+                inter_node_gbit_per_s=run.inter_node_gbit_per_s,
+            )
+            for run in twice
+        ]
+        hardware = hardware_of(machines, [run.workload.dtype for run in twice])
+        cut = {
+            name: [value[:-1] for value in column] if isinstance(column, list) else column[:-1]
+            for name, column in vars(hardware).items()
+        }
+        seconds = np.array([run.seconds if run.seconds else np.nan for run in runs])
+        sites = [facts_of(run) for run in runs]
+        facts = {name: np.array([getattr(site, name) for site in sites]) for name in FACTS}
+        return cls(tuple(runs), work, table, Hardware(**cut), seconds, facts)
+
+    def predict(self, site: Site) -> Floats:
+        """Seconds a step, [n]."""
+        terms = step_terms(self.work, self.table, self.hardware, replace(site, **self.facts))
+        return np.asarray(sum(terms.values()))
+
+
+def fit_site(sample: Sample, prior: Site, knobs: Sequence[str], name: str = "", weights: Floats | None = None) -> Site:
+    """The site that explains the sample best without leaving the prior further than the data ask for.
+
+    Runs of one source share what their cluster does and no knob describes; each source therefore has an offset of
+    log(time), which is fitted beside the knobs and then dropped.
+    Gauss-Newton with damping and numerical derivatives; robust by reweighting. At most a few dozen predictions.
+    """
+    chosen = [KNOBS[knob] for knob in knobs]
+    start = np.array([knob.encode(getattr(prior, knob.name)) for knob in chosen])
+    offsets, offset_width = _offsets(sample.runs)
+    width = np.concatenate([[knob.width for knob in chosen], offset_width])
+    start = np.concatenate([start, np.zeros(len(offset_width))])
+    weight = np.ones(len(sample.runs)) if weights is None else weights
+    target = np.log(sample.seconds)
+    count = len(chosen)
+
+    def site_at(position: Floats) -> Site:
+        values = {knob.name: knob.decode(value) for knob, value in zip(chosen, position[:count], strict=True)}
+        return replace(prior, **values)  # type: ignore[arg-type]
+
+    def residuals(position: Floats) -> Floats:
+        return np.asarray(np.log(sample.predict(site_at(position))) - target + offsets @ position[count:])
+
+    def objective(position: Floats) -> float:
+        r = residuals(position)
+        loss = weight * ROBUST**2 * (np.sqrt(1 + (r / ROBUST) ** 2) - 1)
+        return float(loss.sum() / NOISE**2 + 0.5 * (((position - start) / width) ** 2).sum())
+
+    position, damping, current = start, 1e-2, objective(start)
+    for _ in range(40):
+        r = residuals(position)
+        steps = np.eye(len(start))[:count] * 1e-3
+        jacobian = np.concatenate(
+            [np.stack([(residuals(position + step) - r) / 1e-3 for step in steps], axis=1), offsets], axis=1
+        )
+        w = weight / np.sqrt(1 + (r / ROBUST) ** 2) / NOISE**2
+        hessian = (jacobian.T * w) @ jacobian + np.diag(1 / width**2)
+        gradient = (jacobian.T * w) @ r + (position - start) / width**2
+        for _attempt in range(8):
+            step = np.clip(np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient), -1.5, 1.5)
+            candidate = objective(position - step)
+            if candidate < current:
+                break
+            damping *= 4
+        else:
+            break
+        gained = current - candidate
+        position, current, damping = position - step, candidate, max(damping / 3, 1e-6)
+        if gained < 1e-3:
+            break
+    return replace(site_at(position), name=name or prior.name)
+
+
+def _offsets(runs: Sequence[Run]) -> tuple[Floats, Floats]:
+    """Membership of each run in its source, [n, sources], and how far each source's offset may go.
+
+    A single source is what the site is fitted to, so it has no offset.
+    """
+    columns: list[Floats] = []
+    widths: list[float] = []
+    labels = [run.source for run in runs]
+    names = list(dict.fromkeys(labels))
+    if len(names) > 1:
+        columns += [np.array([one == name for one in labels], dtype=np.float64) for name in names]
+        widths += [SOURCE_SPREAD] * len(names)
+    if not columns:
+        return np.zeros((len(runs), 0)), np.zeros(0)
+    return np.stack(columns, axis=1), np.array(widths)
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------
+
+_FAMILIES = (
+    ("ascend-910b", "ascend-910b"), ("ascend-910c", "ascend-910b"), ("a100", "a100"), ("a800", "a100"),
+    ("h100", "h100"), ("h800", "h100"), ("h200", "h100"), ("gb200", "b200"), ("b200", "b200"), ("b300", "b200"),
+    ("gb300", "b200"), ("tpu", "tpu"), ("v100", "v100"),
+)  # fmt: skip
+
+
+def chip_family(chip: str) -> str:
+    """Chips whose cores are of one kind share what is fitted of them."""
+    return next((family for prefix, family in _FAMILIES if chip.startswith(prefix)), chip)
+
+
+BASES: dict[Software, Site] = {
+    "megatron-2021": Site(
+        name="megatron-2021", matmul_efficiency=0.8, memory_efficiency=0.8, layer_overhead_s=9e-4, step_overhead_s=5e-3,
+        fused_attention=False, causal_skip=False, fused_pointwise=False, dropout=True, reduce_bytes=2, gradient_bytes=2,
+        reserved_bytes=7e9, optimizer_bytes=16.0, logits_bytes=10.0, layer_gradient_scratch=0.0,
+        matmul_half_area=4e5, intra_node_efficiency=0.8, inter_node_efficiency=0.8, data_overlap=0.0,
+    )
+}  # fmt: skip
+_MODERN = Site(
+    name="modern", matmul_efficiency=0.78, matmul_half_area=4e5, attention_efficiency=0.45, memory_efficiency=0.7,
+    intra_node_efficiency=0.7, inter_node_efficiency=0.7, data_overlap=0.8, tensor_overlap=0.3, layer_overhead_s=8e-4,
+    step_overhead_s=0.01, expert_efficiency=0.5, low_precision_efficiency=0.8,
+)  # fmt: skip
+BASES |= {
+    "megatron": replace(_MODERN, name="megatron"),
+    "fsdp": replace(_MODERN, name="fsdp"),
+    "mindspeed": replace(_MODERN, name="mindspeed", gradient_bytes=2, logits_bytes=6.0),
+    "mindformers": replace(_MODERN, name="mindformers", reduce_bytes=2),
+    "jax": replace(_MODERN, name="jax"),
+    "deepspeed": replace(_MODERN, name="deepspeed", inter_node_efficiency=0.2, data_overlap=0.0),
+}
+
+
+def facts_of(run: Run, site: Site | None = None) -> Site:
+    """The site with what one run is known to do otherwise than its software usually does."""
+    return replace(site or BASES[run.software], **dict(run.facts))  # type: ignore[arg-type]
+
+
+def era(software: Software) -> str:
+    """Software whose unfitted facts are alike shares the upper levels of the tree."""
+    return software if software in ("megatron-2021", "deepspeed") else "modern"
+
+
+# Where the catalogue's peak is further from what large products reach, as vendors' own libraries show it.
+_CHIP_FACTS: dict[str, dict[str, float]] = {
+    "h100": {"matmul_efficiency": 0.70, "attention_efficiency": 0.38},
+    "b200": {"matmul_efficiency": 0.66, "attention_efficiency": 0.40},
+}
+
+
+def base_site(software: Software, family: str) -> Site:
+    """The prior of a software on a family of chips, before any run is seen."""
+    return replace(BASES[software], **_CHIP_FACTS.get(family, {}))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SiteTree:
+    """Fitted sites by era, by era and chip family, and by software and chip family."""
+
+    sites: dict[str, Site]
+
+    def site_for(self, run: Run) -> Site:
+        """The most particular site there is."""
+        for key in _keys(run):
+            if key in self.sites:
+                return self.sites[key]
+        return base_site(run.software, chip_family(run.chip))
+
+
+def _keys(run: Run) -> tuple[str, str, str]:
+    family, age = chip_family(run.chip), era(run.software)
+    return f"{family}/{run.software}", f"{family}/{age}/all", f"all/{age}/all"
+
+
+def fit_tree(runs: Sequence[Run]) -> SiteTree:
+    """Fit every level on the runs that belong to it, from the root down."""
+    sites: dict[str, Site] = {}
+    for level in (2, 1, 0):
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(_keys(run)[level], []).append(run)
+        for key, members in groups.items():
+            first = members[0]
+            knobs = OLD_KNOBS if era(first.software) == "megatron-2021" else MODERN_KNOBS
+            above = [sites[parent] for parent in _keys(first)[level + 1 :] if parent in sites]
+            base = base_site(first.software, chip_family(first.chip) if level < 2 else "")
+            prior = _with_knobs(base, above[0], knobs) if above else base
+            sites[key] = fit_site(Sample.of(members), prior, knobs, key, _source_weights(members))
+    return SiteTree(sites)
+
+
+def _with_knobs(site: Site, knobs_from: Site, knobs: Sequence[str]) -> Site:
+    """A software's own facts with the scalars of the level above."""
+    return replace(site, **{knob: getattr(knobs_from, knob) for knob in knobs})  # type: ignore[arg-type]
+
+
+def _source_weights(runs: Sequence[Run]) -> Floats:
+    """Runs of a source with very many count less each, so that one sweep does not settle a chip alone."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        counts[run.source] = counts.get(run.source, 0) + 1
+    return np.array([min(1.0, (60.0 / counts[run.source]) ** 0.5) for run in runs])
+
+
+def cross_validate(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> Floats:
+    """Seconds of each run predicted by a tree that never saw the runs of its key, [n]."""
+    predicted = np.empty(len(runs))
+    keys = [key(run) for run in runs]
+    for held in dict.fromkeys(keys):
+        tree = fit_tree([run for run, one in zip(runs, keys, strict=True) if one != held])
+        chosen = [index for index, one in enumerate(keys) if one == held]
+        predicted[chosen] = predict_runs([runs[index] for index in chosen], tree.site_for)
+    return predicted
+
+
+def predict_runs(runs: Sequence[Run], site_for: Callable[[Run], Site]) -> Floats:
+    """Seconds of each run under the site chosen for it, [n]."""
+    predicted = np.empty(len(runs))
+    groups: dict[str, list[int]] = {}
+    sites: dict[str, Site] = {}
+    for index, run in enumerate(runs):
+        site = site_for(run)
+        sites[site.name] = site
+        groups.setdefault(site.name, []).append(index)
+    for name, indices in groups.items():
+        predicted[indices] = Sample.of([runs[index] for index in indices]).predict(sites[name])
+    return predicted
