@@ -16,16 +16,17 @@ from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
 
-def apply_sharding(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def apply_sharding(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, pipelined: bool) -> None:
     """Shard each layer and what is around the layers over `mesh` (shard, or replicate x shard).
 
     Parameters travel in the compute dtype, gradients are added up in fp32 or wider. The loss is already divided by the
-    labels of the whole batch, so SUM is all a collective library must know.
+    labels of the whole batch, so SUM is all a collective library must know. A pipeline stage keeps its parameters
+    gathered for all micro-batches of a step.
     """
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not pipelined)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

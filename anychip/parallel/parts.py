@@ -47,7 +47,7 @@ def build_parts(
             apply_tensor_parallel(part, tensor)
         prepare(part)
         if (sharding := processes.sharding_mesh()) is not None:
-            apply_sharding(part, sharding, dtype)
+            apply_sharding(part, sharding, dtype, pipelined=pipelined)
         part.to_empty(device=processes.device)
         parts.append(part)
     return parts
