@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare a corpus, look into it, ask which documents fed a step.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure what is here.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/demo.yaml.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
@@ -35,6 +37,7 @@ PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 discourages r
 LengthOption = Annotated[int | None, typer.Option(help="Longest answer in tokens.")]
 SystemOption = Annotated[str, typer.Option(help="System message.")]
 WeightsOption = Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RUNS = Path("runs")
 
 
@@ -210,6 +213,46 @@ def generate(
         seed=seed,
         weights=_one_of(weights, "weights", WEIGHTS),
     )
+
+
+@app.command()
+def chips(as_json: JsonOption = False) -> None:
+    """List the chips that are known, with their figures, and what is detected here."""
+    import json
+
+    from anychip.chips.listing import chips_as_json, chips_as_text
+
+    typer.echo(json.dumps(chips_as_json(), indent=2, ensure_ascii=False) if as_json else chips_as_text())
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check that torch, plug-in, driver and devices here fit together; exit code 3 when they do not."""
+    import json
+
+    from anychip.chips.doctor import examine
+    from anychip.errors import EXIT_UNFIT
+
+    report = examine()
+    typer.echo(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if as_json else report.as_text())
+    if not report.fit:
+        raise typer.Exit(EXIT_UNFIT)
+
+
+@bench_app.command("chip")
+def bench_chip(
+    out: Annotated[Path | None, typer.Option(help="File for the JSON; default: standard output.")] = None,
+) -> None:
+    """Measure products, attention, memory and collectives of the chip at hand, as JSON for planning."""
+    import json
+
+    from anychip.chips.bench import describe, measure_chip
+    from anychip.files import write_json
+
+    measured = measure_chip()
+    if out is not None:
+        write_json(out, measured)
+    typer.echo(json.dumps(measured, indent=2) if out is None else f"{describe(measured)}\nwrote {out}")
 
 
 WEIGHTS = ("auto", "bf16", "fp32")

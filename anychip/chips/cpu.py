@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import platform
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anychip.chips.accelerator import AcceleratorBackend, MemoryStatistics
@@ -27,6 +29,17 @@ FACTS = VendorFacts(
         notes="AVG is not for integers, bitwise operations are not for floats.",
     ),
 )
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system knows it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 class CpuBackend(AcceleratorBackend):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from anychip.chips.catalog import Chip, find_chip, load_catalog
+from anychip.chips.catalog import Chip, find_chip, load_catalog, recognize_chip
 from anychip.chips.catalog.load import FOLDER
 from anychip.errors import InputError
 
@@ -87,6 +87,26 @@ def test_an_unknown_chip_is_refused_with_the_nearest() -> None:
         find_chip("Ascend910B3")
     with pytest.raises(InputError, match="anychip chips"):
         find_chip("zzz")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "name", "chip"),
+    [
+        ("ascend", "Ascend910B3", "ascend-910b3"),
+        ("ascend", "Ascend910_9391", "ascend-910c-die"),
+        ("ascend", "Ascend910B2C", None),
+        ("nvidia", "NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("nvidia", "NVIDIA H100 PCIe", None),
+        ("nvidia", "NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("nvidia", "NVIDIA H200", "h200-sxm"),
+        ("metax", "MetaX C500", "metax-c500"),
+        ("hygon", "K100_AI", "dcu-k100-ai"),
+        ("mthreads", "Ascend910B3", None),
+    ],
+)
+def test_a_chip_is_recognized_by_its_name_in_torch(vendor: str, name: str, chip: str | None) -> None:
+    found = recognize_chip(vendor, name)
+    assert (found.id if found else None) == chip
 
 
 GOOD = "vendor: x\nmaker: X\ntorch_device_type: x\nchips:\n- {id: x1, name: X1"

@@ -7,6 +7,7 @@ them, or `{value, source, confidence}` with its own.
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def find_chip(identifier: str) -> Chip:
     close = difflib.get_close_matches(identifier.lower(), catalog, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`anychip chips` lists the chips."
     raise InputError(f"{identifier!r} is not a chip of the catalogue.", do=hint)
+
+
+def recognize_chip(vendor: str, device_name: str) -> Chip | None:
+    """The chip of a vendor that torch calls so, if the catalogue knows it; a card of several sizes may stay unknown."""
+    found = [
+        chip
+        for chip in load_catalog().values()
+        if chip.vendor == vendor and chip.torch_name and re.search(chip.torch_name, device_name)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 @cache

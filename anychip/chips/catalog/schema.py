@@ -46,6 +46,7 @@ class Chip(Entry):
     name: str
     year: Annotated[int, Field(ge=2015, le=2100)] | None = None
     torch_device_type: str
+    torch_name: str | None = Field(None, description="regular expression for the name that torch gives it, from memory")
     peak_tflops: dict[Dtype, Figure] = Field({}, description="10^12 operations a second, dense")
     measured_tflops: dict[Dtype, Figure] = Field({}, description="what a benchmark reached; not a peak")
     memory_gb: Figure | None = Field(None, description="10^9 bytes, as printed by the vendor")
