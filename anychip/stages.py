@@ -286,6 +286,7 @@ _TRAINED_WITH = (
     "training.global_batch_size",
     "training.steps",
     "training.compute_dtype",
+    "training.document_mask",
     "training.loss_chunk_tokens",
     "data.mixture",
 )

@@ -12,7 +12,7 @@ import torch
 from rank_pool import run_ranks
 
 from anychip.chips.backend import detect_backend
-from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
 from anychip.model.arithmetic import parameter_shapes
 from anychip.model.init import init_tensor
 from anychip.parallel.gradients import gradient_norm, scale_gradients
@@ -36,14 +36,18 @@ SEQ_LENGTH, GLOBAL_BATCH, STEPS, SEED = 32, 16, 20, 3
 
 
 class RandomTokens:
-    """Batches by step, rows with unequal numbers of labels: a mean of means would be wrong."""
+    """Batches by step, rows with unequal numbers of labels: a mean of means would be wrong. With `documents` attention
+    stays between tokens 0, which end a document here."""
+
+    def __init__(self, documents: bool = False) -> None:
+        self._documents = documents
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 + step)
         tokens = torch.randint(0, MODEL.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         labels[::3, :9] = IGNORE_LABEL
-        return Batch(tokens[:, :-1], labels)
+        return Batch(tokens[:, :-1], labels, number_documents(tokens[:, :-1] // 8, 0) if self._documents else None)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         title="layout",
         directory=Path(),
         model=MODEL,
-        source=RandomTokens(),
+        source=RandomTokens(run.job.get("documents", False)),
         initialize=lambda parameters: None,
         evaluate=None,
         identity="",

@@ -49,11 +49,12 @@ def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool) -> Non
     model.forward = partial(_stage_forward, model)  # type: ignore[method-assign]
 
 
-def _stage_forward(model: Decoder, x: Tensor) -> Tensor:
+def _stage_forward(model: Decoder, x: Tensor, documents: Tensor | None = None) -> Tensor:
     """Token ids (first stage) or hidden states -> hidden states; `tables` is set for each step."""
     if model.embed_tokens is not None:
         x = model.embed(x)
-    x = model.run_layers(x, model.tables)  # type: ignore[arg-type]
+    mask = None if documents is None else model.visible(documents)
+    x = model.run_layers(x, model.tables, mask=mask)  # type: ignore[arg-type]
     return x if model.norm is None else model.norm(x)
 
 
@@ -107,19 +108,21 @@ class Pipeline:
     def holds_last(self) -> bool:
         return self._total - 1 in self._indices
 
-    def forward_backward(self, input_ids: Tensor, labels: Tensor, rotary: Rotary, **extra: Tensor) -> Tensor:
+    def forward_backward(
+        self, input_ids: Tensor, labels: Tensor, rotary: Rotary, documents: Tensor | None = None
+    ) -> Tensor:
         """One step over all micro-batches; gradients are left in the parameters. Returns the loss where it is known,
         zero elsewhere."""
         self._set_rotary(rotary)
         losses: list[Tensor] = []
         inputs = (input_ids,) if self.holds_first else ()
         target = labels if self.holds_last else None
-        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **extra)
+        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **_named(documents))
         total = torch.zeros((), device=self._processes.device)
         return total + torch.stack([loss.detach() for loss in losses]).sum() if losses else total
 
     @torch.no_grad()
-    def score(self, input_ids: Tensor, labels: Tensor, rotary: Rotary, **extra: Tensor) -> Tensor:
+    def score(self, input_ids: Tensor, labels: Tensor, rotary: Rotary, documents: Tensor | None = None) -> Tensor:
         """Loss of one micro-batch of any number of rows, without gradients; zero where the last stage is elsewhere."""
         self._set_rotary(rotary)
         group = self._processes.group("pipeline")
@@ -132,7 +135,7 @@ class Pipeline:
                         (len(input_ids), *self._shape_between[1:]), dtype=self._dtype, device=self._processes.device
                     )
                     dist.recv(x, group=group, group_src=self._owner(index - 1))
-                x = self._stages[self._indices.index(index)](x, **extra)
+                x = self._stages[self._indices.index(index)](x, **_named(documents))
                 following = self._owner(index + 1) if index + 1 < self._total else owner
                 if following != owner:
                     dist.send(x.contiguous(), group=group, group_dst=following)
@@ -151,6 +154,10 @@ class Pipeline:
     def _set_rotary(self, rotary: Rotary) -> None:
         for stage in self._stages:
             stage.tables = rotary  # type: ignore[assignment]
+
+
+def _named(documents: Tensor | None) -> dict[str, Tensor]:
+    return {} if documents is None else {"documents": documents}
 
 
 def layers_of_stages(processes: Processes, num_hidden_layers: int) -> list[tuple[range, bool, bool]]:

@@ -60,12 +60,13 @@ class Engine:
         part = self._my_part(batch, self._rows)
         self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
-            total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part))
+            total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part), part.documents)
         else:
             total = torch.zeros((), device=self._processes.device)
             for start in range(0, len(self._rows), self._job.micro_batch_size):
                 rows = slice(start, start + self._job.micro_batch_size)
-                hidden = self.parts[0](part.input_ids[rows], **self._places(part))
+                documents = None if part.documents is None else part.documents[rows]
+                hidden = self.parts[0](part.input_ids[rows], documents=documents, **self._places(part))
                 loss = self._loss(hidden, part.labels[rows])
                 loss.backward()
                 total += loss.detach()
@@ -78,9 +79,10 @@ class Engine:
         self._labels_in_batch, self._all_labelled = 1, False
         part = self._my_part(batch, range(len(batch.input_ids)))
         if self._pipeline is not None:
-            total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part))
+            total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part), part.documents)
         else:
-            total = self._loss(self.parts[0](part.input_ids, **self._places(part)), part.labels)
+            hidden = self.parts[0](part.input_ids, documents=part.documents, **self._places(part))
+            total = self._loss(hidden, part.labels)
         return float(self._sum_losses(total)) / self._processes.layout.readers
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -113,13 +115,14 @@ class Engine:
         """These rows on this process's device, padded at the end to a length that the layout divides."""
         layout, length = self._processes.layout, batch.input_ids.shape[1]
         wanted = self._padded_length(length)
-        part = slice(rows.start, rows.stop)
-        input_ids = F.pad(batch.input_ids[part], (0, wanted - length))
-        labels = F.pad(batch.labels[part], (0, wanted - length), value=IGNORE_LABEL)
-        if layout.context > 1:
-            place = self._processes.place.context
-            input_ids, labels = (take_part(x, layout.context, place) for x in (input_ids, labels))
-        return Batch(input_ids.to(self._processes.device), labels.to(self._processes.device))
+        part, contexts = slice(rows.start, rows.stop), layout.context
+
+        def mine(x: Tensor, filler: int) -> Tensor:
+            padded = F.pad(x[part], (0, wanted - length), value=filler)
+            return take_part(padded, contexts, self._processes.place.context).to(self._processes.device)
+
+        documents = None if batch.documents is None else mine(batch.documents, -1)
+        return Batch(mine(batch.input_ids, 0), mine(batch.labels, IGNORE_LABEL), documents)
 
     def _padded_length(self, length: int) -> int:
         """The next length that the layout divides; a pipeline passes one shape only."""

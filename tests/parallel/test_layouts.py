@@ -35,6 +35,13 @@ TWO = [
     LayoutRun({"data_parallel_shard": 2}, 4, {"recompute": "full"}),
     LayoutRun(pipeline(2, "1f1b"), 4, {"recompute": "selective"}),
 ]
+DOCUMENTS = {"documents": True}
+TWO += [
+    LayoutRun({"tensor_parallel": 2}, 8, DOCUMENTS),
+    LayoutRun({"context_parallel": 2}, 8, DOCUMENTS),
+    LayoutRun({"context_parallel": 2, "context_method": "all_gather"}, 8, DOCUMENTS),
+    LayoutRun(pipeline(2, "1f1b"), 4, DOCUMENTS),
+]
 FOUR = [
     LayoutRun({"data_parallel_replicate": 4}, 4),
     LayoutRun({"data_parallel_shard": 4}, 4),
@@ -73,12 +80,17 @@ EIGHT = [
 LAYOUTS = {run.name: run for run in [*TWO, *FOUR, *EIGHT]}
 
 
+def numbers_of(job: dict[str, Any]) -> str:
+    return f"{job.get('optimizer', 'adamw')}, documents {job.get('documents', False)}"
+
+
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Any]]:
-    """What one process computes, by optimizer."""
+    """What one process computes, by what of the job decides it."""
     torch.set_num_threads(1)
+    jobs: list[dict[str, Any]] = [{}, {"optimizer": "muon"}, DOCUMENTS]
     try:
-        return {name: train(LayoutRun({}, 4, {"optimizer": name})) for name in ("adamw", "muon")}
+        return {numbers_of(job): train(LayoutRun({}, 4, job)) for job in jobs}
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -95,7 +107,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(name: str, one_process: dict[str, dict[str, Any]], results: Path) -> None:
     run = LAYOUTS[name]
-    expected, found = one_process[run.job.get("optimizer", "adamw")], read(run, results)
+    expected, found = one_process[numbers_of(run.job)], read(run, results)
     for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
         assert abs(mine / theirs - 1) < LOSS
     for mine, theirs in zip(found["norms"], expected["norms"], strict=True):
