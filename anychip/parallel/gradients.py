@@ -16,8 +16,10 @@ _COPY_AXES = ("replicate", "shard", "context", "tensor")
 
 def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> Tensor:
     """The norm of all gradients, a scalar. Every element counts once: of several copies the one of the lowest rank."""
+    parameters = list(parameters)
+    wide = torch.float64 if processes.device.type == "cpu" else torch.promote_types(parameters[0].dtype, torch.float32)
     counted = [local(p.grad) for p in parameters if p.grad is not None and _counts_here(p, processes)]
-    return processes.sum(_sum_of_squares(counted, processes.device)).sqrt()
+    return processes.sum(_sum_of_squares(counted, wide, processes.device)).sqrt()
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, largest: float) -> None:
@@ -27,8 +29,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, largest: fl
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))
 
 
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
+def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=dtype, device=device)
     return torch.stack(torch._foreach_norm(tensors)).to(dtype).square().sum()

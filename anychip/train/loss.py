@@ -37,9 +37,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if needs_grad else None
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        total = torch.zeros(
-            (), dtype=torch.float64 if hidden.device.type == "cpu" else torch.float32, device=hidden.device
-        )
+        widest = torch.float64 if hidden.device.type == "cpu" else torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=widest, device=hidden.device)
         for start in range(0, rows.shape[0], chunk_tokens):
             part = rows[start : start + chunk_tokens]
             target = targets[start : start + chunk_tokens]
