@@ -98,7 +98,7 @@ class Sample:
             for run in twice
         ]
         hardware = hardware_of(machines, [run.workload.dtype for run in twice])
-        cut = {
+        cut: dict[str, Any] = {
             name: [value[:-1] for value in column] if isinstance(column, list) else column[:-1]
             for name, column in vars(hardware).items()
         }
@@ -280,7 +280,7 @@ def fit_tree(runs: Sequence[Run]) -> SiteTree:
 
 def _with_knobs(site: Site, knobs_from: Site, knobs: Sequence[str]) -> Site:
     """A software's own facts with the scalars of the level above."""
-    return replace(site, **{knob: getattr(knobs_from, knob) for knob in knobs})  # type: ignore[arg-type]
+    return replace(site, **{knob: getattr(knobs_from, knob) for knob in knobs})
 
 
 def _source_weights(runs: Sequence[Run]) -> Floats:

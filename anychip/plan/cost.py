@@ -7,6 +7,7 @@ T = (m - 1) max_i c_i + sum_i c_i for stage times c_i (1F1B), with the schedule'
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def _products(
     # Tokens of one expert: it serves its ep ranks, and each tensor-parallel rank brings its own part of them.
     routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp
     expert_share = share / site.expert_efficiency
-    linears = [
+    linears: list[tuple[Floats, Floats, Floats, Any, Any]] = [
         (tokens, a.up_q_out / t.tp, a.up_q_in, 1.0, 1.0),
         (tokens, w.hidden, a.out_in / t.tp, 1.0, 1.0),
         (tokens, w.ffn * up / t.tp, w.hidden, 1.0, 1 - share),
@@ -247,8 +248,7 @@ def step_terms(w: Work, t: Table, hardware: Hardware, site: Site) -> dict[str, F
     layer = layer_cost(w, t, hardware, site)
     ends = end_cost(w, t, hardware, site)
     passes = layer.forward.seconds + layer.backward.seconds
-    deep = np.where(t.recompute_layers > 0, np.minimum(1.0, t.recompute_layers * t.vpp / t.first_layers), 1.0)
-    again = layer.recomputed * deep
+    again = layer.recomputed * _recomputed_share(t)
     whole = passes + again
     only = t.pp == 1
     first = t.first_layers * whole + ends.first + only * ends.last
@@ -282,6 +282,18 @@ def step_terms(w: Work, t: Table, hardware: Hardware, site: Site) -> dict[str, F
     }
 
 
+def rank_seconds(w: Work, t: Table, hardware: Hardware, site: Site) -> tuple[Floats, Floats, Floats, EndCost]:
+    """Forward, backward (recomputation included) and weight-gradient seconds of one layer, and the ends', each [n]."""
+    layer = layer_cost(w, t, hardware, site)
+    again = layer.recomputed * _recomputed_share(t)
+    return layer.forward.seconds, layer.backward.seconds + again, layer.weight_seconds, end_cost(w, t, hardware, site)
+
+
+def _recomputed_share(t: Table) -> Floats:
+    """Of a rank's layers, the part that full recomputation covers."""
+    return np.where(t.recompute_layers > 0, np.minimum(1.0, t.recompute_layers * t.vpp / t.first_layers), 1.0)
+
+
 def _bubble(t: Table, m: Floats, others: Floats, slowest: Floats, layer: LayerCost, layers: Floats) -> Floats:
     """Idle seconds of the slowest rank. Zero bubble: arXiv 2401.10241; DualPipe-V: arXiv 2412.19437 cut in half."""
     weight = layers * layer.weight_seconds
@@ -296,7 +308,7 @@ def _bubble(t: Table, m: Floats, others: Floats, slowest: Floats, layer: LayerCo
 
 
 def _pipeline_seconds(w: Work, t: Table, m: Floats, hardware: Hardware, site: Site) -> Floats:
-    """Sends between stages that the schedule waits for: two a micro-batch and chunk, and the way through at the ends."""
+    """Sends between stages waited for: two a micro-batch and chunk, and one way through at the ends."""
     size = w.seq * t.mbs / t.cp * w.hidden * BYTES / t.tp
     hop = point_to_point(t.tp * t.cp * t.dp, size, hardware, site)
     chunks = np.where(t.schedule == INTERLEAVED, t.vpp, 1.0)

@@ -24,7 +24,7 @@ def machine_of_group(group: NodeGroup) -> Machine:
     """Devices of one node group; what the group states comes before what the catalogue says of its chip."""
     per_node = group.devices_per_node or find_chip(group.chip).devices_per_node or ASSUMED_DEVICES_PER_NODE
     supernode = group.supernode_nodes * per_node if group.supernode_nodes else None
-    machine = machine_of_chip(
+    return machine_of_chip(
         group.chip,
         group.nodes * per_node,
         devices_per_node=per_node,
@@ -34,7 +34,6 @@ def machine_of_group(group: NodeGroup) -> Machine:
         watts_per_device=group.watts_per_node / per_node if group.watts_per_node else None,
         name=group.name,
     )
-    return machine
 
 
 def machine_of_chip(
@@ -96,7 +95,7 @@ def _tiers(devices: int, per_node: int, supernode: int | None, inside: float, ou
 
 
 def _peaks(chip: Chip) -> dict[str, float]:
-    peaks = {dtype: figure.value * 1e12 for dtype, figure in chip.peak_tflops.items()}
+    peaks: dict[str, float] = {dtype: figure.value * 1e12 for dtype, figure in chip.peak_tflops.items()}
     if "fp8" not in peaks and "int8" in peaks and chip.vendor in ("nvidia", "amd") and (chip.year or 0) >= 2022:
         peaks["fp8"] = peaks["int8"]
     if not peaks:

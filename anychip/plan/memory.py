@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from anychip.plan.shapes import Work, attention_shapes, parameters
 from anychip.plan.table import Table, micro_batches
@@ -85,7 +86,9 @@ def allocated_bytes(terms: dict[str, Floats]) -> Floats:
     return np.asarray(sum(value for name, value in terms.items() if name != "reserved"))
 
 
-def _divisors(sharded: Floats, shard: Floats, expert_shard: Floats, one: Floats, whole: Floats) -> tuple[Floats, Floats]:
+def _divisors(
+    sharded: npt.NDArray[np.bool_], shard: Floats, expert_shard: Floats, one: Floats, whole: Floats
+) -> tuple[Floats, Floats]:
     return np.where(sharded, shard, one), np.where(sharded, expert_shard, whole)
 
 
@@ -145,7 +148,9 @@ def _activations(w: Work, t: Table, rank: Rank, layer: LayerActivations, site: S
     """Activations of all micro-batches that a rank holds at its fullest moment."""
     m = micro_batches(w, t)
     depth = in_flight(t, rank.position, m)
-    partly = np.where(t.recompute_layers > 0, np.minimum(1.0, t.recompute_layers * t.vpp / np.maximum(rank.layers, 1)), 1.0)
+    partly = np.where(
+        t.recompute_layers > 0, np.minimum(1.0, t.recompute_layers * t.vpp / np.maximum(rank.layers, 1)), 1.0
+    )
     full = (t.recompute == FULL) * partly
     kept = np.where(t.recompute == SELECTIVE, layer.selective, layer.kept)
     of_layer = full * layer.boundary + (1 - full) * kept

@@ -19,15 +19,17 @@ from anychip.plan.shapes import flops_per_token, num_parameters, work_of
 from anychip.plan.types import Experts, LatentAttention, Layout, Workload
 
 RUN_COLUMNS = (
-    "id source date framework chip chip_count devices_per_node intra_node_link inter_node_link model_name params_total "
-    "params_active layers hidden ffn heads kv_heads vocab gated_mlp seq_len moe_experts moe_topk moe_ffn shared_experts "
-    "global_batch_sequences micro_batch tp pp vpp dp cp ep zero_stage_or_dist_opt sequence_parallel recompute precision "
-    "step_time_s tokens_per_s_per_device tflops_per_device mfu peak_mem_gb flops_convention notes"
-).split()
+    "id", "source", "date", "framework", "chip", "chip_count", "devices_per_node", "intra_node_link",
+    "inter_node_link", "model_name", "params_total", "params_active", "layers", "hidden", "ffn", "heads",
+    "kv_heads", "vocab", "gated_mlp", "seq_len", "moe_experts", "moe_topk", "moe_ffn", "shared_experts",
+    "global_batch_sequences", "micro_batch", "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage_or_dist_opt",
+    "sequence_parallel", "recompute", "precision", "step_time_s", "tokens_per_s_per_device", "tflops_per_device",
+    "mfu", "peak_mem_gb", "flops_convention", "notes",
+)  # fmt: skip
 _VTRAIN_SHARED = (
-    "global batch|micro batch|hidden size|attention heads|# layers|sequence length|tensor parallelism|data parallelism|"
-    "pipeline parallelism|iteration time (ms)"
-).split("|")
+    "global batch", "micro batch", "hidden size", "attention heads", "# layers", "sequence length",
+    "tensor parallelism", "data parallelism", "pipeline parallelism", "iteration time (ms)",
+)  # fmt: skip
 VTRAIN_MULTI_COLUMNS = ("Parameters (billion)", "# GPUs", *_VTRAIN_SHARED)
 VTRAIN_SINGLE_COLUMNS = ("# GPUs", *_VTRAIN_SHARED)
 
@@ -451,7 +453,7 @@ def _layout(text: _Text, workload: Workload, assumed: list[str]) -> Layout:
         stages = ()
     method: Any = "ulysses" if re.search("ulysses|a2a|hybrid_cp", text.notes) else "ring"
     printed_sp = text.cell("sequence_parallel")
-    modern = not (_software(text) in ("megatron-2021", "deepspeed", "fsdp", "jax"))
+    modern = _software(text) not in ("megatron-2021", "deepspeed", "fsdp", "jax")
     ep = min(text.integer("ep") or 1, dp * cp * tp)
     return Layout(
         dp=dp,

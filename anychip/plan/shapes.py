@@ -86,7 +86,7 @@ def work_of(*workloads: Workload) -> Work:
     """Arrays of shape [] for one workload, [n] for several."""
     rows = [_row(workload) for workload in workloads]
     if len(rows) == 1:
-        return Work(**{name: np.float64(value) for name, value in rows[0].items()})  # type: ignore[arg-type]
+        return Work(**{name: np.float64(value) for name, value in rows[0].items()})
     return Work(**{name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]})
 
 

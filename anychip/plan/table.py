@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from anychip.plan.shapes import Work
-from anychip.plan.types import RECOMPUTES, SCHEDULES, Floats, Layout, Machine, Site
+from anychip.plan.types import RECOMPUTES, SCHEDULES, ContextMethod, Floats, Layout, Machine, Site
 
-METHODS = ("ring", "all_gather", "ulysses")
+METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
 MAX_TIERS = 3
 
 
@@ -99,6 +99,25 @@ def _stage_ends(layout: Layout, layers: int) -> tuple[int, int, int]:
     return ranks[0], max(ranks[1:-1], default=0), ranks[-1]
 
 
+def layout_at(t: Table, index: int) -> Layout:
+    """One row of a table as a layout; even splits stay unwritten."""
+    whole: dict[str, Any] = {
+        name: int(getattr(t, name)[index])
+        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "zero", "recompute_layers")
+    }
+    return Layout(
+        **whole,
+        shard=0 if t.shard[index] == t.dp[index] * t.cp[index] else int(t.shard[index]),
+        sequence_parallel=bool(t.sp[index]),
+        micro_batch=int(t.mbs[index]),
+        recompute=RECOMPUTES[int(t.recompute[index])],
+        schedule=SCHEDULES[int(t.schedule[index])],
+        context_method=METHODS[int(t.method[index])],
+        overlap_tensor=bool(t.overlap_tensor[index]),
+        overlap_data=bool(t.overlap_data[index]),
+    )
+
+
 def micro_batches(w: Work, t: Table) -> Floats:
     """Micro-batches of one pipeline and step, [n]."""
     return np.maximum(1.0, np.floor(w.batch / (t.dp * t.mbs)))
@@ -153,7 +172,7 @@ def stack_sites(sites: Sequence[Site]) -> Site:
     """Sites of several rows as one whose numbers are arrays [n]; one site stays as it is."""
     if len({id(site) for site in sites}) == 1:
         return sites[0]
-    numbers = {
+    numbers: dict[str, Any] = {
         field.name: np.array([getattr(site, field.name) for site in sites])
         for field in fields(Site)
         if isinstance(getattr(sites[0], field.name), int | float | bool)

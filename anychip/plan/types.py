@@ -184,6 +184,9 @@ class Site:
     # Memory that no tensor explains.
     reserved_bytes: float = 2.0e9  # device context, collective buffers
     allocator_slack: float = 0.04  # of what tensors take
+    # Measured of the chip; 0 takes the catalogue's.
+    peak_tflops: float = 0.0
+    memory_gb_per_s: float = 0.0
     # How it was obtained.
     relative_sigma: float = 0.1  # spread of log(measured / predicted) held out
     source: str = ""
