@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,16 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "score": score, "gradients": gradients, "weights": weights}
 
 
-def run_layouts(runs: list[LayoutRun], folder: Path, timeout: float = 240.0) -> None:
+def run_layouts(
+    runs: list[LayoutRun], folder: Path, timeout: float = 240.0, environment: Mapping[str, str] | None = None
+) -> None:
     """Train under each layout (all of one world size), one after another in the same spawned ranks.
 
     Each leaves FOLDER/NAME.rank-R.safetensors with what rank R holds, and NAME.json. Raises when a rank fails or the
     time is over.
     """
     (world_size,) = {run.world_size for run in runs}
-    run_ranks(world_size, _train_all, (runs, folder), folder, timeout)
+    run_ranks(world_size, _train_all, (runs, folder), folder, timeout, environment)
 
 
 def _train_all(argument: tuple[list[LayoutRun], Path]) -> None:

@@ -8,13 +8,18 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def run_ranks(
-    world_size: int, work: Callable[[Any], None], argument: Any, folder: Path, timeout: float = 240.0
+    world_size: int,
+    work: Callable[[Any], None],
+    argument: Any,
+    folder: Path,
+    timeout: float = 240.0,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Call `work(argument)` in `world_size` processes that form a process group (none for one process).
 
@@ -25,7 +30,8 @@ def run_ranks(
     context.set_forkserver_preload(["rank_pool_imports"])
     store = folder / f"rendezvous-{uuid.uuid4().hex}"
     ranks = [
-        context.Process(target=_rank, args=(rank, world_size, work, argument, store)) for rank in range(world_size)
+        context.Process(target=_rank, args=(rank, world_size, work, argument, store, dict(environment or {})))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
@@ -45,7 +51,11 @@ def run_ranks(
     assert not errors and codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(errors)
 
 
-def _rank(rank: int, world_size: int, work: Callable[[Any], None], argument: Any, store: Path) -> None:
+def _rank(
+    rank: int, world_size: int, work: Callable[[Any], None], argument: Any, store: Path, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+
     import torch
     import torch.distributed as dist
 
@@ -54,7 +64,6 @@ def _rank(rank: int, world_size: int, work: Callable[[Any], None], argument: Any
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         if world_size > 1:
             backend = detect_backend()
