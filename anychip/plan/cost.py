@@ -295,16 +295,14 @@ def _recomputed_share(t: Table) -> Floats:
 
 
 def _bubble(t: Table, m: Floats, others: Floats, slowest: Floats, layer: LayerCost, layers: Floats) -> Floats:
-    """Idle seconds of the slowest rank. Zero bubble: arXiv 2401.10241; DualPipe-V: arXiv 2412.19437 cut in half."""
-    weight = layers * layer.weight_seconds
-    plain = others
-    zero = np.maximum(0.0, others - 2 * (t.pp - 1) * weight)
-    dual = np.maximum(0.0, (others + (t.pp - 1) * (layers * layer.backward.seconds - 3 * weight)) / 2)
-    return np.select(
-        [t.pp == 1, t.schedule == INTERLEAVED, t.schedule == ZERO_BUBBLE, t.schedule == DUALPIPE_V],
-        [0.0, plain / t.vpp, zero, dual],
-        plain,
-    )
+    """Idle seconds of the slowest rank, as the event simulation finds them.
+
+    Chunks divide the way through the pipeline; zero bubble (arXiv 2401.10241) fills it with weight gradients. DualPipe
+    cut in half (arXiv 2412.19437) has two chunks in a V and the bubble of zero bubble's V.
+    """
+    filled = np.maximum(0.0, others - 2 * (t.pp - 1) * layers * layer.weight_seconds)
+    split = (t.schedule == ZERO_BUBBLE) | (t.schedule == DUALPIPE_V)
+    return np.select([t.pp == 1, split, t.schedule == INTERLEAVED], [0.0, filled / t.vpp, others / t.vpp], others)
 
 
 def _pipeline_seconds(w: Work, t: Table, m: Floats, hardware: Hardware, site: Site) -> Floats:

@@ -164,10 +164,9 @@ def in_flight(t: Table, position: Floats, m: Floats) -> Floats:
     plain = np.minimum(m, t.pp - position)
     chunks = (t.pp - position - 1) * 2 + (t.vpp - 1) * t.pp + 1
     interleaved = np.minimum(m * t.vpp, chunks) / t.vpp
-    dual = np.minimum(m, (2 * t.pp + 1) / 2)
-    return np.select(
-        [t.schedule == GPIPE, t.schedule == INTERLEAVED, t.schedule == DUALPIPE_V], [m, interleaved, dual], plain
-    )
+    folded = np.minimum(m, (2 * t.pp + 1) / 2)  # two chunks in a V: as much on every rank
+    v_shaped = (t.schedule == DUALPIPE_V) | ((t.schedule == ZERO_BUBBLE) & (t.vpp == 2))
+    return np.select([t.schedule == GPIPE, t.schedule == INTERLEAVED, v_shaped], [m, interleaved, folded], plain)
 
 
 def _head_bytes(w: Work, t: Table, rank: Rank, site: Site) -> tuple[Floats, Floats]:
