@@ -5,6 +5,7 @@ Units are bytes, seconds, FLOP/s and bytes/s unless a name says otherwise; bandw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -251,7 +252,7 @@ class Timeline:
 @dataclass(frozen=True)
 class SearchResult:
     best: list[Prediction]
-    rejected: list[Rejected]
+    rejected: Sequence[Rejected]
     considered: int  # layouts evaluated by the closed form
     seconds: float
     notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,428 @@
+"""Searching layouts: the whole grid by the closed form, memory first; the best few settled by event simulation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import overload
+
+import numpy as np
+
+from anychip.errors import InputError
+from anychip.plan.cost import rank_seconds
+from anychip.plan.pipeline import StageTimes, pipeline_seconds
+from anychip.plan.predict import GIB, Predictions, hardware_for, peak_memory, predict, predict_many
+from anychip.plan.shapes import work_of
+from anychip.plan.table import METHODS, Table, layers_by_rank, layout_at, table_of
+from anychip.plan.types import (
+    RECOMPUTES,
+    SCHEDULES,
+    Floats,
+    Layout,
+    Machine,
+    Prediction,
+    Recompute,
+    Rejected,
+    Schedule,
+    SearchResult,
+    Site,
+    Workload,
+)
+
+Objective = Callable[[Predictions], Floats]
+FITS, CHUNK = 0, 20_000
+
+
+def tokens_per_second(predictions: Predictions) -> Floats:
+    """The default objective: throughput, whatever fails."""
+    return predictions.tokens_per_second_per_device
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may choose from; empty means everything that divides."""
+
+    tp: tuple[int, ...] = ()
+    pp: tuple[int, ...] = ()
+    cp: tuple[int, ...] = (1, 2, 4, 8)
+    ep: tuple[int, ...] = ()
+    micro_batch: tuple[int, ...] = (1, 2, 4, 8)
+    zero: tuple[int, ...] = (1, 2, 3)
+    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
+    schedules: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
+    max_vpp: int = 8
+
+
+def search(
+    workload: Workload,
+    machine: Machine,
+    site: Site,
+    objective: Objective = tokens_per_second,
+    *,
+    space: Space | None = None,
+    keep: int = 10,
+    settle: int = 24,
+) -> SearchResult:
+    """The best layouts of a workload on one kind of devices.
+
+    The `settle` best of the closed form are simulated with the layers shared out anew, then ranked again. Raises
+    InputError when no layout at all divides.
+    """
+    started = time.perf_counter()
+    space = space or _default_space(workload, site)
+    grid = _grid(workload, machine, space)
+    if not len(grid.table):
+        raise InputError(
+            f"no layout of {machine.devices} devices divides global batch {workload.global_batch}, "
+            f"{workload.layers} layers and {workload.heads} heads.",
+            do="Change the global batch size or the number of devices.",
+        )
+    scores, over = _evaluate(workload, grid.table, machine, site, objective)
+    order = np.argsort(-np.where(over > 0, -np.inf, scores), kind="stable")
+    order = _distinct(grid.table, order[: 8 * settle], scores)[:settle]
+    fitting = [index for index in order if over[index] <= 0]
+    settled = [_settled(workload, layout_at(grid.table, index), machine, site) for index in fitting]
+    ranked = sorted(settled, key=lambda pair: -_score(pair, workload, machine, site, objective))
+    rejections = Rejections(grid.table, over, grid.refused)
+    notes = () if ranked else (f"nothing fits: {rejections.nearest()}",)
+    return SearchResult(
+        best=[prediction for prediction, _ in ranked[:keep]],
+        rejected=rejections,
+        considered=len(grid.table),
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+
+
+class Rejections(Sequence[Rejected]):
+    """All layouts that cannot run, each with its reason; made when they are looked at, because there are very many."""
+
+    def __init__(self, table: Table, over: Floats, refused: list[Rejected]) -> None:
+        self._table, self._over, self._refused = table, over, refused
+        self._indices = np.flatnonzero(over > 0)
+
+    def __len__(self) -> int:
+        return len(self._refused) + len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Rejected: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Rejected]: ...
+    def __getitem__(self, index: int | slice) -> Rejected | list[Rejected]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index < len(self._refused):
+            return self._refused[index]
+        place = int(self._indices[index - len(self._refused)])
+        return Rejected(layout_at(self._table, place), f"its fullest stage is {self._over[place] / GIB:.1f} GiB over")
+
+    def __iter__(self) -> Iterator[Rejected]:
+        return (self[index] for index in range(len(self)))
+
+    def counts(self) -> dict[str, int]:
+        """How many were rejected for memory and for each other reason."""
+        found = {"over memory": len(self._indices)} if len(self._indices) else {}
+        for rejected in self._refused:
+            found[rejected.reason] = found.get(rejected.reason, 0) + 1
+        return found
+
+    def nearest(self) -> str:
+        """The layout that lacks least memory."""
+        place = int(self._indices[self._over[self._indices].argmin()])
+        return f"{layout_at(self._table, place)} is nearest, {self._over[place] / GIB:.1f} GiB over"
+
+
+@dataclass(frozen=True)
+class _Grid:
+    table: Table
+    refused: list[Rejected] = field(default_factory=list)
+
+
+def _default_space(workload: Workload, site: Site) -> Space:
+    """Selective recomputation saves nothing where attention is fused; long sequences alone need context parallelism."""
+    recompute: tuple[Recompute, ...] = ("none", "full") if site.fused_attention else ("none", "selective", "full")
+    lengths = tuple(2**power for power in range(7) if workload.seq_length // 2**power >= 2048) or (1,)
+    return Space(cp=lengths if workload.seq_length > 8192 else (1,), recompute=recompute)
+
+
+def _grid(workload: Workload, machine: Machine, space: Space) -> _Grid:
+    """Every combination of degrees that divides, as arrays; of the others one with each reason is kept."""
+    refused: list[Rejected] = []
+    blocks: list[dict[str, Floats]] = []
+    for tp, pp, cp in product(_tensor(workload, space), _pipeline(workload, space), space.cp):
+        reason = _misfit(workload, machine, tp, pp, cp)
+        if reason:
+            refused.append(Rejected(Layout(tp=tp, pp=pp, cp=cp), reason))
+            continue
+        dp = machine.devices // (tp * pp * cp)
+        sizes = [size for size in space.micro_batch if workload.global_batch % (dp * size) == 0]
+        if not sizes:
+            reason = f"global batch {workload.global_batch} does not divide by dp {dp}"
+            refused.append(Rejected(Layout(dp=dp, tp=tp, pp=pp, cp=cp), reason))
+            continue
+        schedules = _schedules(workload, space, pp, [workload.global_batch // (dp * size) for size in sizes])
+        experts = _experts(workload, space, dp, cp, tp)
+        blocks.append(_block(tp, pp, cp, dp, sizes, schedules, experts, space))
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in (blocks[0] if blocks else {})}
+    return _Grid(_table(columns, workload) if blocks else table_of([], np.zeros(0)), refused)
+
+
+def _tensor(workload: Workload, space: Space) -> tuple[int, ...]:
+    return space.tp or tuple(2**power for power in range(6) if workload.heads % 2**power == 0)
+
+
+def _pipeline(workload: Workload, space: Space) -> tuple[int, ...]:
+    """Powers of two, and divisors of the layers; others leave ranks with too little to do."""
+    if space.pp:
+        return space.pp
+    powers = {2**power for power in range(7)}
+    divisors = {count for count in range(1, 97) if workload.layers % count == 0}
+    return tuple(sorted(count for count in powers | divisors if count <= workload.layers))
+
+
+def _misfit(workload: Workload, machine: Machine, tp: int, pp: int, cp: int) -> str:
+    if tp > machine.tiers[0].devices and len(machine.tiers) > 1 and machine.tiers[1].name != "supernode":
+        return f"TP {tp} crosses nodes"
+    if len(machine.tiers) > 1 and tp > machine.tiers[1].devices:
+        return f"TP {tp} crosses super-nodes"
+    if workload.kv_heads % tp and tp % workload.kv_heads:
+        return f"{workload.kv_heads} groups of heads do not divide by TP {tp}"
+    if machine.devices % (tp * pp * cp):
+        return f"TP x PP x CP = {tp * pp * cp} does not divide {machine.devices} devices"
+    if workload.seq_length % (tp * cp):
+        return f"sequence length {workload.seq_length} does not divide by TP x CP = {tp * cp}"
+    if cp > 1 and workload.seq_length // cp < 1024:
+        return f"CP {cp} leaves {workload.seq_length // cp} tokens a rank"
+    return ""
+
+
+def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> list[tuple[int, int, int]]:
+    """(index of micro-batch size, schedule, chunks) that are possible together."""
+    found: list[tuple[int, int, int]] = []
+    for position, count in enumerate(counts):
+        if pp == 1:
+            found.append((position, SCHEDULES.index("1f1b"), 1))
+            continue
+        for schedule in space.schedules:
+            if schedule == "interleaved":
+                chunks = [v for v in range(2, space.max_vpp + 1) if workload.layers % (pp * v) == 0]
+                found += [(position, SCHEDULES.index(schedule), v) for v in chunks if count % pp == 0]
+            elif schedule in ("zero_bubble", "dualpipe_v"):
+                if 2 * pp <= workload.layers and count >= 2 * pp:
+                    found.append((position, SCHEDULES.index(schedule), 2))
+            else:
+                found.append((position, SCHEDULES.index(schedule), 1))
+    return found
+
+
+def _experts(workload: Workload, space: Space, dp: int, cp: int, tp: int) -> list[int]:
+    """Expert-parallel degrees; tensor-parallel ranks share the experts out like the others."""
+    if workload.experts is None:
+        return [1]
+    degrees = space.ep or tuple(2**power for power in range(10))
+    ranks = dp * cp * tp
+    return [ep for ep in degrees if workload.experts.count % ep == 0 and ranks % ep == 0]
+
+
+def _block(
+    tp: int, pp: int, cp: int, dp: int, sizes: list[int], schedules: list[tuple[int, int, int]], experts: list[int],
+    space: Space,
+) -> dict[str, Floats]:  # fmt: skip
+    """All combinations of what is left once tp, pp, cp and dp stand."""
+    zeros = [zero for zero in space.zero if dp * cp > 1 or zero == space.zero[0]]
+    zeros = [zero for zero in zeros if zero < 2 or pp == 1]  # a pipeline would reduce or gather for every micro-batch
+    recompute = [RECOMPUTES.index(kind) for kind in space.recompute]
+    chosen, ep, zero, kind = (
+        axis.ravel() for axis in np.meshgrid(np.arange(len(schedules)), experts, zeros, recompute, indexing="ij")
+    )
+    picked = np.array(schedules, dtype=np.float64).reshape(-1, 3)[chosen.astype(np.int64)]
+    one = np.ones(len(chosen))
+    return {
+        "dp": dp * one,
+        "tp": tp * one,
+        "pp": pp * one,
+        "cp": cp * one,
+        "ep": ep.astype(np.float64),
+        "zero": zero.astype(np.float64),
+        "recompute": kind.astype(np.float64),
+        "mbs": np.array(sizes, dtype=np.float64)[picked[:, 0].astype(np.int64)],
+        "schedule": picked[:, 1],
+        "vpp": picked[:, 2],
+    }
+
+
+def _table(columns: dict[str, Floats], workload: Workload) -> Table:
+    """Columns of the grid as a table; layers are shared out evenly, a remainder going to the inner ranks."""
+    pp, vpp = columns["pp"], columns["vpp"]
+    one = np.ones(len(pp))
+    base = np.floor(workload.layers / (pp * vpp))
+    left = workload.layers - base * pp * vpp
+    inner = np.maximum(0.0, pp - 2)
+    full_rounds = np.floor(left / pp)
+    rest = left - full_rounds * pp
+    first = base * vpp + full_rounds + (rest > inner)
+    last = base * vpp + full_rounds + (rest > inner + 1)
+    return Table(
+        **columns,
+        expert_tp=one,
+        shard=columns["dp"] * columns["cp"],
+        sp=(columns["tp"] > 1) * one,
+        recompute_layers=0 * one,
+        method=METHODS.index("ring") * one,
+        overlap_tensor=one,
+        overlap_data=one,
+        first_layers=np.where(pp == 1, workload.layers, first),
+        inner_layers=np.where(pp > 2, base * vpp + full_rounds + (rest > 0), 0.0),
+        last_layers=np.where(pp == 1, workload.layers, last),
+    )
+
+
+def _evaluate(
+    workload: Workload, table: Table, machine: Machine, site: Site, objective: Objective
+) -> tuple[Floats, Floats]:
+    """Score of each layout, and bytes over the device's memory; layouts that do not fit are not timed."""
+    w = work_of(workload)
+    scores, over = np.full(len(table), -np.inf), np.empty(len(table))
+    for start in range(0, len(table), CHUNK):
+        part = slice(start, min(start + CHUNK, len(table)))
+        over[part] = peak_memory(w, table.take(part), site) - machine.memory_bytes
+    fitting = np.flatnonzero(over <= 0)
+    for start in range(0, len(fitting), CHUNK):
+        chosen = fitting[start : start + CHUNK]
+        scores[chosen] = objective(predict_many(workload, table.take(chosen), machine, site))
+    return scores, over
+
+
+def _distinct(table: Table, order: np.ndarray, scores: Floats) -> np.ndarray:
+    """Leave out layouts that score alike and differ only in a ZeRO degree that no memory asked for."""
+    seen: set[tuple[float, ...]] = set()
+    kept: list[int] = []
+    for index in order:
+        key = tuple(
+            float(getattr(table, name)[index]) for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs", "recompute")
+        )
+        key += (float(table.schedule[index]), round(float(scores[index]), 9))
+        if key not in seen:
+            seen.add(key)
+            kept.append(int(index))
+    return np.array(kept, dtype=np.int64)
+
+
+def _settled(workload: Workload, layout: Layout, machine: Machine, site: Site) -> tuple[Prediction, float]:
+    """The prediction of a layout after sharing its layers out and simulating its pipeline, and the factor gained."""
+    if layout.pp == 1:
+        return predict(workload, layout, machine, site), 1.0
+    candidates = [layout]
+    if layout.vpp == 1:
+        balanced = balance_layers(workload, layout, machine, site)
+        if balanced and list(balanced) != layers_by_rank(layout, workload.layers):
+            candidates.append(replace(layout, stage_layers=balanced))
+    predictions = [
+        simulated(workload, predict(workload, candidate, machine, site), machine, site) for candidate in candidates
+    ]
+    best = min((p for p in predictions if p.fits), key=lambda p: p.step_seconds, default=predictions[0])
+    return best, predictions[0].step_seconds / best.step_seconds
+
+
+def _score(
+    pair: tuple[Prediction, float], workload: Workload, machine: Machine, site: Site, objective: Objective
+) -> float:
+    """The objective of a settled prediction: that of the closed form, corrected by what the simulation found."""
+    prediction, _ = pair
+    many = predict_many(workload, [prediction.layout], machine, site)
+    factor = many.step_seconds / prediction.step_seconds
+    corrected = replace(
+        many,
+        step_seconds=many.step_seconds / factor,
+        tokens_per_second_per_device=many.tokens_per_second_per_device * factor,
+        mfu=many.mfu * factor,
+    )
+    return float(objective(corrected)[0])
+
+
+def simulated(workload: Workload, prediction: Prediction, machine: Machine, site: Site) -> Prediction:
+    """The prediction with its bubble taken from an event simulation of the pipeline instead of the closed form."""
+    layout = prediction.layout
+    stages, micro_batches = stage_times(workload, layout, machine, site), layout.micro_batches(workload)
+    length = pipeline_seconds(stages, layout.pp, micro_batches, layout.schedule)
+    outside = sum(prediction.time[name] for name in ("pipeline_transfer", "data_parallel", "optimizer"))
+    step = length + outside + site.step_overhead_s
+    bubble = prediction.time["bubble"] + step - prediction.step_seconds
+    factor = prediction.step_seconds / step
+    low, high = prediction.interval
+    return replace(
+        prediction,
+        step_seconds=step,
+        tokens_per_second_per_device=prediction.tokens_per_second_per_device * factor,
+        tflops=prediction.tflops * factor,
+        mfu=prediction.mfu * factor,
+        time={**prediction.time, "bubble": bubble},
+        interval=(low / factor, high / factor),
+    )
+
+
+def stage_times(workload: Workload, layout: Layout, machine: Machine, site: Site) -> list[StageTimes]:
+    """Seconds of one micro-batch through each of pp * vpp stages in the model's order."""
+    w = work_of(workload)
+    costs = rank_seconds(w, table_of([layout], w.layers), hardware_for(machine, workload, site), site)
+    forward, backward, weight = (float(np.broadcast_to(value, (1,))[0]) for value in costs[:3])
+    ends = costs[3]
+    counts = stage_layers(layout, workload.layers)
+    times = [StageTimes(count * forward, count * backward, count * weight) for count in counts]
+    third = 1.0 / 3.0  # ends do their work as layers do: one part forward, two backward
+    for stage, extra in ((0, float(ends.first[0])), (-1, float(ends.last[0]))):
+        held = times[stage]
+        times[stage] = StageTimes(
+            held.forward + extra * third, held.backward + 2 * extra * third, held.weight + extra * third
+        )
+    return times
+
+
+def stage_layers(layout: Layout, layers: int) -> list[int]:
+    """Layers of each of pp * vpp stages in the model's order."""
+    if layout.stage_layers:
+        return list(layout.stage_layers)
+    if layout.vpp == 1:
+        return layers_by_rank(layout, layers)
+    base, left = divmod(layers, layout.pp * layout.vpp)
+    return [base + (stage < left) for stage in range(layout.pp * layout.vpp)]
+
+
+def balance_layers(workload: Workload, layout: Layout, machine: Machine, site: Site) -> tuple[int, ...]:
+    """Layers of each rank such that the slowest rank is as fast as can be, given what the ends do besides.
+
+    Exact: layers are alike, so each next one goes to the rank that it delays least.
+    """
+    w = work_of(workload)
+    forward, backward, _, ends = rank_seconds(
+        w, table_of([layout], w.layers), hardware_for(machine, workload, site), site
+    )
+    each = float(np.broadcast_to(forward + backward, (1,))[0])
+    extra = [0.0] * layout.pp
+    extra[0] += float(ends.first[0])
+    extra[-1] += float(ends.last[0])
+    return min_max_split(workload.layers, [each] * layout.pp, extra)
+
+
+def min_max_split(
+    layers: int, each: Sequence[float], extra: Sequence[float], most: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Share `layers` over stages with these seconds a layer and besides, so that the slowest stage is fastest.
+
+    `most` bounds what a stage can hold. Empty when they cannot all be placed.
+    """
+    counts = [0] * len(each)
+    limits = list(most) or [layers] * len(each)
+    for _ in range(layers):
+        free = [stage for stage in range(len(each)) if counts[stage] < limits[stage]]
+        if not free:
+            return ()
+        chosen = min(free, key=lambda stage: (extra[stage] + (counts[stage] + 1) * each[stage], stage))
+        counts[chosen] += 1
+    return tuple(counts)
