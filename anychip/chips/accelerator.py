@@ -46,14 +46,17 @@ class AcceleratorBackend:
         """Import the plug-in, which may patch torch.distributed: do it before anything else takes references."""
         if self.facts.plug_in is None:
             return
+        module = self.facts.plug_in.module
         try:
-            importlib.import_module(self.facts.plug_in.module)
-        except Exception as error:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise self._broken_plug_in(error) from None
             raise InputError(
-                f"{self.facts.plug_in.module} cannot be imported ({_first_line(error)}).",
-                where=f"chip {self.vendor}",
-                do="`anychip doctor` says what is missing.",
+                f"{module} is not installed.", where=f"chip {self.vendor}", do=f"Get it: {self.facts.plug_in.where}."
             ) from None
+        except Exception as error:
+            raise self._broken_plug_in(error) from None
 
     def device_count(self) -> int:
         self.load()
@@ -143,6 +146,14 @@ class AcceleratorBackend:
     def explain_error(self, text: str) -> ErrorMeaning | None:
         return self.facts.explain_error(text)
 
+    def _broken_plug_in(self, error: Exception) -> InputError:
+        meaning = self.explain_error(str(error))
+        return InputError(
+            f"the plug-in cannot be imported ({(str(error).strip() or type(error).__name__).splitlines()[0]}).",
+            where=f"chip {self.vendor}",
+            do=meaning.do if meaning else "Install its libraries; `anychip doctor` shows the versions that are here.",
+        )
+
     def _count(self, name: str) -> int | None:
         import torch
 
@@ -153,7 +164,3 @@ class AcceleratorBackend:
             except RuntimeError:
                 continue
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,6 +36,7 @@ class Report:
     versions: dict[str, str | None] = field(default_factory=dict)
     devices: list[dict[str, Any]] = field(default_factory=list)
     health: list[DeviceHealth] = field(default_factory=list)
+    environment: list[dict[str, str | None]] = field(default_factory=list)  # variables that differ from our advice
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -60,6 +61,11 @@ class Report:
             found = [finding for finding in self.findings if finding.level == level]
             lines += ["", f"{title}:"] if found else []
             lines += [f"- {finding.what}\n  {finding.do}" for finding in found]
+        if self.environment:
+            lines += ["", "Environment (training sets what is unset; what is read at start a launcher must set):"]
+            lines += [
+                f"  export {v['name']}={v['advised']}  # {_instead_of(v['now'])}{v['why']}" for v in self.environment
+            ]
         return "\n".join([*lines, "", "Fit to train." if self.fit else "Not fit to train as it is."])
 
 
@@ -72,11 +78,12 @@ def examine() -> Report:
         report.fault(error.paragraph, "Remove the package that provides it.")
         vendors = []
     seen = probe()
+    explained = None
     if "error" in seen:
-        _explain_failed_import(report, seen["error"], vendors)
+        explained = _explain_failed_import(report, seen["error"], vendors)
         seen = probe(autoload=False)
     _read_versions(report, seen, vendors)
-    _judge_detection(report, seen, vendors)
+    _judge_detection(report, seen, vendors, explained)
     facts = next((facts for facts in vendors if facts.vendor == report.vendor), None)
     if facts is not None:
         _judge_environment(report, facts)
@@ -90,19 +97,26 @@ def matching_torch(plug_in_version: str) -> str:
     return named.group(1) if named else ".".join(plug_in_version.split(".")[:2])
 
 
-def _explain_failed_import(report: Report, error: str, vendors: list[VendorFacts]) -> None:
+def _explain_failed_import(report: Report, error: str, vendors: list[VendorFacts]) -> str | None:
+    """Say why `import torch` fails; the plug-in that is the cause, if one is."""
     named = re.search(r"Failed to load the backend extension: (\w+)", error)
     if not named:
         report.fault(f"`import torch` fails: {_last_line(error)}", "Install torch again in this environment.")
-        return
-    meanings = (facts.explain_error(error) for facts in vendors if facts.plug_in and facts.plug_in.module == named[1])
-    meaning = next(filter(None, meanings), None)
+        return None
+    module = named.group(1)
+    causes = re.findall(r"^(?:ImportError|OSError|ModuleNotFoundError): (.+)$", error, re.MULTILINE)
     report.fault(
-        f"`import torch` fails because the plug-in {named[1]} cannot be loaded"
-        f"{f': {meaning.meaning}' if meaning else ''}. ({_last_line(error)})",
-        f"{meaning.do if meaning else 'Install its libraries, or uninstall it.'} Until then {AUTOLOAD}=0 lets torch "
-        "start without it.",
+        f"`import torch` fails because it loads the plug-in {module}, which fails: "
+        f"{causes[0] if causes else 'no reason'}.",
+        f"{_remedy(module, error, vendors)} Until then {AUTOLOAD}=0 lets torch start without it.",
     )
+    return module
+
+
+def _remedy(module: str, error: str, vendors: list[VendorFacts]) -> str:
+    owners = [facts for facts in vendors if facts.plug_in and facts.plug_in.module == module]
+    meaning = owners[0].explain_error(error) if owners else None
+    return meaning.do if meaning else f"Install the libraries that {module} needs, or uninstall it."
 
 
 def _read_versions(report: Report, seen: dict[str, Any], vendors: list[VendorFacts]) -> None:
@@ -125,13 +139,15 @@ def _judge_plug_in(report: Report, plug_in: PlugIn, torch_version: str | None) -
         )
 
 
-def _judge_detection(report: Report, seen: dict[str, Any], vendors: list[VendorFacts]) -> None:
+def _judge_detection(report: Report, seen: dict[str, Any], vendors: list[VendorFacts], explained: str | None) -> None:
     report.vendor = seen.get("vendor")
     report.devices = seen.get("devices", [])
-    for module, reason in seen.get("failures", {}).items():
-        report.fault(f"The plug-in {module} does not work: {reason}.", "Install its libraries, or uninstall it.")
-    if "refused" in seen:
-        report.fault(seen["refused"], "Then run `anychip doctor` again.")
+    failures = seen.get("failures", {})
+    for module, reason in failures.items():
+        if module != explained:
+            report.fault(f"The plug-in {module} does not work: {reason}.", _remedy(module, reason, vendors))
+    if "refused" in seen and not failures:
+        report.fault(**seen["refused"])
     if "failed" in seen:
         report.fault(f"The device cannot be used: {seen['failed']}", "Check the driver with the vendor's tool.")
     if seen.get("collectives") is False:
@@ -162,8 +178,7 @@ def _judge_environment(report: Report, facts: VendorFacts) -> None:
     for setting in facts.environment(world_size):
         now = os.environ.get(setting.name)
         if now != setting.value:
-            state = "is not set" if now is None else f"is {now!r}"
-            report.advise(f"{setting.name} {state}: {setting.why}", f"export {setting.name}={setting.value}")
+            report.environment.append({"name": setting.name, "now": now, "advised": setting.value, "why": setting.why})
 
 
 def _judge_health(report: Report, facts: VendorFacts) -> None:
@@ -212,6 +227,10 @@ def _health_text(health: DeviceHealth) -> str:
     if health.memory_used_mib is not None and health.memory_total_mib is not None:
         readings.append(f"{health.memory_used_mib:g}/{health.memory_total_mib:g} MiB")
     return ", ".join([state, *readings])
+
+
+def _instead_of(now: str | None) -> str:
+    return "" if now is None else f"Now {now}. "
 
 
 def _last_line(text: str) -> str:

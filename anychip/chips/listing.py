@@ -20,7 +20,10 @@ def detected_chips() -> dict[str, Any]:
     """Vendor, devices, and the catalogue's chip of each where its name is known; or why nothing can be said."""
     seen = probe()
     if "vendor" not in seen:
-        return {"vendor": None, "reason": seen.get("refused") or seen.get("failed") or seen.get("error")}
+        return {
+            "vendor": None,
+            "reason": " ".join(seen.get("refused", {}).values()) or seen.get("failed") or seen.get("error"),
+        }
     devices = [{**d, "chip": _chip_id(seen["vendor"], d["name"])} for d in seen.get("devices", [])]
     return {"vendor": seen["vendor"], "devices": devices}
 

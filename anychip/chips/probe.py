@@ -19,10 +19,11 @@ from anychip.errors import AnychipError
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _MARK = "anychip-probe "  # plug-ins print too
 _SECONDS = 180
+_ERROR_CHARACTERS = 20_000
 
 
 def probe(autoload: bool = True) -> dict[str, Any]:
-    """Run the probe in a child process. `error` holds the last lines of its output when it did not end well."""
+    """Run the probe in a child process. `error` holds what it said when it did not end well."""
     environment = dict(os.environ) if autoload else {**os.environ, AUTOLOAD: "0"}
     command = [sys.executable, "-m", "anychip.chips.probe"]
     try:
@@ -35,8 +36,7 @@ def probe(autoload: bool = True) -> dict[str, Any]:
     if found:
         result: dict[str, Any] = json.loads(found[-1])
         return result
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return {"error": "\n".join(lines[-3:]) or f"import torch ended the process with code {done.returncode}"}
+    return {"error": done.stderr.strip()[-_ERROR_CHARACTERS:] or f"the process ended with code {done.returncode}"}
 
 
 def _observe() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _observe() -> dict[str, Any]:
         seen["collectives"] = _collectives(backend.collective_backend)
         seen["product_error"] = _product_error(backend.device(0)) if seen["devices"] else None
     except AnychipError as error:
-        seen["refused"] = error.paragraph
+        seen["refused"] = {"what": f"{error.where}: {error.what}" if error.where else error.what, "do": error.do}
     except Exception as error:  # a driver's failure is what the doctor wants to hear of
         seen["failed"] = f"{type(error).__name__}: {error}"
     return seen

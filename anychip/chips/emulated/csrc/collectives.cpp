@@ -57,30 +57,34 @@ Link& link() {
   return shared;
 }
 
-// The other backend's work, done when the link has carried it too and `finish` (a division, say) has run once.
+// The other backend's work, done when the link has carried it too. Waiting for it the first time moves results to where
+// they belong (some of gloo's works do so) and then runs `finish` (a division, say).
 class LinkedWork final : public Work {
  public:
   LinkedWork(WorkPtr inner, Tensors outputs, Clock::time_point ready, std::function<void()> finish)
       : inner_(std::move(inner)), outputs_(std::move(outputs)), ready_(ready), finish_(std::move(finish)) {}
 
-  bool isCompleted() override {
-    if (!inner_->isCompleted() || Clock::now() < ready_)
-      return false;
-    finish_once();
-    return true;
-  }
+  bool isCompleted() override { return inner_->isCompleted() && Clock::now() >= ready_; }
   bool isSuccess() const override { return inner_->isSuccess(); }
   std::exception_ptr exception() const override { return inner_->exception(); }
   int sourceRank() const override { return inner_->sourceRank(); }
   Tensors result() override { return outputs_; }
   void synchronize() override { wait(); }
-  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override {
-    const bool done = inner_->wait(timeout);
-    std::this_thread::sleep_until(ready_);
-    finish_once();
-    return done;
-  }
   void abort() override { inner_->abort(); }
+
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override {
+    std::lock_guard<std::mutex> lock(waiting_);
+    if (!waited_) {
+      if (!inner_->wait(timeout))
+        return false;
+      std::this_thread::sleep_until(ready_);
+      if (finish_)
+        finish_();
+      waited_ = true;
+    }
+    return true;
+  }
+
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
     auto future = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
     auto self = c10::intrusive_ptr<LinkedWork>::reclaim_copy(this);
@@ -89,24 +93,19 @@ class LinkedWork final : public Work {
         future->setError(inner.exception_ptr());
         return;
       }
-      std::this_thread::sleep_until(self->ready_);
-      self->finish_once();
+      self->wait();
       future->markCompleted(self->outputs_);
     });
     return future;
   }
 
  private:
-  void finish_once() {
-    if (finish_)
-      std::call_once(finished_, finish_);
-  }
-
   WorkPtr inner_;
   Tensors outputs_;
   Clock::time_point ready_;
   std::function<void()> finish_;
-  std::once_flag finished_;
+  std::mutex waiting_;
+  bool waited_ = false;
 };
 
 Tensors hosts(const Tensors& tensors) {

@@ -32,21 +32,24 @@ void check_dtype(c10::ScalarType dtype) {
 
 namespace {
 
+// A pointer that keeps the storage it belongs to.
+c10::DataPtr borrowed(const c10::Storage& storage) {
+  auto* owner = c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl()).release();
+  const auto give_back = +[](void* owner) {
+    c10::intrusive_ptr<c10::StorageImpl>::reclaim(static_cast<c10::StorageImpl*>(owner));
+  };
+  return {storage.mutable_data(), owner, give_back, c10::kCPU};
+}
+
 c10::Storage host_storage(const c10::Storage& storage) {
-  auto* kept = new c10::Storage(storage);
-  c10::DataPtr data(
-      storage.mutable_data(), kept, [](void* context) { delete static_cast<c10::Storage*>(context); }, c10::kCPU);
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), storage.nbytes(), std::move(data), c10::GetCPUAllocator(), true));
+      c10::StorageImpl::use_byte_size_t(), storage.nbytes(), borrowed(storage), c10::GetCPUAllocator(), true));
 }
 
 c10::Storage device_storage(const c10::Storage& host, c10::Device device) {
-  const auto nbytes = host.nbytes();
-  auto* kept = new c10::Storage(host);
-  c10::DataPtr data(
-      host.mutable_data(), kept, [](void* context) { delete static_cast<c10::Storage*>(context); }, c10::kCPU);
+  auto memory = adopt(borrowed(host), host.nbytes(), device);
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), nbytes, adopt(std::move(data), nbytes, device), device_allocator(), true));
+      c10::StorageImpl::use_byte_size_t(), host.nbytes(), std::move(memory), device_allocator(), true));
 }
 
 at::Tensor over(c10::Storage storage, const at::Tensor& like, c10::DispatchKey key) {
@@ -74,7 +77,7 @@ class HostCall {
     const auto begin = stack->size() - arguments.size();
     for (size_t i = 0; i < arguments.size(); ++i)
       visit_tensors((*stack)[begin + i]);
-    check_devices();
+    check_devices((*stack)[begin]);
     for (size_t i = 0; i < arguments.size(); ++i) {
       auto& value = (*stack)[begin + i];
       if (value.isGenerator() || (value.isNone() && draws(arguments[i])))
@@ -132,7 +135,7 @@ class HostCall {
   }
 
   // As on other accelerators: only numbers (tensors without dimensions) may lie elsewhere, and indices.
-  void check_devices() {
+  void check_devices(const c10::IValue& first) {
     if (!device_.has_value())
       device_ = c10::Device(kDevice, current_device());
     if (!elsewhere_.has_value() || crosses_devices_)
@@ -141,7 +144,7 @@ class HostCall {
     const bool indexes = name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" ||
         name == "aten::_index_put_impl_" || name == "aten::_unsafe_index" || name == "aten::_unsafe_index_put";
     TORCH_CHECK(
-        indexes && elsewhere_->is_cpu(), "Expected all tensors to be on the same device, but ", op_.schema().name(),
+        indexes && elsewhere_->is_cpu() && on_device(first.toTensor()), "Expected all tensors to be on the same device, but ", op_.schema().name(),
         " was given tensors on ", *device_, " and ", *elsewhere_, ".");
   }
 
@@ -393,12 +396,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("record_stream", &record_stream);
   m.impl("native_dropout", &native_dropout);
-  // Operators that the CPU computes by a kernel and other devices by a formula, which rounds otherwise.
+  // Operators that the CPU computes by a kernel and other devices by a formula, which rounds otherwise, or by a detour.
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     const auto op = c10::Dispatcher::singleton().findOp(name);
     if (op.has_value() && name.getNamespace() == "aten" && op->hasKernelForDispatchKey(c10::DispatchKey::CPU) &&
         (op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) ||
-         op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)))
+         op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) ||
+         op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)))
       m.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   }
 }
