@@ -20,7 +20,9 @@ from anychip.plan.shapes import Work, work_of
 from anychip.plan.table import Hardware, Table, hardware_of, table_of
 from anychip.plan.types import Floats, Site
 
-FACTS = ("fused_attention", "causal_skip", "fused_pointwise", "dropout", "reduce_bytes", "gradient_bytes")
+FACTS = (
+    "fused_attention", "causal_skip", "fused_pointwise", "dropout", "reduce_bytes", "gradient_bytes", "routes_by_node"
+)  # fmt: skip
 NOISE = 0.15  # spread of log(time) between runs of one configuration
 SOURCE_SPREAD = 0.05  # of what a source's runs have in common
 ROBUST = 0.10  # residuals beyond this count linearly, not by their square
@@ -173,7 +175,7 @@ def _offsets(runs: Sequence[Run]) -> tuple[Floats, Floats]:
     """
     columns: list[Floats] = []
     widths: list[float] = []
-    labels = [run.source for run in runs]
+    labels = [run.publisher for run in runs]
     names = list(dict.fromkeys(labels))
     if len(names) > 1:
         columns += [np.array([one == name for one in labels], dtype=np.float64) for name in names]
@@ -211,7 +213,7 @@ _MODERN = Site(
     step_overhead_s=0.01, expert_efficiency=0.5, low_precision_efficiency=0.8,
 )  # fmt: skip
 BASES |= {
-    "megatron": replace(_MODERN, name="megatron"),
+    "megatron": replace(_MODERN, name="megatron", routes_by_node=True),
     "fsdp": replace(_MODERN, name="fsdp"),
     "mindspeed": replace(_MODERN, name="mindspeed", gradient_bytes=2, logits_bytes=6.0),
     "mindformers": replace(_MODERN, name="mindformers", reduce_bytes=2),
@@ -256,23 +258,28 @@ class SiteTree:
         return base_site(run.software, chip_family(run.chip))
 
 
-def _keys(run: Run) -> tuple[str, str, str]:
+def _keys(run: Run) -> tuple[str, str, str, str]:
+    """From the leaf to the root. A network of its own kind has a leaf of its own, and its runs count in no other."""
     family, age = chip_family(run.chip), era(run.software)
-    return f"{family}/{run.software}", f"{family}/{age}/all", f"all/{age}/all"
+    leaf = f"{family}/{run.software}"
+    return f"{leaf}/{run.network}" if run.network else leaf, leaf, f"{family}/{age}/all", f"all/{age}/all"
 
 
 def fit_tree(runs: Sequence[Run]) -> SiteTree:
     """Fit every level on the runs that belong to it, from the root down."""
     sites: dict[str, Site] = {}
-    for level in (2, 1, 0):
+    for level in (3, 2, 1, 0):
         groups: dict[str, list[Run]] = {}
         for run in runs:
-            groups.setdefault(_keys(run)[level], []).append(run)
+            if level == 0 or not run.network:
+                groups.setdefault(_keys(run)[level], []).append(run)
         for key, members in groups.items():
+            if key in sites:
+                continue
             first = members[0]
             knobs = OLD_KNOBS if era(first.software) == "megatron-2021" else MODERN_KNOBS
             above = [sites[parent] for parent in _keys(first)[level + 1 :] if parent in sites]
-            base = base_site(first.software, chip_family(first.chip) if level < 2 else "")
+            base = base_site(first.software, chip_family(first.chip) if level < 3 else "")
             prior = _with_knobs(base, above[0], knobs) if above else base
             sites[key] = fit_site(Sample.of(members), prior, knobs, key, _source_weights(members))
     return SiteTree(sites)
@@ -287,8 +294,8 @@ def _source_weights(runs: Sequence[Run]) -> Floats:
     """Runs of a source with very many count less each, so that one sweep does not settle a chip alone."""
     counts: dict[str, int] = {}
     for run in runs:
-        counts[run.source] = counts.get(run.source, 0) + 1
-    return np.array([min(1.0, (60.0 / counts[run.source]) ** 0.5) for run in runs])
+        counts[run.publisher] = counts.get(run.publisher, 0) + 1
+    return np.array([min(1.0, (60.0 / counts[run.publisher]) ** 0.5) for run in runs])
 
 
 def cross_validate(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> Floats:

@@ -188,7 +188,7 @@ def _context_seconds(w: Work, t: Table, tokens: Floats, core: Floats, hardware: 
     keys = w.kv_heads * (w.key_dim + w.value_dim) / t.tp
     gathered = all_gather(group, tokens * t.cp * keys * BYTES)
     queries = w.heads * (w.key_dim + w.value_dim) / t.tp
-    swapped = all_to_all(group, tokens * (queries + keys) * BYTES, hardware, site)
+    swapped = all_to_all(group, tokens * (queries + keys) * BYTES, np.ones_like(tokens), hardware, site)
     ring = np.maximum(0.0, gathered - core * (t.cp - 1) / t.cp)
     return np.select([t.method == 0, t.method == 1], [ring, gathered], swapped)
 
@@ -199,8 +199,12 @@ def _expert_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
         return np.zeros_like(tokens)
     group = group_of(t.ep, t.expert_tp, hardware, site)
     mine = tokens / np.where(t.sp > 0, t.tp, 1.0)
-    sent = mine * w.top_k * w.hidden * BYTES / site.expert_efficiency
-    return 2 * all_to_all(group, sent, hardware, site)
+    sent = mine * w.top_k * w.hidden * BYTES
+    # Copies that leave the node: one for each expert there, or one for each node that holds any of them.
+    nodes = np.maximum(1.0, t.ep / group.members)
+    met = nodes * (1 - (1 - 1 / nodes) ** w.top_k)
+    copies = np.where(site.routes_by_node, np.minimum(1.0, met / np.maximum(w.top_k, 1)), 1.0)
+    return 2 * all_to_all(group, sent, copies, hardware, site)
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,14 @@ def all_gather(group: Group, size_bytes: Floats) -> Floats:
     return np.where(n > 1, hops * group.latency + (n - 1) / n * size_bytes / group.bytes_per_s, 0.0)
 
 
-def all_to_all(group: Group, size_bytes: Floats, hardware: Hardware, site: Site) -> Floats:
-    """Seconds to exchange `size_bytes` of each rank evenly; the inner and the outer part overlap."""
+def all_to_all(group: Group, size_bytes: Floats, outer_share: Floats, hardware: Hardware, site: Site) -> Floats:
+    """Seconds to exchange `size_bytes` of each rank evenly; the inner and the outer part overlap.
+
+    `outer_share` is what remains of the outer part when copies for one node travel together.
+    """
     n, inside = group.size, group.members
     inner = size_bytes * (inside - 1) / n / (hardware.tier_bandwidth[0] * site.intra_node_efficiency)
-    outer = size_bytes * (n - inside) / n / (hardware.tier_bandwidth[1] * site.inter_node_efficiency)
+    outer = outer_share * size_bytes * (n - inside) / n / (hardware.tier_bandwidth[1] * site.inter_node_efficiency)
     return np.where(n > 1, group.latency * np.sqrt(n) + np.maximum(inner, outer), 0.0)
 
 

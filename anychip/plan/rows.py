@@ -41,13 +41,15 @@ class Run:
     """One measured run, ready to be predicted."""
 
     id: str
-    source: str  # whose measurement it is: what leave-one-source-out leaves out
+    source: str  # the page or table it was printed in
+    publisher: str  # whose measurements they are, over all its pages
     model: str  # what leave-one-model-out leaves out
     software: Software
     chip: str  # as the catalogue names it
     devices: int
     devices_per_node: int | None
     inter_node_gbit_per_s: float | None  # a device
+    network: str  # name of the network between nodes, where it is known to behave in its own way
     workload: Workload
     layout: Layout
     seconds: float | None
@@ -144,12 +146,14 @@ def _vtrain_run(row: dict[str, str], number: int) -> Run:
     return Run(
         id=f"vtrain-{'multi' if multi else 'single'}-{number}",
         source="vTrain multi-node" if multi else "vTrain single-node",
+        publisher="VIA-Research/vTrain",
         model=workload.name,
         software="megatron-2021",
         chip="a100-80g",
         devices=devices,
         devices_per_node=8,
         inter_node_gbit_per_s=100.0,
+        network="",
         workload=workload,
         layout=layout,
         seconds=float(row["iteration time (ms)"]) / 1e3,
@@ -224,19 +228,21 @@ def _published_run(row: dict[str, str], number: int) -> Run:
     used = "nvidia-smi" in text.notes
     return Run(
         id=row["id"],
-        source=_source(text),
+        source=text.cell("source"),
+        publisher=_publisher(text),
         model=_model(text, workload),
         software=software,
         chip=_chip(text),
         devices=devices,
         devices_per_node=text.integer("devices_per_node"),
-        inter_node_gbit_per_s=_network(text),
+        inter_node_gbit_per_s=_network_speed(text),
+        network="omni-path" if "omni-path" in text.cell("inter_node_link").lower() else "",
         workload=workload,
         layout=layout,
         seconds=seconds,
         memory_bytes=None if memory is None else memory * (1e9 if used else 2**30),
         memory_kind="used" if used else "allocated",
-        group=f"{_source(text)} {workload.name} {workload.hidden} {workload.layers} {workload.heads} "
+        group=f"{_publisher(text)} {workload.name} {workload.hidden} {workload.layers} {workload.heads} "
         f"{workload.seq_length} {devices} {workload.global_batch}",
         facts=(("gradient_bytes", 6.0),) if "bf16-optimizer" in text.cell("zero_stage_or_dist_opt") else (),
         assumed=tuple(assumed),
@@ -582,7 +588,7 @@ def _chip(text: _Text) -> str:
     return _CHIPS[chip]
 
 
-def _network(text: _Text) -> float | None:
+def _network_speed(text: _Text) -> float | None:
     """Gbit/s a device from texts such as `8x200Gb/s HDR InfiniBand per node`."""
     link, per_node = text.cell("inter_node_link"), text.integer("devices_per_node") or 8
     if found := re.search(r"(?:(\d+)x)?(\d+)\s*Gb/s", link):
@@ -590,7 +596,7 @@ def _network(text: _Text) -> float | None:
     return None
 
 
-def _source(text: _Text) -> str:
+def _publisher(text: _Text) -> str:
     """The measuring party and publication, without commit, file and section."""
     words = text.cell("source").replace("github ", "")
     return re.split(r"[ :\[]", words, maxsplit=1)[0] if not words.startswith("arXiv") else " ".join(words.split()[:2])

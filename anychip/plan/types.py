@@ -177,6 +177,7 @@ class Site:
     causal_skip: bool = True  # fused attention skips the upper triangle
     fused_pointwise: bool = True  # bias, activation, dropout, rope and norm in one kernel each
     dropout: bool = False
+    routes_by_node: bool = False  # a token goes to a node once, however many of its experts are there
     reduce_bytes: int = 4  # of one gradient when it is reduced
     gradient_bytes: int = 4  # main gradient of one parameter in memory
     optimizer_bytes: float = 12.0  # Adam's state of one parameter: fp32 weight and two moments

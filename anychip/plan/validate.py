@@ -110,7 +110,7 @@ def validate(paths: Path | Sequence[Path], site: Site | None = None) -> Validati
             where=paths if isinstance(paths, Path) else paths[0],
             do=f"The first reason: {skipped[0].reason}." if skipped else "The file has no rows.",
         )
-    return validate_runs(runs, skipped, (lambda _: site) if site else default_site_of)
+    return validate_runs(runs, skipped, site)
 
 
 def default_site_of(run: Run) -> Site:
@@ -118,8 +118,12 @@ def default_site_of(run: Run) -> Site:
     return default_site(run.chip, run.software)
 
 
-def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site_for: Callable[[Run], Site]) -> ValidationReport:
+def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site: Site | None = None) -> ValidationReport:
     """As `validate`, for runs that were read already."""
+
+    def site_for(run: Run) -> Site:
+        return site or default_site_of(run)
+
     timed = [run for run in runs if run.seconds]
     seconds = dict(zip(map(id, timed), predict_runs(timed, site_for), strict=True)) if timed else {}
     rows = [
@@ -128,7 +132,7 @@ def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site_for: Cal
             site=site_for(run).name,
             predicted_seconds=float(seconds[id(run)]) if id(run) in seconds else None,
             baseline_seconds=baseline_seconds(run) if run.seconds else None,
-            predicted_memory=predicted_memory(run, site_for(run)) if run.memory_bytes else None,
+            predicted_memory=predicted_memory(run, facts_of(run, site)) if run.memory_bytes else None,
         )
         for run in runs
     ]
@@ -147,7 +151,7 @@ def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site_for: Cal
 
 
 def _label(run: Run) -> str:
-    return f"{run.source} on {chip_family(run.chip)}, {run.software}"
+    return f"{run.publisher} on {chip_family(run.chip)}, {run.software}"
 
 
 def _by_label(
@@ -204,8 +208,11 @@ def baseline_seconds(run: Run) -> float:
 
 
 def predicted_memory(run: Run, site: Site) -> float:
-    """Bytes on the fullest rank, as the source counts them: what tensors take, or everything in use."""
+    """Bytes on the fullest rank, as the source counts them: what tensors take, or everything in use.
+
+    Of `site` only what it says of memory counts; by default that is the software's, see `calibrate.BASES`.
+    """
     w = work_of(run.workload)
-    terms = memory_by_rank(w, table_of([run.layout], w.layers), run.layout, facts_of(run, site))
+    terms = memory_by_rank(w, table_of([run.layout], w.layers), run.layout, site)
     every = allocated_bytes(terms) if run.memory_kind == "allocated" else np.asarray(sum(terms.values()))
     return float(every.max())
