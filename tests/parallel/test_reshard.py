@@ -108,6 +108,7 @@ def by_world_size(items: list[Any], run_of: Any) -> dict[int, list[Any]]:
     return groups
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_forty_random_pairs_of_layouts_hold_the_same_bits_by_name(tmp_path: Path) -> None:
     drawn = pairs()
