@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from anychip.errors import InputError
 from anychip.plan.cost import step_terms
 from anychip.plan.machine import machine_of_chip
-from anychip.plan.rows import Run, Software
+from anychip.plan.rows import Run, Skipped, Software
 from anychip.plan.shapes import Work, work_of
 from anychip.plan.table import Hardware, Table, hardware_of, table_of
 from anychip.plan.types import Floats, Site
@@ -291,11 +292,11 @@ def _with_knobs(site: Site, knobs_from: Site, knobs: Sequence[str]) -> Site:
 
 
 def _source_weights(runs: Sequence[Run]) -> Floats:
-    """Runs of a source with very many count less each, so that one sweep does not settle a chip alone."""
+    """Runs of a table with very many count less each, so that one sweep does not settle a chip alone."""
     counts: dict[str, int] = {}
     for run in runs:
-        counts[run.publisher] = counts.get(run.publisher, 0) + 1
-    return np.array([min(1.0, (60.0 / counts[run.publisher]) ** 0.5) for run in runs])
+        counts[run.source] = counts.get(run.source, 0) + 1
+    return np.array([min(1.0, (40.0 / counts[run.source]) ** 0.5) for run in runs])
 
 
 def cross_validate(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> Floats:
@@ -321,3 +322,76 @@ def predict_runs(runs: Sequence[Run], site_for: Callable[[Run], Site]) -> Floats
     for name, indices in groups.items():
         predicted[indices] = Sample.of([runs[index] for index in indices]).predict(sites[name])
     return predicted
+
+
+def spread(predicted: Floats, measured: Floats) -> float:
+    """Standard deviation of log(measured / predicted) that a few outliers do not move: 1.48 x median deviation."""
+    return float(1.4826 * np.median(np.abs(np.log(measured / predicted))))
+
+
+# --- a team's own site ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A site fitted to a team's own runs, and what it is worth on runs that it was not fitted to."""
+
+    site: Site
+    runs: int
+    before: float  # mean absolute error of the site it started from
+    fitted: float  # of the new site on the runs it was fitted to
+    held_out: float | None  # of sites fitted without the run's model (or run, where there is one model only)
+    held_out_by: str
+    skipped: tuple[Skipped, ...] = ()
+
+
+def calibrate(runs: Sequence[Run], start: Site, name: str, skipped: Sequence[Skipped] = ()) -> Calibration:
+    """Fit at most ten scalars of `start` to measured runs. Raises InputError when no run has a time."""
+    timed = [run for run in runs if run.seconds]
+    if not timed:
+        raise InputError(
+            "no run has a measured time.", do="Fill in step_time_s or tokens_per_s_per_device for at least one run."
+        )
+    knobs = knobs_for(timed)
+    sample = Sample.of(timed)
+    site = fit_site(sample, start, knobs, name)
+    models = {run.model for run in timed}
+    by = "model" if len(models) > 1 else "run"
+    held: Floats | None = None
+    if len(timed) > 1:
+        held = np.empty(len(timed))
+        keys = [run.model if by == "model" else run.id for run in timed]
+        for one in dict.fromkeys(keys):
+            rest = [run for run, key in zip(timed, keys, strict=True) if key != one]
+            chosen = [index for index, key in enumerate(keys) if key == one]
+            other = fit_site(Sample.of(rest), start, knobs)
+            held[chosen] = Sample.of([timed[index] for index in chosen]).predict(other)
+    sigma = max(0.02, spread(held, sample.seconds)) if held is not None else start.relative_sigma
+    source = f"fitted on {len(timed)} runs of {len(models)} models, from {start.name}"
+    return Calibration(
+        site=replace(site, relative_sigma=sigma, source=source),
+        runs=len(timed),
+        before=_mean_error(sample.predict(start), sample.seconds),
+        fitted=_mean_error(sample.predict(site), sample.seconds),
+        held_out=_mean_error(held, sample.seconds) if held is not None else None,
+        held_out_by=by,
+        skipped=tuple(skipped),
+    )
+
+
+def knobs_for(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The scalars that these runs can say something about: ten at most."""
+    if all(era(run.software) == "megatron-2021" for run in runs):
+        return OLD_KNOBS
+    silent = set()
+    if all(run.workload.dtype != "fp8" for run in runs):
+        silent.add("low_precision_efficiency")
+    if all(run.workload.experts is None for run in runs):
+        silent.add("expert_efficiency")
+    if all(run.layout.tp == 1 for run in runs):
+        silent.add("tensor_overlap")
+    return tuple(knob for knob in MODERN_KNOBS if knob not in silent)
+
+
+def _mean_error(predicted: Floats, measured: Floats) -> float:
+    return float(np.abs(predicted / measured - 1).mean())

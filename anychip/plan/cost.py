@@ -20,6 +20,7 @@ from anychip.plan.types import Floats, Site
 NONE, SELECTIVE, FULL = 0, 1, 2
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = range(5)
 ATTENTION_HALF_LENGTH = 1024.0  # keys at which fused attention runs at half its speed
+WIDE_HEAD = 1.4  # fused kernels are made for heads of up to 128
 LAUNCH_NORM = 4.0
 LAUNCH_SYNC = 0.06  # host time a doubling of tensor parallelism adds: ranks wait for the slowest of them
 LAUNCH_BACKWARD = 1.5  # host time of a backward pass over a forward pass
@@ -139,7 +140,7 @@ def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
     heads = w.heads / t.tp
     flops = 2.0 * tokens * w.span * heads * (w.key_dim + w.value_dim)
     skip = np.where((w.causal > 0) & np.asarray(site.causal_skip), 0.5, 1.0)
-    long = 1 + ATTENTION_HALF_LENGTH / w.span
+    long = (1 + ATTENTION_HALF_LENGTH / w.span) * np.where(w.key_dim > 128, WIDE_HEAD, 1.0)
     fused = flops * skip * long / (hardware.half_peak * site.attention_efficiency)
     if np.all(site.fused_attention):
         return fused, 2.5 * fused

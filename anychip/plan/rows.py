@@ -46,6 +46,7 @@ class Run:
     model: str  # what leave-one-model-out leaves out
     software: Software
     chip: str  # as the catalogue names it
+    named_chip: bool  # the source names the chip, or its family
     devices: int
     devices_per_node: int | None
     inter_node_gbit_per_s: float | None  # a device
@@ -150,6 +151,7 @@ def _vtrain_run(row: dict[str, str], number: int) -> Run:
         model=workload.name,
         software="megatron-2021",
         chip="a100-80g",
+        named_chip=True,
         devices=devices,
         devices_per_node=8,
         inter_node_gbit_per_s=100.0,
@@ -233,6 +235,7 @@ def _published_run(row: dict[str, str], number: int) -> Run:
         model=_model(text, workload),
         software=software,
         chip=_chip(text),
+        named_chip="unspecified" not in text.cell("chip"),
         devices=devices,
         devices_per_node=text.integer("devices_per_node"),
         inter_node_gbit_per_s=_network_speed(text),
@@ -244,9 +247,17 @@ def _published_run(row: dict[str, str], number: int) -> Run:
         memory_kind="used" if used else "allocated",
         group=f"{_publisher(text)} {workload.name} {workload.hidden} {workload.layers} {workload.heads} "
         f"{workload.seq_length} {devices} {workload.global_batch}",
-        facts=(("gradient_bytes", 6.0),) if "bf16-optimizer" in text.cell("zero_stage_or_dist_opt") else (),
+        facts=tuple(_facts(text)),
         assumed=tuple(assumed),
     )
+
+
+def _facts(text: _Text) -> Iterator[tuple[str, float]]:
+    """What a row says of its software beyond the software's habits."""
+    if "bf16-optimizer" in text.cell("zero_stage_or_dist_opt"):
+        yield "gradient_bytes", 6.0  # fp32 accumulation beside the bf16 gradient, as its notes say
+    if text.note(r"--position-embedding-type (alibi)"):
+        yield "fused_attention", False  # a bias on every score
 
 
 class _Text:
@@ -528,6 +539,8 @@ def _recompute(text: _Text, assumed: list[str]) -> tuple[Any, int]:
 
 def _software(text: _Text) -> Software:
     framework = text.cell("framework").lower()
+    if framework in ("deepspeed", "pytorch", "mindspore") and "zero3" in text.cell("zero_stage_or_dist_opt").lower():
+        return "deepspeed"  # parameters gathered by every micro-batch, nothing beside it
     for words, software in (
         (("mindspeed",), "mindspeed"),
         (("mindformers", "mindspore"), "mindformers"),
@@ -538,8 +551,6 @@ def _software(text: _Text) -> Software:
     ):
         if any(word in framework for word in words):
             return software  # type: ignore[return-value]
-    if framework in ("deepspeed", "pytorch"):
-        return "deepspeed"
     if framework == "megatron-lm" and not text.cell("source").lower().startswith("github moore"):
         return "megatron-2021"
     return "megatron"
