@@ -88,14 +88,15 @@ class LinkedWork final : public Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
     auto future = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
     auto self = c10::intrusive_ptr<LinkedWork>::reclaim_copy(this);
-    inner_->getFuture()->addCallback([self, future](c10::ivalue::Future& inner) {
-      if (inner.hasError()) {
-        future->setError(inner.exception_ptr());
-        return;
+    // A thread of its own: inside gloo's callback, its work does not yet count as done.
+    std::thread([self, future] {
+      try {
+        self->wait();
+        future->markCompleted(self->outputs_);
+      } catch (...) {
+        future->setError(std::current_exception());
       }
-      self->wait();
-      future->markCompleted(self->outputs_);
-    });
+    }).detach();
     return future;
   }
 
