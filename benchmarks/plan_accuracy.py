@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from anychip.chips.catalog import load_catalog
 from anychip.plan.calibrate import chip_family, cross_validate, facts_of, fit_tree, predict_runs, spread
 from anychip.plan.rows import Run, read_rows
 from anychip.plan.sites import FOLDER, write_site
@@ -29,13 +28,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--write-sites", action="store_true")
     options = parser.parse_args()
-    known = load_catalog()
     published, multi, single = (
-        [run for run in read_rows(options.data / name)[0] if run.chip in known]
-        for name in ("runs.csv", "vtrain_multi.csv", "vtrain_single.csv")
+        read_rows(options.data / name)[0] for name in ("runs.csv", "vtrain_multi.csv", "vtrain_single.csv")
     )
     if options.write_sites:
-        write_sites([run for run in published + multi + single if run.seconds])
+        write_sites([run for run in published + multi + single if run.seconds and run.named_chip])
     else:
         print_table(published, multi, single)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from anychip.chips.catalog import load_catalog
 from anychip.errors import InputError
 from anychip.plan.shapes import flops_per_token, num_parameters, work_of
 from anychip.plan.types import Experts, LatentAttention, Layout, Workload
@@ -591,7 +592,7 @@ def _megatron_hardware_flops(workload: Workload) -> float:
 
 def _chip(text: _Text) -> str:
     chip = text.cell("chip")
-    if chip not in _CHIPS:
+    if _CHIPS.get(chip) not in load_catalog():
         raise _Incomplete(f"chip {chip!r} is not in the catalogue")
     # Sources name the server and not the bin; the same jobs run 12 to 20 % faster in one than in the other.
     if chip == "Ascend-910B" and re.search("900 A2 POD", text.notes, re.IGNORECASE):

@@ -18,7 +18,7 @@ from anychip.plan.memory import allocated_bytes
 from anychip.plan.predict import memory_by_rank
 from anychip.plan.rows import Run, Skipped, read_rows
 from anychip.plan.shapes import flops_per_token, work_of
-from anychip.plan.sites import default_site
+from anychip.plan.sites import shipped_sites
 from anychip.plan.table import table_of
 from anychip.plan.types import Floats, Site
 
@@ -114,8 +114,8 @@ def validate(paths: Path | Sequence[Path], site: Site | None = None) -> Validati
 
 
 def default_site_of(run: Run) -> Site:
-    """The shipped site of a run's chip and software."""
-    return default_site(run.chip, run.software)
+    """The shipped site of a run's chip, software and network."""
+    return shipped_sites().site_for(run)
 
 
 def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site: Site | None = None) -> ValidationReport:
