@@ -35,6 +35,7 @@ def on_device(
     """
     library()  # compiled once, before the clock starts
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_pool_imports"])
     results = folder / f"on-device-{uuid.uuid4().hex}"
     results.mkdir()
     processes = [

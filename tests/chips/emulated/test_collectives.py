@@ -195,6 +195,12 @@ def _tensor_parallel() -> list[str]:
     return _steps(model, device, fused=False, seed=0)
 
 
+def _replicated() -> list[str]:
+    """DistributedDataParallel, which waits by futures."""
+    device = _device()
+    return _steps(nn.parallel.DistributedDataParallel(_layers(device)), device, fused=True, seed=100 * dist.get_rank())
+
+
 def _pipeline() -> list[str]:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -211,7 +217,9 @@ def _pipeline() -> list[str]:
     return [x.norm().item().hex() for x in (*losses, *gradients) if x is not None]
 
 
-@pytest.mark.parametrize("work", [_sharded, _tensor_parallel, _pipeline], ids=lambda work: work.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "work", [_sharded, _replicated, _tensor_parallel, _pipeline], ids=lambda work: work.__name__.strip("_")
+)
 def test_a_model_split_over_two_processes_trains_as_on_the_cpu(work: Any, tmp_path: Path) -> None:
     worst = "worst,memory=100MB,cpu_watch"
     there = on_device(work, tmp_path, world_size=2, quirks=worst)
