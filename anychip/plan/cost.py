@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anychip.plan.gemm import BYTES, linear_seconds, product_seconds
+from anychip.plan.gemm import linear_seconds, product_seconds
 from anychip.plan.network import all_gather, all_reduce, all_to_all, group_of, point_to_point
 from anychip.plan.shapes import Work, attention_shapes, parameters
 from anychip.plan.table import Hardware, Table, micro_batches
@@ -169,16 +169,16 @@ def _pointwise_bytes(w: Work, t: Table, tokens: Floats, share: Floats, site: Sit
     residual = 2 * (2 + 2 + 2 + dropout) * w.hidden
     width = w.heads * w.key_dim + 2 * w.kv_heads * w.key_dim
     heads = 4 * width  # rope or transposes read and write queries, keys and values
-    inner = (1 - share) * w.ffn + share * (w.top_k * w.moe_ffn * t.tp / (t.expert_tp * t.tp) + w.shared_ffn)
+    inner = (1 - share) * w.ffn + share * (w.top_k * w.moe_ffn / t.expert_tp + w.shared_ffn)
     activation = 2 * (2 + w.gated) * inner
     routed = share * w.top_k * 4 * 2 * w.hidden / np.where(t.sp > 0, t.tp, 1.0)  # permute and unpermute
     loose = np.where(site.fused_pointwise, 1.0, 1.5)
-    return tokens * (((norms + residual) / shard + (heads + activation) / t.tp) * loose + routed)
+    return w.element / 2 * tokens * (((norms + residual) / shard + (heads + activation) / t.tp) * loose + routed)
 
 
 def _tensor_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> Floats:
     group = group_of(t.tp, np.ones_like(t.tp), hardware, site)
-    return 2 * all_reduce(group, tokens * w.hidden * BYTES) * (1 - t.overlap_tensor * site.tensor_overlap)
+    return 2 * all_reduce(group, tokens * w.hidden * w.element) * (1 - t.overlap_tensor * site.tensor_overlap)
 
 
 def _context_seconds(w: Work, t: Table, tokens: Floats, core: Floats, hardware: Hardware, site: Site) -> Floats:
@@ -187,9 +187,9 @@ def _context_seconds(w: Work, t: Table, tokens: Floats, core: Floats, hardware: 
         return np.zeros_like(tokens)
     group = group_of(t.cp, t.tp, hardware, site)
     keys = w.kv_heads * (w.key_dim + w.value_dim) / t.tp
-    gathered = all_gather(group, tokens * t.cp * keys * BYTES)
+    gathered = all_gather(group, tokens * t.cp * keys * w.element)
     queries = w.heads * (w.key_dim + w.value_dim) / t.tp
-    swapped = all_to_all(group, tokens * (queries + keys) * BYTES, np.ones_like(tokens), hardware, site)
+    swapped = all_to_all(group, tokens * (queries + keys) * w.element, np.ones_like(tokens), hardware, site)
     ring = np.maximum(0.0, gathered - core * (t.cp - 1) / t.cp)
     return np.select([t.method == 0, t.method == 1], [ring, gathered], swapped)
 
@@ -200,7 +200,7 @@ def _expert_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
         return np.zeros_like(tokens)
     group = group_of(t.ep, t.expert_tp, hardware, site)
     mine = tokens / np.where(t.sp > 0, t.tp, 1.0)
-    sent = mine * w.top_k * w.hidden * BYTES
+    sent = mine * w.top_k * w.hidden * w.element
     # Copies that leave the node: one for each expert there, or one for each node that holds any of them.
     nodes = np.maximum(1.0, t.ep / group.members)
     met = nodes * (1 - (1 - 1 / nodes) ** w.top_k)
@@ -221,8 +221,8 @@ def end_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> EndCost:
     tokens = w.seq * t.mbs / t.cp
     rate = hardware.bandwidth * site.memory_efficiency
     group = group_of(t.tp, np.ones_like(t.tp), hardware, site)
-    reduce = np.where(t.sp > 0, 0.5, 1.0) * all_reduce(group, tokens * w.hidden * BYTES)
-    first = reduce * 2 + tokens * w.hidden * BYTES * 4 / rate
+    reduce = np.where(t.sp > 0, 0.5, 1.0) * all_reduce(group, tokens * w.hidden * w.element)
+    first = reduce * 2 + tokens * w.hidden * w.element * 4 / rate
     half = replace(hardware, peak=hardware.half_peak, low_precision=np.zeros_like(hardware.low_precision))
     logits = sum(linear_seconds(tokens, w.vocab / t.tp, w.hidden, half, site))
     loss = tokens * w.vocab / t.tp * 20.0 / rate
@@ -312,7 +312,7 @@ def _bubble(t: Table, m: Floats, others: Floats, slowest: Floats, layer: LayerCo
 
 def _pipeline_seconds(w: Work, t: Table, m: Floats, hardware: Hardware, site: Site) -> Floats:
     """Sends between stages waited for: two a micro-batch and chunk, and one way through at the ends."""
-    size = w.seq * t.mbs / t.cp * w.hidden * BYTES / t.tp
+    size = w.seq * t.mbs / t.cp * w.hidden * w.element / t.tp
     hop = point_to_point(t.tp * t.cp * t.dp, size, hardware, site)
     chunks = np.where(t.schedule == INTERLEAVED, t.vpp, 1.0)
     return np.where(t.pp > 1, hop * (2 * m * chunks + 2 * (t.pp - 1)), 0.0)
@@ -331,10 +331,10 @@ def _update_seconds(
     everyone = group_of(replicas, t.tp, hardware, site)
     reduce = np.where(
         t.zero > 0,
-        all_gather(group, held * site.reduce_bytes) + all_gather(group, held * BYTES),
+        all_gather(group, held * site.reduce_bytes) + all_gather(group, held * w.element),
         all_reduce(everyone, held * site.reduce_bytes),
     )
-    fully = m * (2 * all_gather(group, held * BYTES) + all_gather(group, held * site.reduce_bytes))
+    fully = m * (2 * all_gather(group, held * w.element) + all_gather(group, held * site.reduce_bytes))
     traffic = np.where(t.zero == 3, fully, reduce)
     beside = np.where(t.zero == 3, m, 1.0) * layers * layer.backward.seconds
     hidden = np.minimum(traffic * site.data_overlap * t.overlap_data, beside)

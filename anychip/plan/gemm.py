@@ -12,8 +12,6 @@ import numpy as np
 from anychip.plan.table import Hardware
 from anychip.plan.types import Floats, Site
 
-BYTES = 2.0  # of an activation or weight in half precision
-
 
 def product_seconds(
     m: Floats, n: Floats, k: Floats, hardware: Hardware, site: Site, count: Floats | float = 1.0
@@ -23,7 +21,7 @@ def product_seconds(
     flops = 2.0 * area * k * count
     narrow = 1.0 - hardware.low_precision * (1.0 - site.low_precision_efficiency)
     idle = 1.0 + site.matmul_half_area / np.maximum(area * count, 1.0)
-    moved = BYTES * (m * k + k * n + area) * count
+    moved = hardware.element * (m * k + k * n + area) * count
     return np.asarray(
         flops * idle / (hardware.peak * site.matmul_efficiency * narrow)
         + site.matmul_traffic * moved / (hardware.bandwidth * site.memory_efficiency)

@@ -76,7 +76,7 @@ def machine_of_chip(
         devices_per_node=per_node,
         peak_flops=_peaks(chip),
         memory_bytes=_needed(chip, "memory_gb") * 1e9,
-        memory_bytes_per_s=_needed(chip, "memory_gb_per_s") * 1e9,
+        memory_bytes_per_s=chip.memory_gb_per_s.value * 1e9 if chip.memory_gb_per_s else 0.0,
         tiers=_tiers(devices, per_node, supernode, intra_node_gb_per_s * 1e9, inter_node_gbit_per_s * 1e9 / 8),
         watts_per_device=watts_per_device,
         torch_device_type=chip.torch_device_type,
@@ -95,14 +95,10 @@ def _tiers(devices: int, per_node: int, supernode: int | None, inside: float, ou
 
 
 def _peaks(chip: Chip) -> dict[str, float]:
+    """Dense FLOP/s by type; empty where nobody has published any, which a site that measured the chip can fill in."""
     peaks: dict[str, float] = {dtype: figure.value * 1e12 for dtype, figure in chip.peak_tflops.items()}
     if "fp8" not in peaks and "int8" in peaks and chip.vendor in ("nvidia", "amd") and (chip.year or 0) >= 2022:
         peaks["fp8"] = peaks["int8"]
-    if not peaks:
-        raise InputError(
-            f"nobody has published a dense peak of {chip.id}.",
-            do="Measure the chip with `anychip bench chip`, or plan with a chip of known peak.",
-        )
     return peaks
 
 

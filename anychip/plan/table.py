@@ -129,6 +129,7 @@ class Hardware:
 
     peak: Floats  # in the compute type
     half_peak: Floats  # in half precision, where attention stays
+    element: Floats  # bytes of an activation
     low_precision: Floats  # 1 where the compute type is narrower than half precision
     memory: Floats
     bandwidth: Floats
@@ -158,6 +159,7 @@ def hardware_of(machines: Sequence[Machine], dtypes: Sequence[str]) -> Hardware:
     return Hardware(
         peak=array([peak_of(m, dtype) for m, dtype in zip(machines, dtypes, strict=True)]),
         half_peak=array([peak_of(m, "bf16" if d == "fp8" else d) for m, d in zip(machines, dtypes, strict=True)]),
+        element=array([4.0 if dtype == "fp32" else 2.0 for dtype in dtypes]),
         low_precision=array([float(dtype == "fp8") for dtype in dtypes]),
         memory=array([m.memory_bytes for m in machines]),
         bandwidth=array([m.memory_bytes_per_s for m in machines]),

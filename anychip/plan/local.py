@@ -1,0 +1,110 @@
+"""The machine at hand as the planner sees it: what `anychip bench chip` measured, as a machine and a site.
+
+The peak is the fastest product measured, so the site's efficiencies are near one and say how products of other shapes
+and attention compare with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anychip.errors import InputError
+from anychip.plan.calibrate import BASES, KNOBS
+from anychip.plan.gemm import product_seconds
+from anychip.plan.table import hardware_of
+from anychip.plan.types import LinkTier, Machine, Site
+
+_FIELDS = ("gemm", "memory_gb_per_s", "device")
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """The JSON of `anychip bench chip`. Raises InputError when it is not that."""
+    try:
+        bench = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot be read as JSON: {error}.", where=path, do="Write it with `anychip bench chip`."
+        ) from None
+    missing = [name for name in _FIELDS if not isinstance(bench, dict) or name not in bench]
+    if missing or not bench["gemm"] or not bench["memory_gb_per_s"]:
+        raise InputError(
+            f"lacks {', '.join(missing) or 'measured products or memory'}.",
+            where=path,
+            do="Write it with `anychip bench chip --out FILE`.",
+        )
+    return bench
+
+
+def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
+    """`processes` of the measured device on one node, which share its memory."""
+    peaks = {dtype: max(case["flops_per_second"] for case in cases) for dtype, cases in _by_dtype(bench).items()}
+    bandwidth, latency = _link(bench)
+    return Machine(
+        name=str(bench["device"]),
+        chip=str(bench.get("chip") or "local"),
+        devices=processes,
+        devices_per_node=processes,
+        peak_flops=peaks,
+        memory_bytes=memory_bytes / processes,
+        memory_bytes_per_s=bench["memory_gb_per_s"] * 1e9,
+        tiers=(LinkTier("node", processes, bandwidth, latency),),
+    )
+
+
+def site_of_bench(bench: dict[str, Any], dtype: str) -> Site:
+    """Efficiencies of products and attention in `dtype`; the rest as modern software has it.
+
+    Products are fitted by least squares of log(time) over efficiency and half area, on a grid: two scalars do not
+    need more.
+    """
+    cases = _by_dtype(bench).get(dtype)
+    if not cases:
+        known = ", ".join(sorted(_by_dtype(bench)))
+        raise InputError(f"no product was measured in {dtype}.", do=f"Measured types: {known}.")
+    base = replace(BASES["fsdp"], name=f"{bench['device']}, {dtype}", memory_efficiency=1.0, intra_node_efficiency=1.0)
+    hardware = hardware_of([machine_of_bench(bench, 1, 1.0)], [dtype])
+    m, n, k = (np.array([case[name] for case in cases], dtype=np.float64) for name in ("m", "n", "k"))
+    measured = 2 * m * n * k / np.array([case["flops_per_second"] for case in cases])
+    area = KNOBS["matmul_half_area"]
+    candidates = [
+        replace(base, matmul_efficiency=float(efficiency), matmul_half_area=float(half))
+        for efficiency in np.linspace(0.3, 1.0, 29)
+        for half in np.geomspace(area.low / 100, area.high, 25)
+    ]
+    best = min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
+    attention = [case["flops_per_second"] for case in bench.get("attention", []) if case["dtype"] == dtype]
+    share = max(attention) / float(hardware.peak) if attention else base.attention_efficiency
+    return replace(
+        best,
+        attention_efficiency=min(0.95, max(0.02, share)),
+        reserved_bytes=3e8,  # interpreter and libraries of one process
+        relative_sigma=0.2,
+        source=f"anychip bench chip: {len(cases)} products",
+    )
+
+
+def _distance(predicted: np.ndarray, measured: np.ndarray) -> float:
+    return float(np.abs(np.log(predicted / measured)).sum())
+
+
+def _by_dtype(bench: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for case in bench["gemm"]:
+        found.setdefault(case["dtype"], []).append(case)
+    return found
+
+
+def _link(bench: dict[str, Any]) -> tuple[float, float]:
+    """Bytes/s of a ring through the measured processes, and seconds of a hop; memory's speed where nothing was."""
+    reduced = [case for case in bench.get("collectives") or [] if case["op"] == "all_reduce"]
+    if not reduced:
+        return bench["memory_gb_per_s"] * 1e9, 1e-5
+    small, large = min(reduced, key=lambda case: case["bytes"]), max(reduced, key=lambda case: case["bytes"])
+    ranks = large["world_size"]
+    travelled = 2 * (ranks - 1) / ranks * large["bytes"]
+    return travelled / large["seconds"], small["seconds"] / 2
