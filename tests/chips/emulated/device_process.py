@@ -17,6 +17,15 @@ import pytest
 
 from anychip.chips.emulated.build import find_compiler, library
 
+# Imported once in the server that processes are forked from. Installed modules only: it does not see the tests' folder.
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "anychip.train.engine",
+]
+
 needs_device = pytest.mark.skipif(find_compiler() is None, reason="the emulated device needs a C++ compiler")
 
 
@@ -35,7 +44,7 @@ def on_device(
     """
     library()  # compiled once, before the clock starts
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_pool_imports"])
+    context.set_forkserver_preload(PRELOAD)
     results = folder / f"on-device-{uuid.uuid4().hex}"
     results.mkdir()
     processes = [

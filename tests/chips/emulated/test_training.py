@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -44,54 +43,70 @@ def _state(runs: Path) -> dict[str, torch.Tensor]:
     return dict(store.read(newest))
 
 
-@pytest.mark.parametrize("quirks", ["", "worst"])
-def test_it_trains_to_the_cpus_losses(
-    folder: Path, tmp_path: Path, quirks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ANYCHIP_CHIP", "emulated")
-    monkeypatch.setenv("ANYCHIP_EMULATED", quirks)
-    runs = tmp_path / "runs"
-    shutil.copytree(folder / "prepared", runs)
-    finish(folder, "train", "tiny.yaml", "--runs", str(runs))
-    expected, found = _rows(folder / "cpu"), _rows(runs)
+@pytest.fixture(scope="module")
+def emulated(folder: Path) -> Path:
+    """The same training on the emulated chip."""
+    shutil.copytree(folder / "prepared", folder / "emulated")
+    with pytest.MonkeyPatch.context() as patch:
+        _on_emulated_chip(patch, "cpu_watch")
+        finish(folder, "train", "tiny.yaml", "--runs", str(folder / "emulated"))
+    return folder / "emulated"
+
+
+def _on_emulated_chip(patch: pytest.MonkeyPatch, quirks: str) -> None:
+    patch.setenv("ANYCHIP_CHIP", "emulated")
+    patch.setenv("ANYCHIP_EMULATED", quirks)
+
+
+def _assert_trained_as_on_the_cpu(runs: Path, cpu: Path) -> None:
+    expected, found = _rows(cpu), _rows(runs)
     assert [row["step"] for row in found] == list(range(1, 13))
     for there, here in zip(found, expected, strict=True):  # the chip's sums are in fp32, the CPU's in fp64
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-6)
         assert there["grad_norm"] == pytest.approx(here["grad_norm"], rel=1e-6)
         assert 0 < there["memory_bytes"] < 100_000_000
-    weights = _state(folder / "cpu")
+    weights = _state(cpu)
     for name, tensor in _state(runs).items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-6)
 
 
+def test_it_trains_to_the_cpus_losses(folder: Path, emulated: Path) -> None:
+    _assert_trained_as_on_the_cpu(emulated, folder / "cpu")
+
+
+def test_it_does_so_with_every_quirk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_emulated_chip(monkeypatch, "worst")
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "prepared", runs)
+    finish(folder, "train", "tiny.yaml", "--runs", str(runs))
+    _assert_trained_as_on_the_cpu(runs, folder / "cpu")
+
+
 def test_a_killed_run_continues_with_the_same_bits(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ANYCHIP_CHIP", "emulated")
-    monkeypatch.setenv("ANYCHIP_EMULATED", "cpu_watch")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for runs in (whole, killed):
-        shutil.copytree(folder / "prepared", runs)
-    finish(folder, "train", "tiny.yaml", "--runs", str(whole))
-    for steps in (5, 3):
-        process = start(folder, "train", "tiny.yaml", "--runs", str(killed))
-        assert process.stdout is not None
-        for _ in range(steps):
-            process.stdout.readline()
-        time.sleep(0.02)
-        process.kill()
-        process.communicate()
-    finish(folder, "train", "tiny.yaml", "--runs", str(killed))
-    assert [(row["step"], row["loss"]) for row in _rows(killed)] == [(row["step"], row["loss"]) for row in _rows(whole)]
-    expected = _state(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _state(killed).items())
+    _on_emulated_chip(monkeypatch, "cpu_watch")
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "prepared", runs)
+    process = start(folder, "train", "tiny.yaml", "--runs", str(runs))
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 5/"):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    newest = CheckpointStore(runs / "tiny/checkpoints").latest()
+    assert newest is not None
+    assert newest.step < 12
+    finish(folder, "train", "tiny.yaml", "--runs", str(runs))
+    assert [(row["step"], row["loss"]) for row in _rows(runs)] == [
+        (row["step"], row["loss"]) for row in _rows(emulated)
+    ]
+    expected = _state(emulated)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _state(runs).items())
 
 
-def test_too_little_memory_is_said_without_a_traceback(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ANYCHIP_CHIP", "emulated")
-    monkeypatch.setenv("ANYCHIP_EMULATED", "memory=10KB")
+def test_too_little_memory_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_emulated_chip(monkeypatch, "memory=10KB")
     runs = tmp_path / "runs"
     shutil.copytree(folder / "prepared", runs)
     process = start(folder, "train", "tiny.yaml", "--runs", str(runs))
