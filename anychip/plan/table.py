@@ -55,7 +55,8 @@ def table_of(layouts: Sequence[Layout], layers: Floats) -> Table:
     }
     shard = np.array([layout.shard for layout in layouts], dtype=np.float64)
     layers = np.broadcast_to(layers, shard.shape)
-    ends = np.array([_stage_ends(layout, int(count)) for layout, count in zip(layouts, layers, strict=True)])
+    pairs = zip(layouts, layers, strict=True)
+    ends = np.array([_stage_ends(layout, int(count)) for layout, count in pairs], dtype=np.float64).reshape(-1, 3)
     return Table(
         **column,
         shard=np.where(shard > 0, shard, column["dp"] * column["cp"]),

@@ -1,0 +1,117 @@
+"""Machines from clusters and the catalogue, from a measured chip, and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plan.workloads import DENSE, LAYOUT, SITE, machine
+
+from anychip.errors import InputError
+from anychip.plan.local import machine_of_bench, read_bench, site_of_bench
+from anychip.plan.machine import machine_of_chip, machines_of
+from anychip.plan.predict import predict
+from anychip.plan.sites import default_site
+from anychip.plan.types import Layout, Site, Workload
+from anychip.recipe.cluster import Cluster
+
+SMALL = Workload("small", 4, 256, 688, 4, 4, 64, 2048, 256, 8, dtype="fp32", biases="telechat2")
+
+
+def test_a_cluster_file_comes_before_the_catalogue() -> None:
+    cluster = Cluster.model_validate(
+        {
+            "name": "c",
+            "groups": [
+                {"name": "a", "chip": "ascend-910b3", "nodes": 4, "inter_node_gbit_per_s": 100},
+                {"name": "b", "chip": "ascend-910c-die", "nodes": 4, "supernode_nodes": 2},
+            ],
+        }
+    )
+    first, second = machines_of(cluster)
+    assert (first.devices, first.devices_per_node) == (32, 8)
+    assert first.tiers[-1].bytes_per_s == 12.5e9
+    assert [tier.devices for tier in second.tiers] == [16, 32, 64]
+    assert second.tiers[1].bytes_per_s == second.tiers[0].bytes_per_s
+
+
+def test_assumed_figures_are_listed() -> None:
+    found = machine_of_chip("mlu590", 64)
+    assert any("between nodes" in text for text in found.assumed)
+    assert not machine_of_chip("ascend-910b3", 64).assumed
+
+
+def test_an_unknown_peak_is_asked_for_and_a_site_can_give_it() -> None:
+    chip = machine_of_chip("mlu590", 64)
+    with pytest.raises(InputError, match="peak and the memory bandwidth of mlu590"):
+        predict(DENSE, LAYOUT, chip, SITE)
+    assert predict(DENSE, LAYOUT, chip, default_site("mlu590")).step_seconds > 0
+    given = Site(name="measured", peak_tflops=300, memory_gb_per_s=1600)
+    assert predict(DENSE, LAYOUT, chip, given).mfu > 0
+
+
+def test_unknown_chips_are_bad_input() -> None:
+    with pytest.raises(InputError, match="not a chip of the catalogue"):
+        machine_of_chip("ascend-910z", 8)
+
+
+def bench() -> dict[str, object]:
+    """What `anychip bench chip` would print for a device of 100 GFLOP/s that reaches 80 % of it on large products."""
+    cases = []
+    for size in (64, 256, 1024):
+        flops = 2.0 * size**3
+        seconds = flops * (1 + 2e4 / size**2) / 100e9 + 12 * size**2 / 20e9
+        cases.append({"dtype": "fp32", "m": size, "n": size, "k": size, "flops_per_second": flops / seconds})
+    return {
+        "device": "box",
+        "chip": None,
+        "gemm": cases,
+        "attention": [{"dtype": "fp32", "flops_per_second": 40e9}],
+        "memory_gb_per_s": 20.0,
+        "collectives": [
+            {"op": "all_reduce", "bytes": 1024, "seconds": 4e-4, "world_size": 2},
+            {"op": "all_reduce", "bytes": 1 << 24, "seconds": 0.0168, "world_size": 2},
+        ],
+    }
+
+
+def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(bench()))
+    measured = read_bench(path)
+    one, two = (machine_of_bench(measured, count, 8e9) for count in (1, 2))
+    site = site_of_bench(measured, "fp32")
+    assert two.tiers[0].bytes_per_s == pytest.approx((1 << 24) / 0.0168)
+    assert 0.8 <= site.matmul_efficiency <= 1.0
+    assert site.attention_efficiency == pytest.approx(40e9 / one.peak_flops["fp32"])
+    alone = predict(SMALL, Layout(zero=0), one, site)
+    pair = predict(SMALL, Layout(dp=2, zero=0), two, site)
+    assert alone.step_seconds / 2 < pair.step_seconds < alone.step_seconds
+    with pytest.raises(InputError, match="no product was measured in fp16"):
+        site_of_bench(measured, "fp16")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"gemm": [], "memory_gb_per_s": 1, "device": "x"}'])
+def test_other_files_are_no_measurements(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="bench chip"):
+        read_bench(path)
+
+
+def test_the_planner_needs_no_torch() -> None:
+    names = ("validate", "search", "mixed", "sites", "local", "pipeline")
+    code = (
+        "; ".join(f"import anychip.plan.{name}" for name in names) + "; import sys; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_bigger_node_helps_tensor_parallelism() -> None:
+    eight = predict(DENSE, Layout(dp=4, tp=16), machine(), SITE) if DENSE.heads % 16 == 0 else None
+    inside = predict(DENSE, Layout(dp=8, tp=8), machine(), SITE)
+    assert eight is not None
+    assert eight.time["tensor_parallel"] / eight.step_seconds > inside.time["tensor_parallel"] / inside.step_seconds
