@@ -37,7 +37,7 @@ def pretend(runs: list[Run], site: str, **changes: float) -> list[Run]:
 
 
 def test_a_known_site_is_found_again(tmp_path: Path) -> None:
-    runs = pretend(vtrain(tmp_path) * 12, OLD.name, matmul_efficiency=0.6, intra_node_efficiency=0.4)
+    runs = pretend(vtrain(tmp_path) * 12, OLD.name, matmul_efficiency=0.6, intra_node_efficiency=0.6)
     found = fit_site(Sample.of(runs), OLD, OLD_KNOBS)
     assert found.matmul_efficiency == pytest.approx(0.6, rel=0.05)
     assert found.intra_node_efficiency < OLD.intra_node_efficiency
