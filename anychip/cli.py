@@ -297,6 +297,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except RuntimeError as error:  # `import torch` loads plug-ins, and a broken one breaks it
+        if "Failed to load the backend extension" not in str(error):
+            raise
+        from anychip.errors import EXIT_UNFIT
+
+        print(f"anychip: {error} `anychip doctor` says what is missing.", file=sys.stderr)
+        sys.exit(EXIT_UNFIT)
     except OSError as error:  # a full or failing disk, a missing permission
         place = f"{error.filename}: " if error.filename else ""
         print(f"anychip: {place}{error.strerror or error}. What was finished before is intact.", file=sys.stderr)

@@ -131,3 +131,14 @@ def test_a_report_of_this_machine_is_readable(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ANYCHIP_CHIP", "cpu")
     text = examine().as_text()
     assert "torch " in text and text.endswith("Fit to train.")
+
+
+def test_other_verbs_point_to_the_doctor_when_torch_cannot_start(tmp_path: Path) -> None:
+    install_plug_in(tmp_path, "torch_npu", "torch-npu", "2.13.0", "raise ImportError('libhccl.so')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "anychip", "bench", "chip"],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "torch_npu" in done.stderr and "anychip doctor" in done.stderr
