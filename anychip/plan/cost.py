@@ -14,7 +14,7 @@ import numpy as np
 from anychip.plan.gemm import linear_seconds, product_seconds
 from anychip.plan.network import all_gather, all_reduce, all_to_all, group_of, point_to_point
 from anychip.plan.shapes import Work, attention_shapes, parameters
-from anychip.plan.table import Hardware, Table, micro_batches
+from anychip.plan.table import Hardware, Table, ends_meet, micro_batches
 from anychip.plan.types import Floats, Site
 
 NONE, SELECTIVE, FULL = 0, 1, 2
@@ -242,8 +242,8 @@ def parameters_by_rank(w: Work, t: Table) -> tuple[Floats, Floats, Floats, Float
     )
     expert = share * p.expert / (t.ep * t.expert_tp)
     first = p.embedding / t.tp
-    alone = t.pp == 1  # tied weights are held once when both ends share a rank
-    last = np.where((w.tied > 0) & ~alone, w.vocab * w.hidden, p.head) / t.tp + p.final_norm
+    # Tied weights are held once when both ends share a rank.
+    last = np.where((w.tied > 0) & ~ends_meet(t), w.vocab * w.hidden, p.head) / t.tp + p.final_norm
     return dense, expert, first, last
 
 
@@ -255,9 +255,9 @@ def step_terms(w: Work, t: Table, hardware: Hardware, site: Site) -> dict[str, F
     passes = layer.forward.seconds + layer.backward.seconds
     again = layer.recomputed * _recomputed_share(t)
     whole = passes + again
-    only = t.pp == 1
-    first = t.first_layers * whole + ends.first + only * ends.last
-    last = np.where(only, first, t.last_layers * whole + ends.last)
+    only, meet = t.pp == 1, ends_meet(t)
+    first = t.first_layers * whole + ends.first + meet * ends.last
+    last = np.where(only, first, t.last_layers * whole + ~meet * ends.last)
     inner = t.inner_layers * whole
     slowest = np.maximum(np.maximum(first, last), inner)
     every = np.where(only, first, w.layers * whole + ends.first + ends.last)
@@ -324,7 +324,7 @@ def _update_seconds(
     """Exposed data-parallel traffic and the optimizer's own time."""
     dense, expert, first, last = parameters_by_rank(w, t)
     layers = np.maximum(t.inner_layers, np.maximum(t.first_layers, t.last_layers))
-    ends = np.where(t.pp == 1, first + last, np.maximum(first, last))
+    ends = np.where(ends_meet(t), first + last, np.maximum(first, last))
     held = layers * (dense + expert) + ends
     replicas = t.dp * t.cp
     group = group_of(t.shard, t.tp, hardware, site)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anychip.plan.shapes import Work, attention_shapes, parameters
-from anychip.plan.table import Table, micro_batches
+from anychip.plan.table import Table, ends_meet, micro_batches
 from anychip.plan.types import Floats, Site
 
 NONE, SELECTIVE, FULL = 0, 1, 2
@@ -33,13 +33,13 @@ class Rank:
 
 def rank_at(w: Work, t: Table, where: str) -> Rank:
     """The first rank, the fullest inner one, or the last."""
-    alone = (t.pp == 1).astype(np.float64)
+    meet = ends_meet(t).astype(np.float64)
     zero = np.zeros(len(t))
     if where == "first":
-        return rank_of(w, t, zero, t.first_layers, zero + 1, alone)
+        return rank_of(w, t, zero, t.first_layers, zero + 1, meet)
     if where == "inner":
         return rank_of(w, t, np.minimum(1.0, t.pp - 1), t.inner_layers, zero, zero)
-    return rank_of(w, t, t.pp - 1, t.last_layers, alone, zero + 1)
+    return rank_of(w, t, t.pp - 1, t.last_layers, (t.pp == 1).astype(np.float64), np.maximum(1 - meet, t.pp == 1))
 
 
 def rank_of(w: Work, t: Table, position: Floats, layers: Floats, first: Floats, last: Floats) -> Rank:

@@ -15,7 +15,7 @@ from anychip.errors import InputError
 from anychip.plan.cost import rank_seconds, step_terms
 from anychip.plan.memory import rank_at, rank_memory, rank_of
 from anychip.plan.shapes import Work, flops_per_token, work_of
-from anychip.plan.table import Hardware, Table, hardware_of, layers_by_rank, layout_at, table_of
+from anychip.plan.table import Hardware, Table, ends_meet, hardware_of, layers_by_rank, layout_at, table_of
 from anychip.plan.types import Floats, Layout, Machine, Prediction, Site, Workload
 
 GIB = float(2**30)
@@ -128,7 +128,8 @@ def memory_by_rank(w: Work, table: Table, layout: Layout, site: Site) -> dict[st
     ranks = np.arange(layout.pp, dtype=np.float64)
     every = table.take(np.zeros(layout.pp, dtype=np.int64))
     layers = np.array(layers_by_rank(layout, int(w.layers)), dtype=np.float64)
-    first, last = (ranks == 0).astype(np.float64), (ranks == layout.pp - 1).astype(np.float64)
+    head = 0 if ends_meet(table)[0] else layout.pp - 1
+    first, last = (ranks == 0).astype(np.float64), (ranks == head).astype(np.float64)
     terms = rank_memory(w, every, rank_of(w, every, ranks, layers, first, last), site)
     return {name: np.broadcast_to(value, ranks.shape).astype(np.float64) for name, value in terms.items()}
 
@@ -139,7 +140,7 @@ def stage_seconds(w: Work, table: Table, layout: Layout, hardware: Hardware, sit
     forward, backward, _, ends = rank_seconds(w, table, hardware, site)
     seconds = layers * float(forward[0] + backward[0])
     seconds[0] += float(ends.first[0])
-    seconds[-1] += float(ends.last[0])
+    seconds[0 if ends_meet(table)[0] else -1] += float(ends.last[0])
     return np.asarray(seconds)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from anychip.plan.shapes import Work
 from anychip.plan.types import RECOMPUTES, SCHEDULES, ContextMethod, Floats, Layout, Machine, Site
@@ -117,6 +118,12 @@ def layout_at(t: Table, index: int) -> Layout:
         overlap_tensor=bool(t.overlap_tensor[index]),
         overlap_data=bool(t.overlap_data[index]),
     )
+
+
+def ends_meet(t: Table) -> npt.NDArray[np.bool_]:
+    """Layouts whose first rank also holds the head: one rank alone, or two chunks a rank in a V."""
+    folded = (t.schedule >= SCHEDULES.index("zero_bubble")) & (t.vpp == 2)
+    return np.asarray((t.pp == 1) | folded)
 
 
 def micro_batches(w: Work, t: Table) -> Floats:
