@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-from anychip.cli import chips, data, interchange, stages, talk
+from anychip.cli import chips, data, interchange, plan, stages, talk
+from anychip.cli.groups import DefaultCommandGroup
 from anychip.errors import AnychipError
 
 app = typer.Typer(
@@ -29,6 +30,17 @@ app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(chips.chips)
 app.command()(chips.doctor)
+
+plan_app = typer.Typer(
+    help="Which layout, how fast, how much memory, how many days: `anychip plan RECIPE --cluster CLUSTER`.",
+    cls=DefaultCommandGroup.of("layouts"),
+    no_args_is_help=True,
+)
+plan_app.command()(plan.layouts)
+plan_app.command()(plan.explain)
+plan_app.command()(plan.validate)
+plan_app.command()(plan.calibrate)
+app.add_typer(plan_app, name="plan")
 
 data_app = typer.Typer(help="Prepare a corpus, look into it, ask which documents fed a step.", no_args_is_help=True)
 data_app.command()(data.prepare)

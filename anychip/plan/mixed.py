@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 
@@ -247,3 +248,28 @@ def headroom(plan: MixedPlan, machines: Sequence[Machine]) -> dict[str, float]:
         held = [size for size, name in zip(plan.memory_bytes, plan.groups, strict=True) if name == machine.name]
         free[machine.name] = (machine.memory_bytes - max(held)) / GIB
     return free
+
+
+def mixed_json(result: MixedResult) -> dict[str, Any]:
+    """The result as JSON values."""
+    return {
+        "best": [
+            {
+                "layout": str(plan.layout),
+                "stage_layers": list(plan.layout.stage_layers),
+                "groups": list(plan.groups),
+                "step_seconds": plan.step_seconds,
+                "tokens_per_second": plan.tokens_per_second,
+                "mfu": plan.mfu,
+                "stage_seconds": [float(value) for value in plan.stage_seconds],
+                "memory_bytes": [float(value) for value in plan.memory_bytes],
+                "devices_used": plan.devices_used,
+            }
+            for plan in result.best
+        ],
+        "alone": {name: str(prediction.layout) for name, prediction in result.alone.items()},
+        "gain": result.gain,
+        "verdict": result.verdict,
+        "rejected": len(result.rejected),
+        "seconds": result.seconds,
+    }

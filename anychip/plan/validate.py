@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from anychip.errors import InputError
 from anychip.plan.calibrate import Sample, chip_family, facts_of, predict_runs
 from anychip.plan.memory import allocated_bytes
 from anychip.plan.predict import memory_by_rank
-from anychip.plan.rows import Run, Skipped, read_rows
+from anychip.plan.rows import Run, Skipped, read_files
 from anychip.plan.shapes import flops_per_token, work_of
 from anychip.plan.sites import shipped_sites
 from anychip.plan.table import table_of
@@ -98,18 +97,7 @@ def validate(paths: Path | Sequence[Path], site: Site | None = None) -> Validati
     Without a site, each row is predicted with the shipped one of its chip and software. Raises InputError when a file
     lacks columns or no row can be predicted.
     """
-    runs: list[Run] = []
-    skipped: list[Skipped] = []
-    for path in [paths] if isinstance(paths, Path) else paths:
-        read, left = read_rows(path)
-        runs += read
-        skipped += left
-    if not runs:
-        raise InputError(
-            "no row is complete enough to be predicted.",
-            where=paths if isinstance(paths, Path) else paths[0],
-            do=f"The first reason: {skipped[0].reason}." if skipped else "The file has no rows.",
-        )
+    runs, skipped = read_files([paths] if isinstance(paths, Path) else paths)
     return validate_runs(runs, skipped, site)
 
 

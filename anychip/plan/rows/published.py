@@ -1,21 +1,14 @@
-"""Published runs as workloads and layouts: the two CSV formats that `validate` and `calibrate` read.
-
-`runs.csv` has a row for each measured run of any framework; the vTrain format (github.com/VIA-Research/vTrain, MIT)
-has iteration times of GPT models under Megatron-DeepSpeed. A row that does not say enough is skipped with a reason,
-and what had to be assumed of the others is kept with them.
-"""
+"""Rows of runs.csv: one measured run each, of any framework. What had to be assumed of a row is kept with it."""
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 from anychip.chips.catalog import load_catalog
-from anychip.errors import InputError
+from anychip.plan.rows.cells import Cells
+from anychip.plan.rows.run import Incomplete, Run, Software
 from anychip.plan.shapes import flops_per_token, num_parameters, work_of
 from anychip.plan.types import Experts, LatentAttention, Layout, Workload
 
@@ -27,145 +20,6 @@ RUN_COLUMNS = (
     "sequence_parallel", "recompute", "precision", "step_time_s", "tokens_per_s_per_device", "tflops_per_device",
     "mfu", "peak_mem_gb", "flops_convention", "notes",
 )  # fmt: skip
-_VTRAIN_SHARED = (
-    "global batch", "micro batch", "hidden size", "attention heads", "# layers", "sequence length",
-    "tensor parallelism", "data parallelism", "pipeline parallelism", "iteration time (ms)",
-)  # fmt: skip
-VTRAIN_MULTI_COLUMNS = ("Parameters (billion)", "# GPUs", *_VTRAIN_SHARED)
-VTRAIN_SINGLE_COLUMNS = ("# GPUs", *_VTRAIN_SHARED)
-
-Software = Literal["megatron-2021", "megatron", "deepspeed", "fsdp", "mindspeed", "mindformers", "jax"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured run, ready to be predicted."""
-
-    id: str
-    source: str  # the page or table it was printed in
-    publisher: str  # whose measurements they are, over all its pages
-    model: str  # what leave-one-model-out leaves out
-    software: Software
-    chip: str  # as the catalogue names it
-    named_chip: bool  # the source names the chip, or its family
-    devices: int
-    devices_per_node: int | None
-    inter_node_gbit_per_s: float | None  # a device
-    network: str  # name of the network between nodes, where it is known to behave in its own way
-    workload: Workload
-    layout: Layout
-    seconds: float | None
-    memory_bytes: float | None
-    memory_kind: Literal["allocated", "used"] = "allocated"  # tensors only, or with context and allocator
-    group: str = ""  # runs that differ in their layout only: pair order and regret are taken inside
-    facts: tuple[tuple[str, float], ...] = ()  # fields of the site that hold for this run alone
-    assumed: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True)
-class Skipped:
-    id: str
-    reason: str
-
-
-class _Incomplete(Exception):
-    """A row does not say enough; the message says what is missing."""
-
-
-def read_rows(path: Path) -> tuple[list[Run], list[Skipped]]:
-    """Read a CSV of either format. Raises InputError naming the columns that are missing."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            rows = [{(key or "").strip(): value for key, value in row.items()} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot be read: {error}.", where=path, do="Give a CSV file in UTF-8.") from None
-    parse = _parser_of(header, path)
-    runs: list[Run] = []
-    skipped: list[Skipped] = []
-    for number, row in enumerate(rows, start=1):
-        name = row.get("id") or f"row-{number}"
-        try:
-            runs.append(parse(row, number))
-        except _Incomplete as reason:
-            skipped.append(Skipped(name, str(reason)))
-        except ValueError as error:
-            raise InputError(f"row {number} ({name}) has a value that is no number: {error}.", where=path) from None
-    return runs, skipped
-
-
-def _parser_of(header: list[str], path: Path) -> Callable[[dict[str, str], int], Run]:
-    """The format is told by its columns; the nearer format's missing ones are named."""
-    if not set(VTRAIN_SINGLE_COLUMNS) - set(header):
-        return _vtrain_run
-    if not (missing := [name for name in RUN_COLUMNS if name not in header]):
-        return _published_run
-    vtrain_missing = [name for name in VTRAIN_SINGLE_COLUMNS if name not in header]
-    if len(vtrain_missing) < len(VTRAIN_SINGLE_COLUMNS) / 2:
-        missing = vtrain_missing
-    raise InputError(
-        f"lacks the columns {', '.join(missing)}.",
-        where=path,
-        do="Use exactly the columns of runs.csv, or those of vTrain's files (`# GPUs, global batch, ...`).",
-    )
-
-
-def _vtrain_run(row: dict[str, str], number: int) -> Run:
-    get = lambda name: int(float(row[name]))  # noqa: E731
-    hidden, seq, layers = get("hidden size"), get("sequence length"), get("# layers")
-    multi = bool(row.get("Parameters (billion)"))
-    workload = Workload(
-        name=f"gpt-h{hidden}-l{layers}",
-        layers=layers,
-        hidden=hidden,
-        ffn=4 * hidden,
-        heads=get("attention heads"),
-        kv_heads=get("attention heads"),
-        head_dim=hidden // get("attention heads"),
-        vocab=51_200,
-        seq_length=seq,
-        global_batch=get("global batch"),
-        dtype="fp16",
-        gated=False,
-        biases="all",
-        norm="layer",
-        tied_embeddings=True,
-        learned_positions=seq,
-    )
-    layout = Layout(
-        dp=get("data parallelism"),
-        tp=get("tensor parallelism"),
-        pp=get("pipeline parallelism"),
-        zero=0,
-        sequence_parallel=False,
-        micro_batch=get("micro batch"),
-        recompute="full",
-    )
-    devices = get("# GPUs")
-    if layout.devices != devices:
-        raise _Incomplete(f"tp x dp x pp is {layout.devices}, but # GPUs is {devices}")
-    return Run(
-        id=f"vtrain-{'multi' if multi else 'single'}-{number}",
-        source="vTrain multi-node" if multi else "vTrain single-node",
-        publisher="VIA-Research/vTrain",
-        model=workload.name,
-        software="megatron-2021",
-        chip="a100-80g",
-        named_chip=True,
-        devices=devices,
-        devices_per_node=8,
-        inter_node_gbit_per_s=100.0,
-        network="",
-        workload=workload,
-        layout=layout,
-        seconds=float(row["iteration time (ms)"]) / 1e3,
-        memory_bytes=None,
-        group=f"{workload.name} {devices} {workload.global_batch}",
-    )
-
-
-# --- runs.csv ---------------------------------------------------------------------------------------------------
 
 _CHIPS = {
     "A100-80G-SXM": "a100-80g",
@@ -188,12 +42,6 @@ _CHIPS = {
     "Ascend-unspecified": "ascend-910b3",
     "Ascend-910C": "ascend-910c-die",
 }
-_SUSPECT_CARDS = {
-    "qwen2_72b_32k": "its tokens/s exceed the chip's peak",
-    "deepseek2_236B": "36 tokens/s/device is an order below its neighbours",
-    "deepseek_coder1_5_7b": "340 tokens/s/device is an order below its neighbours",
-    "qwen2_57b": "listed as suspect by the collection's README",
-}
 # Micro-batch and model chunks of arXiv 2104.04473's Table 1, from the scripts published with it.
 _TABLE_1 = {
     "1.7B": (16, 1), "3.6B": (16, 1), "7.5B": (16, 1), "18.4B": (8, 1), "39.1B": (4, 1), "76.1B": (2, 3),
@@ -209,8 +57,9 @@ _HEAD_DIMS = (("gemma", 256), ("qwen3_30b", 128), ("qwen3_235b", 128), ("qwen3-3
 _UNGATED = ("gpt", "bloom", "mpt", "megatron", "meg", "ds3d", "opt")
 
 
-def _published_run(row: dict[str, str], number: int) -> Run:
-    text = _Text(row)
+def published_run(row: dict[str, str], number: int) -> Run:
+    """One row of runs.csv. Raises Incomplete with what it does not say."""
+    text = Cells(row)
     text.refuse()
     workload, assumed = _workload(text)
     layout = _layout(text, workload, assumed)
@@ -218,16 +67,16 @@ def _published_run(row: dict[str, str], number: int) -> Run:
     if devices is None:
         devices = layout.devices
     if layout.devices != devices:
-        raise _Incomplete(f"its degrees multiply to {layout.devices}, not to chip_count {devices}")
+        raise Incomplete(f"its degrees multiply to {layout.devices}, not to chip_count {devices}")
     software = _software(text)
     seconds = _step_seconds(text, workload, devices)
     memory = text.number("peak_mem_gb")
     if seconds is None and memory is None:
-        raise _Incomplete("prints neither a time nor a memory")
+        raise Incomplete("prints neither a time nor a memory")
     if "--swap-" in text.notes or "-tune_" in row["id"]:
         memory = None  # tensors go to the host, or sequences vary in length
     if seconds is None and memory is None:
-        raise _Incomplete("its memory is that of swapped tensors or of sequences of varying length")
+        raise Incomplete("its memory is that of swapped tensors or of sequences of varying length")
     used = "nvidia-smi" in text.notes
     return Run(
         id=row["id"],
@@ -253,7 +102,7 @@ def _published_run(row: dict[str, str], number: int) -> Run:
     )
 
 
-def _facts(text: _Text) -> Iterator[tuple[str, float]]:
+def _facts(text: Cells) -> Iterator[tuple[str, float]]:
     """What a row says of its software beyond the software's habits."""
     if "bf16-optimizer" in text.cell("zero_stage_or_dist_opt"):
         yield "gradient_bytes", 6.0  # fp32 accumulation beside the bf16 gradient, as its notes say
@@ -261,60 +110,15 @@ def _facts(text: _Text) -> Iterator[tuple[str, float]]:
         yield "fused_attention", False  # a bias on every score
 
 
-class _Text:
-    """A row with typed access to its cells; notes are searched by pattern."""
-
-    def __init__(self, row: Mapping[str, str]) -> None:
-        self.row = row
-        self.notes = row["notes"] or ""
-        self.name = f"{row['id']} {row['model_name']}".lower()
-
-    def cell(self, name: str) -> str:
-        return (self.row[name] or "").strip()
-
-    def number(self, name: str) -> float | None:
-        return float(self.cell(name)) if self.cell(name) else None
-
-    def integer(self, name: str) -> int | None:
-        value = self.number(name)
-        return None if value is None else round(value)
-
-    def needed(self, name: str) -> int:
-        value = self.integer(name)
-        if value is None:
-            raise _Incomplete(f"{name} is not printed")
-        return value
-
-    def note(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.notes)
-        return found.group(1) if found else None
-
-    def refuse(self) -> None:
-        """Rows that cannot be used whatever the model."""
-        if "disagree" in self.notes or re.search(r"says device num = \d+ but", self.notes):
-            raise _Incomplete("table and script disagree on the cluster's size")
-        for card, why in _SUSPECT_CARDS.items():
-            if self.cell("framework") == "MindFormers" and card in self.row["id"]:
-                raise _Incomplete(f"suspect card: {why}")
-        if self.cell("chip") == "Ascend-unreleased":
-            raise _Incomplete("the chip is not named")
-        if "mamba" in self.name:
-            raise _Incomplete("a state-space model, which the cost model does not describe")
-        if "nemotron_3" in self.name or "qwen3_next" in self.name:
-            raise _Incomplete("a hybrid of attention and state-space layers, which the cost model does not describe")
-        if "tp2d" in self.name:
-            raise _Incomplete("two-dimensional tensor parallelism, which the cost model does not describe")
-
-
-def _workload(text: _Text) -> tuple[Workload, list[str]]:
+def _workload(text: Cells) -> tuple[Workload, list[str]]:
     assumed: list[str] = []
     layers, hidden, heads = text.needed("layers"), text.needed("hidden"), text.needed("heads")
     seq = text.integer("seq_len") or int(text.note(r"max_target_length \(inferred (\d+)\)") or 0)
     if not seq:
-        raise _Incomplete("seq_len is not printed")
+        raise Incomplete("seq_len is not printed")
     batch = text.integer("global_batch_sequences") or _noted_batch(text)
     if not batch:
-        raise _Incomplete("the global batch is not printed")
+        raise Incomplete("the global batch is not printed")
     gated = _gated(text, assumed)
     ffn = text.integer("ffn") or _derived_ffn(text, hidden, gated, assumed)
     vocab = text.integer("vocab") or _vocabulary(text, assumed)
@@ -354,23 +158,23 @@ def _workload(text: _Text) -> tuple[Workload, list[str]]:
     )
 
 
-def _noted_batch(text: _Text) -> int:
+def _noted_batch(text: Cells) -> int:
     for pattern in (r"global_batch_sequences=(\d+)", r"inferred gbs=(\d+)", r"inferred gbs = [^=;]*= (\d+)"):
         if found := text.note(pattern):
             return int(found)
     return 0
 
 
-def _precision(text: _Text) -> Any:
+def _precision(text: Cells) -> Any:
     printed = text.cell("precision").lower()
     if "nvfp4" in printed:
-        raise _Incomplete("4-bit products, whose peak the catalogue does not hold")
+        raise Incomplete("4-bit products, whose peak the catalogue does not hold")
     if "fp8" in printed:
         return "fp8"
     return "fp16" if "fp16" in printed else "bf16"
 
 
-def _gated(text: _Text, assumed: list[str]) -> bool:
+def _gated(text: Cells, assumed: list[str]) -> bool:
     if text.cell("gated_mlp") and "gemma" not in text.name:  # scripts say geglu, not swiglu
         return text.cell("gated_mlp") not in ("0", "False", "false")
     name = text.cell("model_name").lower() + text.cell("source").lower() + text.name
@@ -379,7 +183,7 @@ def _gated(text: _Text, assumed: list[str]) -> bool:
     return gated
 
 
-def _derived_ffn(text: _Text, hidden: int, gated: bool, assumed: list[str]) -> int:
+def _derived_ffn(text: Cells, hidden: int, gated: bool, assumed: list[str]) -> int:
     """Llama's rule when the source derives it in code, otherwise 4 hidden."""
     if text.integer("moe_ffn") and text.integer("moe_experts"):
         return text.needed("moe_ffn")
@@ -395,7 +199,7 @@ def _derived_ffn(text: _Text, hidden: int, gated: bool, assumed: list[str]) -> i
     return -(-width // multiple) * multiple
 
 
-def _vocabulary(text: _Text, assumed: list[str]) -> int:
+def _vocabulary(text: Cells, assumed: list[str]) -> int:
     if noted := text.note(r"vocab[^;]*inferred (\d+)"):
         return int(noted)
     for name, size in _VOCABULARIES:
@@ -406,7 +210,7 @@ def _vocabulary(text: _Text, assumed: list[str]) -> int:
     return 51_200
 
 
-def _experts(text: _Text, ffn: int) -> Experts | None:
+def _experts(text: Cells, ffn: int) -> Experts | None:
     count = text.integer("moe_experts")
     if not count:
         return None
@@ -419,7 +223,7 @@ def _experts(text: _Text, ffn: int) -> Experts | None:
     return Experts(count=count, top_k=top_k, ffn=width, shared_ffn=shared * width, dense_layers=dense)
 
 
-def _latent(text: _Text) -> LatentAttention | None:
+def _latent(text: Cells) -> LatentAttention | None:
     if not (
         "MLA" in text.notes or "kv-lora-rank" in text.notes or re.search(r"deepseek[-_]?v?[23]|dsv[23]", text.name)
     ):
@@ -438,11 +242,11 @@ def _latent(text: _Text) -> LatentAttention | None:
     )
 
 
-def _layout(text: _Text, workload: Workload, assumed: list[str]) -> Layout:
+def _layout(text: Cells, workload: Workload, assumed: list[str]) -> Layout:
     tp = text.integer("tp") or int(text.note(r"inferred: tp=(\d+)") or 0)
     pp = text.integer("pp") or int(text.note(r"pp=(\d+)") or 0)
     if not tp or not pp:
-        raise _Incomplete("tp and pp are not printed")
+        raise Incomplete("tp and pp are not printed")
     devices = text.integer("chip_count") or 0
     cp = text.integer("cp") or 1
     dp = text.integer("dp") or max(1, devices // (tp * pp * cp))
@@ -455,10 +259,10 @@ def _layout(text: _Text, workload: Workload, assumed: list[str]) -> Layout:
         micro = workload.global_batch // dp
         assumed.append("one micro-batch a step")
     if micro is None:
-        raise _Incomplete("micro_batch is not printed")
+        raise Incomplete("micro_batch is not printed")
     if workload.global_batch % (dp * micro):
         if workload.global_batch < dp * micro:
-            raise _Incomplete(f"global batch {workload.global_batch} is below dp x micro_batch = {dp * micro}")
+            raise Incomplete(f"global batch {workload.global_batch} is below dp x micro_batch = {dp * micro}")
         assumed.append("global batch rounded to whole micro-batches")
     if vpp > 1 and vpp * pp > workload.layers:
         vpp = max(1, workload.layers // pp)
@@ -495,7 +299,7 @@ def _layout(text: _Text, workload: Workload, assumed: list[str]) -> Layout:
     )
 
 
-def _overlaps_tensor(text: _Text) -> bool:
+def _overlaps_tensor(text: Cells) -> bool:
     software = _software(text)
     if software == "mindspeed":
         return bool(text.note(r"--use-(?:ascend-)?(mc2)"))
@@ -504,14 +308,14 @@ def _overlaps_tensor(text: _Text) -> bool:
     return software == "megatron" and "no TP/DP comm overlap" not in text.notes
 
 
-def _overlaps_data(text: _Text) -> bool:
+def _overlaps_data(text: Cells) -> bool:
     software = _software(text)
     if software == "mindspeed":
         return "--overlap-grad-reduce" in text.notes
     return software not in ("megatron-2021", "deepspeed") and "no TP/DP comm overlap" not in text.notes
 
 
-def _zero(text: _Text, dp: int, cp: int) -> tuple[int, int]:
+def _zero(text: Cells, dp: int, cp: int) -> tuple[int, int]:
     printed = text.cell("zero_stage_or_dist_opt").lower()
     if "zero3" in printed or ("fsdp" in printed and "zero2" not in printed):
         pod = int(re.search(r"ici (\d+)", printed).group(1)) if "ici" in printed else 0  # type: ignore[union-attr]
@@ -525,7 +329,7 @@ def _zero(text: _Text, dp: int, cp: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _recompute(text: _Text, assumed: list[str]) -> tuple[Any, int]:
+def _recompute(text: Cells, assumed: list[str]) -> tuple[Any, int]:
     """Kind, and for block recompute the number of layers a chunk."""
     printed = text.cell("recompute").lower()
     flags = text.note(r"recompute flags: ([^;]*)") or ""
@@ -538,7 +342,7 @@ def _recompute(text: _Text, assumed: list[str]) -> tuple[Any, int]:
     return "none", 0
 
 
-def _software(text: _Text) -> Software:
+def _software(text: Cells) -> Software:
     framework = text.cell("framework").lower()
     if framework in ("deepspeed", "pytorch", "mindspore") and "zero3" in text.cell("zero_stage_or_dist_opt").lower():
         return "deepspeed"  # parameters gathered by every micro-batch, nothing beside it
@@ -557,7 +361,7 @@ def _software(text: _Text) -> Software:
     return "megatron"
 
 
-def _step_seconds(text: _Text, workload: Workload, devices: int) -> float | None:
+def _step_seconds(text: Cells, workload: Workload, devices: int) -> float | None:
     """Step time from whatever the source prints, by its own convention of counting FLOPs."""
     if seconds := text.number("step_time_s"):
         return seconds
@@ -578,7 +382,7 @@ def _step_seconds(text: _Text, workload: Workload, devices: int) -> float | None
             per_token = 6 * (num_parameters(workload) - workload.vocab * workload.hidden)
             per_token += 12 * workload.layers * workload.hidden * workload.seq_length
             return per_token * tokens / (utilisation * 353.6e12 * devices)
-        raise _Incomplete("prints MFU alone, against a peak it does not name")
+        raise Incomplete("prints MFU alone, against a peak it does not name")
     if text.cell("id").startswith("telechat") and (samples := text.note(r"([\d.]+) samples/s")):
         return workload.global_batch / float(samples)
     return None
@@ -590,17 +394,17 @@ def _megatron_hardware_flops(workload: Workload) -> float:
     return 96.0 * b * s * layers * h**2 * (1 + s / (6 * h) + workload.vocab / (16 * layers * h))
 
 
-def _chip(text: _Text) -> str:
+def _chip(text: Cells) -> str:
     chip = text.cell("chip")
     if _CHIPS.get(chip) not in load_catalog():
-        raise _Incomplete(f"chip {chip!r} is not in the catalogue")
+        raise Incomplete(f"chip {chip!r} is not in the catalogue")
     # Sources name the server and not the bin; the same jobs run 12 to 20 % faster in one than in the other.
     if chip == "Ascend-910B" and re.search("900 A2 POD", text.notes, re.IGNORECASE):
         return "ascend-910b2"
     return _CHIPS[chip]
 
 
-def _network_speed(text: _Text) -> float | None:
+def _network_speed(text: Cells) -> float | None:
     """Gbit/s a device from texts such as `8x200Gb/s HDR InfiniBand per node`."""
     link, per_node = text.cell("inter_node_link"), text.integer("devices_per_node") or 8
     if found := re.search(r"(?:(\d+)x)?(\d+)\s*Gb/s", link):
@@ -608,21 +412,12 @@ def _network_speed(text: _Text) -> float | None:
     return None
 
 
-def _publisher(text: _Text) -> str:
+def _publisher(text: Cells) -> str:
     """The measuring party and publication, without commit, file and section."""
     words = text.cell("source").replace("github ", "")
     return re.split(r"[ :\[]", words, maxsplit=1)[0] if not words.startswith("arXiv") else " ".join(words.split()[:2])
 
 
-def _model(text: _Text, workload: Workload) -> str:
+def _model(text: Cells, workload: Workload) -> str:
     """Shape, not name: renamed copies and re-runs of one model are left out together."""
     return f"h{workload.hidden}-f{workload.ffn}-l{workload.layers}"
-
-
-def iterate_complete(paths: list[Path]) -> Iterator[Run]:
-    for path in paths:
-        yield from read_rows(path)[0]
-
-
-def with_batch(run: Run, global_batch: int) -> Run:
-    return replace(run, workload=replace(run.workload, global_batch=global_batch))

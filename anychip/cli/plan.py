@@ -1,0 +1,170 @@
+"""Planning: which layout, how fast, how much memory, how many days."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anychip.cli.options import JsonOption, RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from anychip.plan.types import Layout, Machine, Site, Workload
+    from anychip.recipe import Recipe
+    from anychip.recipe.cluster import Cluster
+
+ClusterOption = Annotated[
+    Path | None, typer.Option("--cluster", help="A cluster file, such as clusters/ascend-910b-8192.yaml.")
+]
+ChipOption = Annotated[str | None, typer.Option(help="Another chip of the catalogue (`anychip chips` lists them).")]
+DevicesOption = Annotated[int | None, typer.Option(help="Another number of devices.")]
+SeqLengthOption = Annotated[int | None, typer.Option(help="Another sequence length, with the same tokens a step.")]
+SiteOption = Annotated[str | None, typer.Option(help="A site's name or file; default: the shipped one of the chip.")]
+RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
+
+
+def layouts(
+    recipe: RecipeArgument,
+    cluster: ClusterOption = None,
+    overrides: SetOption = None,
+    chip: ChipOption = None,
+    devices: DevicesOption = None,
+    seq_length: SeqLengthOption = None,
+    site: SiteOption = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
+    fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The ten best layouts of a recipe: time, memory, days. This is what `anychip plan RECIPE` does."""
+    import json
+
+    from anychip.plan.answer import as_json as answer_json
+    from anychip.plan.layouts import layout_of
+    from anychip.plan.text import answer_as_text
+
+    read, workload, where = _asked(recipe, cluster, overrides, chip, devices, seq_length)
+    total = tokens or float(read.training.steps * workload.tokens)
+    if len(where.groups) > 1:
+        _mixed(workload, where, total, as_json)
+        return
+    answer = _answer(workload, where, site, total, layout_of(read, _machine(where).devices) if fixed else None)
+    typer.echo(json.dumps(answer_json(answer), indent=2) if as_json else answer_as_text(answer))
+
+
+def explain(
+    recipe: RecipeArgument,
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help='Such as "tp8 pp8 vpp3 mbs1 zero1 interleaved".')],
+    cluster: ClusterOption = None,
+    overrides: SetOption = None,
+    chip: ChipOption = None,
+    devices: DevicesOption = None,
+    seq_length: SeqLengthOption = None,
+    site: SiteOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
+    import json
+
+    from anychip.plan.answer import prediction_json
+    from anychip.plan.layouts import parse_layout
+    from anychip.plan.text import explanation
+
+    read, workload, where = _asked(recipe, cluster, overrides, chip, devices, seq_length)
+    wanted = parse_layout(layout, workload, _machine(where).devices)
+    answer = _answer(workload, where, site, float(read.training.steps * workload.tokens), wanted)
+    typer.echo(json.dumps(prediction_json(answer.chosen), indent=2) if as_json else explanation(answer))
+
+
+def validate(
+    runs: RunsCsvOption,
+    site: SiteOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for every row's prediction.")] = None,
+) -> None:
+    """How far the planner is from measured runs, beside the one-line baseline."""
+    from anychip.files import write_json
+    from anychip.plan.sites import load_site
+    from anychip.plan.text import validation_as_text
+    from anychip.plan.validate import validate as validate_runs
+
+    report = validate_runs(runs, load_site(site) if site else None)
+    if json_file is not None:
+        write_json(json_file, report.as_json())
+    typer.echo(validation_as_text(report))
+
+
+def calibrate(
+    runs: RunsCsvOption,
+    out: Annotated[Path, typer.Option(help="Site file to write.")],
+    start: Annotated[str | None, typer.Option(help="Site to start from; default: the shipped one of the runs.")] = None,
+) -> None:
+    """Fit a site's few scalars to measured runs; print its error on runs that it was not fitted to."""
+    from anychip.plan.calibrate import calibrate as fit
+    from anychip.plan.rows import read_files
+    from anychip.plan.sites import load_site, write_site
+    from anychip.plan.text import calibration_as_text
+    from anychip.plan.validate import default_site_of
+
+    found, skipped = read_files(runs)
+    begin = load_site(start) if start else default_site_of(found[0])
+    calibration = fit(found, begin, out.stem, skipped)
+    write_site(calibration.site, out)
+    typer.echo(f"{calibration_as_text(calibration, begin)}\nwrote {out}")
+
+
+def _asked(
+    recipe: Path, cluster: Path | None, overrides: list[str] | None, chip: str | None, devices: int | None,
+    seq_length: int | None,
+) -> tuple[Recipe, Workload, Cluster]:  # fmt: skip
+    """The recipe, its step, and the cluster, with what the flags change."""
+    from anychip.errors import InputError
+    from anychip.plan.answer import changed_cluster, cluster_of, with_seq_length
+    from anychip.plan.shapes import workload_of
+    from anychip.recipe import load_recipe
+    from anychip.recipe.cluster import load_cluster
+
+    read = load_recipe(recipe, overrides or [])
+    workload = workload_of(read)
+    if seq_length is not None:
+        workload = with_seq_length(workload, seq_length)
+    if devices is not None and devices < 1:
+        raise InputError(f"--devices is {devices}.", do="Give at least 1.")
+    if cluster is not None:
+        return read, workload, changed_cluster(load_cluster(cluster), chip, devices)
+    if chip is None or devices is None:
+        raise InputError("there is nothing to plan on.", do="Give --cluster FILE, or --chip with --devices.")
+    return read, workload, cluster_of(chip, devices)
+
+
+def _machine(cluster: Cluster) -> Machine:
+    from anychip.plan.machine import machines_of
+
+    return machines_of(cluster)[0]
+
+
+def _answer(workload: Workload, cluster: Cluster, site: str | None, total: float, layout: Layout | None) -> Any:
+    from anychip.plan.answer import answer_plan
+
+    machine = _machine(cluster)
+    return answer_plan(workload, machine, _site(site, machine), total, layout)
+
+
+def _site(name: str | None, machine: Machine) -> Site:
+    from anychip.plan.sites import default_site, load_site
+
+    return load_site(name) if name else default_site(machine.chip)
+
+
+def _mixed(workload: Workload, cluster: Cluster, total: float, as_json: bool) -> None:
+    """A cluster of several kinds of chips: which stages go where."""
+    import json
+
+    from anychip.plan.machine import machines_of
+    from anychip.plan.mixed import mixed_json, search_mixed
+    from anychip.plan.text import mixed_as_text
+
+    machines = machines_of(cluster)
+    between = (cluster.between_groups_gbit_per_s or 100.0) * 1e9 / 8
+    result = search_mixed(workload, machines, [_site(None, machine) for machine in machines], between)
+    name = f"{workload.name} on {cluster.name}"
+    typer.echo(json.dumps(mixed_json(result), indent=2) if as_json else mixed_as_text(name, result, total))

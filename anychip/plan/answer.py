@@ -1,0 +1,176 @@
+"""What `anychip plan` finds out for one recipe on one kind of chips: the layouts, the time, the memory, the days."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anychip.chips.catalog import find_chip
+from anychip.errors import InputError
+from anychip.plan.layouts import overrides_of
+from anychip.plan.machine import machines_of
+from anychip.plan.pipeline import simulate_pipeline
+from anychip.plan.predict import predict
+from anychip.plan.search import search, simulated, stage_times
+from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
+from anychip.recipe.cluster import Cluster, NodeGroup
+
+SECONDS_A_DAY = 86_400.0
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """Everything that the table, the JSON and the page are made of."""
+
+    workload: Workload
+    machine: Machine
+    site: Site
+    search: SearchResult
+    chosen: Prediction  # the best layout, or the one that was asked for
+    timeline: Timeline | None  # of the chosen layout's pipeline
+    total_tokens: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def days(self) -> float:
+        """Days for all tokens when nothing fails."""
+        return days_of(self.chosen, self.workload, self.total_tokens)
+
+
+def answer_plan(
+    workload: Workload, machine: Machine, site: Site, total_tokens: float, layout: Layout | None = None
+) -> PlanAnswer:
+    """Search all layouts, or predict the one given. Raises InputError when none divides."""
+    if layout is not None:
+        found = _settled(workload, layout, machine, site)
+        result = SearchResult([found] if found.fits else [], (), 1, 0.0)
+        chosen: Prediction | None = found
+    else:
+        result = search(workload, machine, site)
+        chosen = result.best[0] if result.best else None
+    if chosen is None:
+        raise InputError(
+            f"{workload.name} fits on {machine.name} in none of {result.considered:,} layouts: {result.notes[0]}.",
+            do="Take more devices or a smaller micro-batch, or shorten seq_length.",
+        )
+    return PlanAnswer(
+        workload=workload,
+        machine=machine,
+        site=site,
+        search=result,
+        chosen=chosen,
+        timeline=timeline_of(workload, chosen.layout, machine, site),
+        total_tokens=total_tokens,
+        notes=tuple(f"assumed: {what}" for what in machine.assumed),
+    )
+
+
+def _settled(workload: Workload, layout: Layout, machine: Machine, site: Site) -> Prediction:
+    predicted = predict(workload, layout, machine, site)
+    return simulated(workload, predicted, machine, site) if layout.pp > 1 else predicted
+
+
+def timeline_of(workload: Workload, layout: Layout, machine: Machine, site: Site) -> Timeline | None:
+    """The simulated pipeline, four rounds of micro-batches at most: later ones repeat."""
+    if layout.pp == 1:
+        return None
+    stages = stage_times(workload, layout, machine, site)
+    return simulate_pipeline(stages, layout.pp, min(layout.micro_batches(workload), 4 * layout.pp), layout.schedule)
+
+
+def days_of(prediction: Prediction, workload: Workload, total_tokens: float) -> float:
+    return total_tokens / workload.tokens * prediction.step_seconds / SECONDS_A_DAY
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def cluster_of(chip: str, devices: int) -> Cluster:
+    """A cluster of one chip without a file; what the catalogue does not know is assumed and said."""
+    per_node = min(devices, find_chip(chip).devices_per_node or devices)
+    if devices % per_node:
+        raise InputError(
+            f"{devices} devices are not whole nodes of {per_node}.", do=f"Give --devices as a multiple of {per_node}."
+        )
+    group = NodeGroup(name=chip, chip=chip, nodes=devices // per_node, devices_per_node=per_node)
+    return Cluster(name=f"{chip}-{devices}", groups=[group])
+
+
+def changed_cluster(cluster: Cluster, chip: str | None, devices: int | None) -> Cluster:
+    """The cluster with another chip (then with the catalogue's links) or another number of devices."""
+    if chip is None and devices is None:
+        return cluster
+    if len(cluster.groups) > 1:
+        raise InputError(
+            f"{cluster.name} has {len(cluster.groups)} kinds of nodes, so --chip and --devices do not say which.",
+            do="Change the cluster file.",
+        )
+    machine = machines_of(cluster)[0]
+    other = cluster_of(chip or machine.chip, devices or machine.devices)
+    if chip is None:
+        nodes = -(-(devices or 0) // machine.devices_per_node)
+        if nodes * machine.devices_per_node != devices:
+            raise InputError(
+                f"{devices} devices are not whole nodes of {machine.devices_per_node}.",
+                do=f"Give --devices as a multiple of {machine.devices_per_node}.",
+            )
+        other = cluster.model_copy(update={"groups": [cluster.groups[0].model_copy(update={"nodes": nodes})]})
+    return other.model_copy(update={"failures": cluster.failures})
+
+
+def with_seq_length(workload: Workload, seq_length: int) -> Workload:
+    """The workload with longer or shorter sequences and the same tokens a step."""
+    if seq_length < 1 or workload.tokens % seq_length:
+        raise InputError(
+            f"--seq-length {seq_length} does not divide the {workload.tokens:,} tokens of a step.",
+            do="Give a length that divides them, or change training.global_batch_size as well.",
+        )
+    return replace(workload, seq_length=seq_length, global_batch=workload.tokens // seq_length)
+
+
+# --- as plain values --------------------------------------------------------------------------------------------
+
+
+def as_json(answer: PlanAnswer) -> dict[str, Any]:
+    """The answer as JSON values: seconds, bytes, tokens a second and device."""
+    return {
+        "workload": {"name": answer.workload.name, "tokens_per_step": answer.workload.tokens},
+        "machine": {
+            "name": answer.machine.name,
+            "chip": answer.machine.chip,
+            "devices": answer.machine.devices,
+            "memory_bytes": answer.machine.memory_bytes,
+        },
+        "site": {"name": answer.site.name, "relative_sigma": answer.site.relative_sigma, "source": answer.site.source},
+        "total_tokens": answer.total_tokens,
+        "days": answer.days,
+        "chosen": prediction_json(answer.chosen),
+        "best": [prediction_json(prediction) for prediction in answer.search.best],
+        "considered": answer.search.considered,
+        "rejected": rejected_counts(answer.search),
+        "search_seconds": answer.search.seconds,
+        "notes": list(answer.notes),
+    }
+
+
+def prediction_json(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "layout": str(prediction.layout),
+        "overrides": overrides_of(prediction.layout),
+        "step_seconds": prediction.step_seconds,
+        "interval_seconds": list(prediction.interval),
+        "tokens_per_second_per_device": prediction.tokens_per_second_per_device,
+        "model_tflops_per_device": prediction.tflops,
+        "mfu": prediction.mfu,
+        "time": prediction.time,
+        "fits": prediction.fits,
+        "reasons": list(prediction.reasons),
+        "memory_bytes": prediction.memory_bytes,
+        "memory_by_stage": {term: [float(value) for value in values] for term, values in prediction.memory.items()},
+    }
+
+
+def rejected_counts(result: SearchResult) -> dict[str, int]:
+    """How many layouts were rejected for each reason."""
+    counts = getattr(result.rejected, "counts", None)
+    return dict(counts()) if counts else {}

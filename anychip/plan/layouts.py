@@ -1,0 +1,122 @@
+"""Layouts in words and in recipes: what a recipe's `parallel` section means to the planner, and the other way round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+from anychip.errors import InputError
+from anychip.plan.types import RECOMPUTES, SCHEDULES, ContextMethod, Layout, Workload
+from anychip.recipe.schema import Recipe
+
+TWO_CHUNK_SCHEDULES = ("zero_bubble", "dualpipe_v")
+_NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "vpp": "vpp", "cp": "cp", "ep": "ep", "mbs": "micro_batch"}
+_ZEROS = range(4)
+
+
+def layout_of(recipe: Recipe, devices: int) -> Layout:
+    """The layout that a recipe's `parallel` and `training` sections describe on `devices` devices.
+
+    FSDP2 gathers parameters layer by layer (ZeRO 3), but a stage of a pipeline keeps them for a step (ZeRO 2).
+    Raises InputError when the degrees do not make up `devices`.
+    """
+    parallel = recipe.parallel
+    pipelined = parallel.pipeline_parallel > 1
+    fixed = (
+        parallel.pipeline_parallel * parallel.data_parallel_shard * parallel.context_parallel * parallel.tensor_parallel
+    )
+    replicate = parallel.data_parallel_replicate or max(1, devices // fixed)
+    if fixed * replicate != devices:
+        raise InputError(
+            f"the recipe's layout needs {fixed * replicate} devices, the cluster has {devices}.",
+            do=f"Change the degrees in the section parallel, or give --devices with a multiple of {fixed}.",
+        )
+    folded = parallel.pipeline_schedule in TWO_CHUNK_SCHEDULES
+    sharded = parallel.data_parallel_shard > 1
+    return Layout(
+        dp=replicate * parallel.data_parallel_shard,
+        tp=parallel.tensor_parallel,
+        pp=parallel.pipeline_parallel,
+        vpp=(2 if folded else parallel.virtual_pipeline) if pipelined else 1,
+        cp=parallel.context_parallel,
+        ep=parallel.expert_parallel,
+        zero=(2 if pipelined else 3) if sharded else 0,
+        shard=parallel.data_parallel_shard * parallel.context_parallel if sharded and replicate > 1 else 0,
+        micro_batch=recipe.training.micro_batch_size,
+        recompute=recipe.training.recompute,
+        schedule=parallel.pipeline_schedule,
+        context_method=parallel.context_method,
+        stage_layers=tuple(parallel.pipeline_layers),
+    )
+
+
+def overrides_of(layout: Layout) -> list[str]:
+    """What `--set` must be given so that a recipe trains in this layout; sharded states become FSDP2."""
+    shard = (layout.shard or layout.dp * layout.cp) // layout.cp if layout.zero else 1
+    values: dict[str, Any] = {
+        "parallel.data_parallel_replicate": layout.dp // shard,
+        "parallel.data_parallel_shard": shard,
+        "parallel.tensor_parallel": layout.tp,
+        "parallel.pipeline_parallel": layout.pp,
+        "parallel.context_parallel": layout.cp,
+        "parallel.expert_parallel": layout.ep,
+        "parallel.pipeline_schedule": layout.schedule,
+        "parallel.virtual_pipeline": layout.vpp if layout.schedule == "interleaved" else 1,
+        "training.micro_batch_size": layout.micro_batch,
+        "training.recompute": layout.recompute,
+    }
+    if layout.stage_layers:
+        values["parallel.pipeline_layers"] = "[" + ",".join(map(str, layout.stage_layers)) + "]"
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def parse_layout(text: str, workload: Workload, devices: int) -> Layout:
+    """A layout as it is printed, such as "tp8 pp8 vpp3 mbs1 zero1 recompute-full interleaved".
+
+    What is left out stays as it is by default; without dp, dp is what the other degrees leave of `devices`.
+    """
+    values: dict[str, Any] = {}
+    for word in text.replace(",", " ").split():
+        letters = word.rstrip("0123456789")
+        digits = word[len(letters) :]
+        if letters in _NUMBERS and digits and int(digits) > 0:
+            values[_NUMBERS[letters]] = int(digits)
+        elif letters == "zero" and digits and int(digits) in _ZEROS:
+            values["zero"] = int(digits)
+        elif word.removeprefix("recompute-") in RECOMPUTES:
+            values["recompute"] = word.removeprefix("recompute-")
+        elif word in SCHEDULES:
+            values["schedule"] = word
+        elif word in get_args(ContextMethod):
+            values["context_method"] = word
+        elif letters == "layers" and digits == "":
+            raise InputError("layers needs numbers, such as layers11-12-13.", do="Join the layers of stages by -.")
+        elif word.startswith("layers") and word[6:].replace("-", "").isdigit():
+            values["stage_layers"] = tuple(int(count) for count in word[6:].split("-") if count)
+        else:
+            raise InputError(
+                f"{word!r} is no part of a layout.",
+                do="Write words such as dp128 tp8 pp8 vpp3 cp1 ep1 mbs1 zero1 recompute-full interleaved.",
+            )
+    return _completed(Layout(**values), values, workload, devices)
+
+
+def _completed(layout: Layout, given: dict[str, Any], workload: Workload, devices: int) -> Layout:
+    """Fill in what follows from what was written."""
+    if "schedule" not in given and layout.vpp > 1:
+        layout = replace(layout, schedule="interleaved")
+    if layout.schedule in TWO_CHUNK_SCHEDULES and layout.pp > 1:
+        layout = replace(layout, vpp=2)
+    if "dp" not in given:
+        layout = replace(layout, dp=max(1, devices // (layout.tp * layout.pp * layout.cp)))
+    if layout.devices != devices:
+        raise InputError(
+            f"layout {layout} needs {layout.devices} devices, there are {devices}.",
+            do="Leave dp out to have it follow, or change --devices.",
+        )
+    if layout.stage_layers and sum(layout.stage_layers) != workload.layers:
+        raise InputError(
+            f"layers {layout.stage_layers} add up to {sum(layout.stage_layers)}, the model has {workload.layers}.",
+            do="Give every stage of the pipeline its layers.",
+        )
+    return layout

@@ -1,0 +1,188 @@
+"""The planner's answers as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anychip.plan.answer import PlanAnswer, days_of, rejected_counts
+from anychip.plan.calibrate import Calibration
+from anychip.plan.layouts import overrides_of
+from anychip.plan.mixed import MixedResult
+from anychip.plan.predict import GIB
+from anychip.plan.types import Machine, Prediction, Site
+from anychip.plan.validate import Metrics, ValidationReport
+
+_REASONS_SHOWN = 5
+
+
+def answer_as_text(answer: PlanAnswer) -> str:
+    """The machine, the ten best layouts, the time and memory of the chosen one, what was rejected and why."""
+    parts = [
+        f"{answer.workload.name}: {answer.workload.tokens:,} tokens a step, {answer.total_tokens:.3g} in all\n"
+        f"{answer.machine.name}: {answer.machine.devices:,} x {answer.machine.chip}, "
+        f"{answer.machine.memory_bytes / GIB:.0f} GiB each; site {answer.site.name}"
+    ]
+    if len(answer.search.best) > 1:
+        parts.append(_layouts_table(answer))
+    parts.append(explanation(answer))
+    if rejected := rejected_counts(answer.search):
+        shown = sorted(rejected.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
+        lines = [f"  {count:>9,}  {reason}" for reason, count in shown]
+        left = len(rejected) - len(shown)
+        parts.append(
+            f"{answer.search.considered:,} layouts predicted in {answer.search.seconds:.2f} s; rejected:\n"
+            + "\n".join(lines + ([f"  and {left} other reasons (--json lists all)"] if left > 0 else []))
+        )
+    parts += answer.notes
+    return "\n\n".join(parts)
+
+
+def _layouts_table(answer: PlanAnswer) -> str:
+    rows = [["", "layout", "step", "tok/s/dev", "mfu", "days", "GiB", "time"]]
+    for number, prediction in enumerate(answer.search.best, 1):
+        rows.append(
+            [
+                str(number),
+                str(prediction.layout),
+                f"{prediction.step_seconds:.2f} s",
+                f"{prediction.tokens_per_second_per_device:,.0f}",
+                f"{prediction.mfu:.1%}",
+                f"{days_of(prediction, answer.workload, answer.total_tokens):,.1f}",
+                f"{prediction.memory_bytes / GIB:.1f}",
+                _shares(prediction),
+            ]
+        )
+    return table(rows, left=(1, 7))
+
+
+def _shares(prediction: Prediction) -> str:
+    """The largest terms of the step as shares."""
+    terms = sorted(prediction.time.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {value / prediction.step_seconds:.0%}" for name, value in terms)
+
+
+def explanation(answer: PlanAnswer) -> str:
+    """One layout: where its time goes, what fills its memory, how to train with it."""
+    chosen = answer.chosen
+    low, high = chosen.interval
+    lines = [
+        f"layout {chosen.layout}" + ("" if chosen.fits else "  DOES NOT FIT: " + "; ".join(chosen.reasons)),
+        f"step {chosen.step_seconds:.3g} s (8 of 10 such predictions fall in {low:.3g} to {high:.3g} s), "
+        f"{chosen.tokens_per_second_per_device:,.0f} tokens/s a device, {chosen.tflops:.1f} model TFLOP/s, "
+        f"mfu {chosen.mfu:.1%}, {answer.days:,.1f} days without failures",
+        "",
+        time_table(chosen),
+        "",
+        memory_table(chosen, answer.machine),
+        "",
+        "to train with it: " + " ".join(f"--set {override}" for override in overrides_of(chosen.layout)),
+    ]
+    return "\n".join(lines)
+
+
+def time_table(prediction: Prediction) -> str:
+    rows = [["time", "seconds", "share"]]
+    for name, seconds in sorted(prediction.time.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            rows.append([name.replace("_", " "), f"{seconds:.4g}", f"{seconds / prediction.step_seconds:.1%}"])
+    return table(rows, left=(0,))
+
+
+def memory_table(prediction: Prediction, machine: Machine) -> str:
+    """GiB by term of the first, the fullest and the last stage."""
+    totals = prediction.memory_by_stage
+    stages = list(dict.fromkeys([0, int(totals.argmax()), len(totals) - 1]))
+    rows = [["memory, GiB", *(f"stage {stage}" for stage in stages)]]
+    for name, values in prediction.memory.items():
+        if values.max() > 0:
+            rows.append([name.replace("_", " "), *(f"{values[stage] / GIB:.2f}" for stage in stages)])
+    rows.append([f"sum, of {machine.memory_bytes / GIB:.1f}", *(f"{totals[stage] / GIB:.2f}" for stage in stages)])
+    return table(rows, left=(0,))
+
+
+def mixed_as_text(name: str, result: MixedResult, total_tokens: float) -> str:
+    """The best pipelines over several kinds of chips, and what mixing is worth."""
+    rows = [["", "layout", "stages", "layers", "step", "tok/s", "mfu", "days"]]
+    for number, plan in enumerate(result.best, 1):
+        runs: list[tuple[str, int]] = []
+        for group in plan.groups:
+            runs = [*runs[:-1], (group, runs[-1][1] + 1)] if runs and runs[-1][0] == group else [*runs, (group, 1)]
+        rows.append(
+            [
+                str(number),
+                str(plan.layout),
+                " then ".join(f"{count} on {group}" for group, count in runs),
+                "-".join(map(str, plan.layout.stage_layers)),
+                f"{plan.step_seconds:.2f} s",
+                f"{plan.tokens_per_second:,.0f}",
+                f"{plan.mfu:.1%}",
+                f"{total_tokens / plan.tokens_per_second / 86_400:,.1f}",
+            ]
+        )
+    alone = [
+        f"{part} alone: {found.layout}, {found.tokens_per_second_per_device * found.layout.devices:,.0f} tokens/s"
+        for part, found in result.alone.items()
+    ]
+    return "\n\n".join([name, table(rows, left=(1, 2, 3)), "\n".join(alone), result.verdict])
+
+
+def validation_as_text(report: ValidationReport) -> str:
+    """Errors by chip and software, beside the baseline's, and why rows were left out."""
+    headings = ["runs", "mean", "median", "p90", "bias", "order", "regret"]
+    rows = [["time", *headings, "baseline mean"]]
+    for name, metrics in report.time.items():
+        base = report.baseline.get(name)
+        rows.append([name, *_metrics(metrics), f"{base.mean:.1%}" if base else ""])
+    parts = [table(rows, left=(0,))]
+    if report.memory:
+        rows = [["peak memory", *headings[:5]]]
+        rows += [[name, *_metrics(metrics)[:5]] for name, metrics in report.memory.items()]
+        parts.append(table(rows, left=(0,)))
+    if report.skipped:
+        reasons: dict[str, int] = {}
+        for skipped in report.skipped:
+            reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
+        lines = [f"  {count:>5}  {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+        parts.append(f"{len(report.skipped)} rows skipped:\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _metrics(metrics: Metrics) -> list[str]:
+    def share(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.1%}"
+
+    return [
+        str(metrics.runs),
+        share(metrics.mean),
+        share(metrics.median),
+        share(metrics.p90),
+        share(metrics.bias, "+"),
+        share(metrics.pair_order),
+        share(metrics.regret),
+    ]
+
+
+def calibration_as_text(calibration: Calibration, start: Site) -> str:
+    held = "one run cannot be held out" if calibration.held_out is None else f"{calibration.held_out:.1%}"
+    return "\n".join(
+        [
+            f"{calibration.runs} runs; mean error of {start.name}: {calibration.before:.1%}, of the new site: "
+            f"{calibration.fitted:.1%}",
+            f"held out by {calibration.held_out_by}: {held}",
+            f"a prediction's spread: {calibration.site.relative_sigma:.1%} (one standard deviation of log time)",
+            *(f"skipped {one.id}: {one.reason}" for one in calibration.skipped),
+        ]
+    )
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Columns in line, numbers to the right; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
