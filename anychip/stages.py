@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anychip.data.batch import Batch
+    from anychip.train.job import Evaluate
     from anychip.tune.sft import SftData
-
-    Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -138,42 +137,16 @@ def _data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.data.loader import TrainingData
-    from anychip.model.arithmetic import parameter_shapes
-    from anychip.model.init import init_tensor
-    from anychip.parallel.parts import copy_part
-    from anychip.train.job import TrainingJob
+    from anychip.parallel.parts import initialize_parts
+    from anychip.train.job import training_job
     from anychip.train.loop import run_training
 
     def initialize(parameters: Mapping[str, Tensor]) -> None:
-        for name, shape in parameter_shapes(recipe.model):
-            if name in parameters:
-                copy_part(parameters[name], init_tensor(name, shape, recipe.model, recipe.seed))
+        initialize_parts(parameters, recipe.model, recipe.seed)
 
-    training = recipe.training
-    job = TrainingJob(
-        title="train",
-        directory=run.root,
-        model=recipe.model,
-        source=TrainingData(run, recipe),
-        initialize=initialize,
-        evaluate=_validation(recipe, run) if recipe.data.validation_fraction else None,
-        identity=_fingerprint(STAGES["train"], recipe),
-        steps=training.steps,
-        seq_length=training.seq_length,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        optimizer=recipe.optimizer,
-        checkpoint=recipe.checkpoint,
-        log=recipe.log,
-        compute_dtype=training.compute_dtype,
-        recompute=training.recompute,
-        compile=training.compile,
-        loss_chunk_tokens=training.loss_chunk_tokens,
-        eval_interval=training.eval_interval,
-        deterministic=training.deterministic,
-        operators=training.operators,
-        parallel=recipe.parallel,
-    )
+    evaluate = _validation(recipe, run) if recipe.data.validation_fraction else None
+    identity = _fingerprint(STAGES["train"], recipe)
+    job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity)
     return {"step": run_training(job)}
 
 

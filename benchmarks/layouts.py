@@ -36,10 +36,8 @@ def work(name: str, dtype_name: str) -> None:
 
     from anychip.chips.backend import detect_backend
     from anychip.data.batch import Batch
-    from anychip.model.arithmetic import parameter_shapes
-    from anychip.model.init import init_tensor
     from anychip.parallel.gradients import gradient_norm, scale_gradients
-    from anychip.parallel.parts import copy_part
+    from anychip.parallel.parts import initialize_parts
     from anychip.parallel.processes import Processes
     from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
@@ -85,9 +83,7 @@ def work(name: str, dtype_name: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     processes = Processes.join(job.parallel, torch.device("cpu"), "gloo")
     engine = Engine(job, processes, dtype)
-    for parameter_name, shape in parameter_shapes(model):
-        if parameter_name in engine.parameters:
-            copy_part(engine.parameters[parameter_name], init_tensor(parameter_name, shape, model, 0))
+    initialize_parts(engine.parameters, model, 0)
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
     for _ in sys.stdin:
         started = time.perf_counter()

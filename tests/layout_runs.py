@@ -14,10 +14,8 @@ from rank_pool import run_ranks
 
 from anychip.chips.backend import detect_backend
 from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
-from anychip.model.arithmetic import parameter_shapes
-from anychip.model.init import init_tensor
 from anychip.parallel.gradients import gradient_norm, scale_gradients
-from anychip.parallel.parts import copy_part
+from anychip.parallel.parts import initialize_parts
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local, whole
 from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
@@ -102,9 +100,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)  # of the master weights
     processes = Processes.join(job.parallel, backend.device(0), backend.collective_backend)
     engine = Engine(job, processes, dtype)
-    for name, shape in parameter_shapes(MODEL):
-        if name in engine.parameters:
-            copy_part(engine.parameters[name], init_tensor(name, shape, MODEL, SEED))
+    initialize_parts(engine.parameters, MODEL, SEED)
     return job, processes, engine, Optimizer(engine.parameters, job.optimizer, dtype)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from anychip.cli.options import RUNS, RecipeArgument, RunsOption, SetOption
 
 
@@ -12,10 +17,21 @@ def run(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = 
     run_stages(*open_run(recipe, overrides or [], runs))
 
 
-def train(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and step one rank without memory or data.")] = False,
+    world_size: Annotated[int | None, typer.Option(help="Dry run: processes of the job.")] = None,
+    rank: Annotated[int, typer.Option(help="Dry run: which of them.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Dry run: print JSON for programs.")] = False,
+) -> None:
     """Pretrain on packed data, or continue from the newest checkpoint."""
     from anychip.stages import open_run, run_stage
 
+    if dry_run:
+        _dry_run(recipe, overrides or [], world_size, rank, as_json)
+        return
     run_stage("train", *open_run(recipe, overrides or [], runs))
 
 
@@ -38,3 +54,16 @@ def report(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption
     from anychip.stages import open_run, run_stage
 
     run_stage("report", *open_run(recipe, overrides or [], runs))
+
+
+def _dry_run(recipe: Path, overrides: list[str], world_size: int | None, rank: int, as_json: bool) -> None:
+    import json
+
+    from anychip.errors import InputError
+    from anychip.recipe import load_recipe
+    from anychip.train.dry_run import dry_run
+
+    if world_size is None:
+        raise InputError("a dry run must know the size of the job.", do="Give --world-size, and --rank.")
+    found = dry_run(load_recipe(recipe, overrides), world_size, rank)
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.as_text())

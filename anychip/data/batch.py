@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: torch.Tensor | None = None
+
+    @cached_property
+    def num_labels(self) -> int:
+        """Positions that carry loss."""
+        return int((self.labels != IGNORE_LABEL).sum())
 
 
 def number_documents(input_ids: torch.Tensor, end_id: int) -> torch.Tensor:

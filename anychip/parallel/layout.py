@@ -8,7 +8,6 @@ most, and stages, which talk least, lie farthest apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,6 +40,11 @@ class Layout:
     def readers(self) -> int:
         """Processes that read different rows of a global batch."""
         return self.replicate * self.shard
+
+    @property
+    def sequence_parts(self) -> int:
+        """Equal pieces that a sequence is cut into: context parallelism gives each process an early and a late one."""
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
 
     def coordinate(self, rank: int) -> Layout:
         """This rank's place on each axis, in the same fields."""
@@ -115,7 +119,7 @@ def check_batch(config: ParallelConfig, layout: Layout, seq_length: int, micro_b
             f"{micro_batch}.",
             do=f"Choose {_nearest(global_batch, unit)}.",
         )
-    parts = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+    parts = layout.sequence_parts
     if seq_length % parts:
         raise InputError(
             f"seq_length {seq_length} does not divide into {parts} parts (tensor_parallel {layout.tensor}, "
@@ -123,6 +127,12 @@ def check_batch(config: ParallelConfig, layout: Layout, seq_length: int, micro_b
             do=f"Choose {_nearest(seq_length, parts)}.",
         )
     micro_batches = global_batch // unit
+    if config.pipeline_schedule == "1f1b" and micro_batches < layout.pipeline:
+        raise InputError(
+            f"1f1b needs at least as many micro-batches a step as stages ({layout.pipeline}), there are "
+            f"{micro_batches}.",
+            do=f"Raise global_batch_size to {layout.pipeline * unit}, or lower micro_batch_size.",
+        )
     if layout.pipeline > 1 and config.pipeline_schedule == "dualpipe_v" and micro_batches < 2 * layout.pipeline:
         raise InputError(
             f"dualpipe_v needs at least {2 * layout.pipeline} micro-batches a step (two a process), there are "
@@ -187,13 +197,3 @@ def _divisors(value: int, near: int) -> str:
 def _nearest(value: int, unit: int) -> str:
     below, above = value // unit * unit, -(-value // unit) * unit
     return f"{below} or {above}" if below else str(above)
-
-
-def ranks_along(layout: Layout, rank: int, axes: Sequence[str]) -> list[int]:
-    """Ranks that differ from `rank` only on these axes, ascending; `rank` among them."""
-    mine = layout.coordinate(rank)
-    return [
-        other
-        for other in range(layout.world_size)
-        if all(getattr(layout.coordinate(other), axis) == getattr(mine, axis) for axis in AXES if axis not in axes)
-    ]

@@ -5,13 +5,15 @@ A layout only ever changes which part of which named tensor lies here. `Decoder`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
+from anychip.model.arithmetic import parameter_shapes
 from anychip.model.decoder import Decoder
+from anychip.model.init import init_tensor
 from anychip.parallel.context import apply_context_parallel
 from anychip.parallel.data import apply_sharding
 from anychip.parallel.layout import check_layout
@@ -21,16 +23,23 @@ from anychip.parallel.tensor import apply_tensor_parallel, local, part_of
 from anychip.recipe.schema import ModelConfig
 
 
+def allocate(part: Decoder, device: torch.device) -> None:
+    """Move a part from the meta device to uninitialised memory."""
+    part.to_empty(device=device)
+
+
 def build_parts(
     config: ModelConfig,
     processes: Processes,
     dtype: torch.dtype,
     operators: Operators = reference,
     prepare: Callable[[Decoder], None] = lambda part: None,
+    give_memory: Callable[[Decoder, torch.device], None] = allocate,
 ) -> list[Decoder]:
     """The decoders this process holds: one, or one a pipeline stage. Their memory is not filled yet.
 
-    `prepare` is called on each before it is sharded (recomputation and compilation wrap the layers there).
+    `prepare` is called on each before it is sharded (recomputation and compilation wrap the layers there);
+    `give_memory` takes it from the meta device to the process's own.
     """
     check_layout(processes.config, processes.layout, config)
     pipelined = processes.layout.pipeline > 1
@@ -48,7 +57,7 @@ def build_parts(
         prepare(part)
         if (sharding := processes.sharding_mesh()) is not None:
             apply_sharding(part, sharding, dtype, pipelined=pipelined)
-        part.to_empty(device=processes.device)
+        give_memory(part, processes.device)
         parts.append(part)
     return parts
 
@@ -56,6 +65,13 @@ def build_parts(
 def named_parameters(parts: list[Decoder]) -> dict[str, nn.Parameter]:
     """Parameters of all parts by their logical names, in the order of the forward pass."""
     return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+def initialize_parts(parameters: Mapping[str, Tensor], config: ModelConfig, seed: int) -> None:
+    """Fill the parameters held here as a whole model of this seed would have them."""
+    for name, shape in parameter_shapes(config):
+        if name in parameters:
+            copy_part(parameters[name], init_tensor(name, shape, config, seed))
 
 
 def copy_part(parameter: Tensor, whole_tensor: Tensor) -> None:

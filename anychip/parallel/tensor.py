@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import _disable_current_modes
 
 from anychip.model.decoder import Decoder, Linear, RMSNorm
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
@@ -35,7 +36,8 @@ def part_of(like: Tensor, whole_tensor: Tensor) -> Tensor:
     """The part of a whole tensor that lies where `like`'s part of its own does."""
     if not isinstance(like, DTensor):
         return whole_tensor
-    sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    with _disable_current_modes():  # places are real numbers even where tensors are fake, as in a dry run
+        sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     return whole_tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
 
 

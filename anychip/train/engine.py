@@ -6,6 +6,7 @@ divided by the labels of the whole batch before backward, so that gradients are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from anychip.model.decoder import Decoder
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
 from anychip.parallel.data import sum_copies
-from anychip.parallel.parts import build_parts, named_parameters
+from anychip.parallel.parts import allocate, build_parts, named_parameters
 from anychip.parallel.pipeline import Pipeline
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
@@ -31,7 +32,12 @@ class Engine:
     """This process's part of the model, and how a batch passes through it."""
 
     def __init__(
-        self, job: TrainingJob, processes: Processes, dtype: torch.dtype, operators: Operators = reference
+        self,
+        job: TrainingJob,
+        processes: Processes,
+        dtype: torch.dtype,
+        operators: Operators = reference,
+        give_memory: Callable[[Decoder, torch.device], None] = allocate,
     ) -> None:
         self._job, self._processes, self._operators = job, processes, operators
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
@@ -43,7 +49,7 @@ class Engine:
                 for layer in part.layers:
                     layer.compile(dynamic=False)
 
-        self.parts = build_parts(job.model, processes, dtype, operators, prepare)
+        self.parts = build_parts(job.model, processes, dtype, operators, prepare, give_memory)
         self.parameters = named_parameters(self.parts)
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
@@ -56,7 +62,7 @@ class Engine:
     def forward_backward(self, batch: Batch) -> Tensor:
         """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token,
         a scalar), the same on all processes."""
-        self._labels_in_batch = int((batch.labels != IGNORE_LABEL).sum())
+        self._labels_in_batch = batch.num_labels
         part = self._my_part(batch, self._rows)
         self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
@@ -127,8 +133,8 @@ class Engine:
     def _padded_length(self, length: int) -> int:
         """The next length that the layout divides; a pipeline passes one shape only."""
         layout = self._processes.layout
-        unit = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
-        return self._job.seq_length if layout.pipeline > 1 else -(-length // unit) * unit
+        parts = layout.sequence_parts
+        return self._job.seq_length if layout.pipeline > 1 else -(-length // parts) * parts
 
     def _places(self, part: Batch) -> dict[str, Any]:
         """Where this process's tokens stand in the whole sequence, and how long that is."""

@@ -10,7 +10,17 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from anychip.data.batch import Batch
-from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from anychip.recipe.schema import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+)
+
+Initialize = Callable[[Mapping[str, Tensor]], None]
+Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
 
 
 class BatchSource(Protocol):
@@ -34,8 +44,8 @@ class TrainingJob:
     directory: Path
     model: ModelConfig
     source: BatchSource
-    initialize: Callable[[Mapping[str, Tensor]], None]
-    evaluate: Callable[[Callable[[Batch], float]], Mapping[str, float]] | None
+    initialize: Initialize
+    evaluate: Evaluate | None
     identity: str
     steps: int
     seq_length: int
@@ -52,3 +62,39 @@ class TrainingJob:
     eval_interval: int = 0
     deterministic: bool = False
     operators: Mapping[str, str] = field(default_factory=dict)
+
+
+def training_job(
+    recipe: Recipe,
+    directory: Path,
+    source: BatchSource,
+    initialize: Initialize,
+    evaluate: Evaluate | None,
+    identity: str,
+) -> TrainingJob:
+    """The pretraining that a recipe describes."""
+    training = recipe.training
+    return TrainingJob(
+        title="train",
+        directory=directory,
+        model=recipe.model,
+        source=source,
+        initialize=initialize,
+        evaluate=evaluate,
+        identity=identity,
+        steps=training.steps,
+        seq_length=training.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        optimizer=recipe.optimizer,
+        checkpoint=recipe.checkpoint,
+        log=recipe.log,
+        compute_dtype=training.compute_dtype,
+        recompute=training.recompute,
+        compile=training.compile,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+        eval_interval=training.eval_interval,
+        deterministic=training.deterministic,
+        operators=training.operators,
+        parallel=recipe.parallel,
+    )
