@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from anychip.errors import InputError
 from anychip.recipe.load import explain, read_yaml
-from anychip.recipe.schema import Positive, Section
+from anychip.recipe.schema import Fraction, Positive, Section
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -39,6 +39,12 @@ class FailureConfig(Section):
     restart_seconds: NotNegative = Field(0.0, description="rescheduling, process start, groups, warm-up")
     load_seconds: NotNegative | None = Field(None, description="reading a checkpoint; default: from its size")
     storage_gb_per_s: PositiveFloat | None = Field(None, description="what the whole cluster reads or writes together")
+    checkpoint_stall_seconds: NotNegative = Field(0.0, description="training stands still at each save to storage")
+    memory_copy_seconds: NotNegative | None = Field(
+        None, description="training stands still at each copy to another node's memory; default: no such copies"
+    )
+    memory_copy_survives: Fraction = Field(0.9, description="share of failures after which such a copy is still there")
+    memory_load_seconds: NotNegative = Field(0.0, description="coming back from such a copy")
     repair_hours: NotNegative = 0.0
     spare_nodes: Annotated[int, Field(ge=0)] = 0
     straggler_sigma: NotNegative = Field(0.0, description="relative noise of one device's step time")
