@@ -146,7 +146,7 @@ def _answer(workload: Workload, cluster: Cluster, site: str | None, total: float
     from anychip.plan.answer import answer_plan
 
     machine = _machine(cluster)
-    return answer_plan(workload, machine, _site(site, machine), total, layout)
+    return answer_plan(workload, machine, _site(site, machine), total, layout, cluster.failures)
 
 
 def _site(name: str | None, machine: Machine) -> Site:

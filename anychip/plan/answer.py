@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from anychip.chips.catalog import find_chip
 from anychip.errors import InputError
+from anychip.plan.goodput import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    SECONDS_A_DAY,
+    Goodput,
+    Reliability,
+    goodput,
+    objective_after_failures,
+    reliability,
+)
 from anychip.plan.layouts import overrides_of
 from anychip.plan.machine import machines_of
 from anychip.plan.pipeline import simulate_pipeline
 from anychip.plan.predict import predict
 from anychip.plan.search import search, simulated, stage_times
+from anychip.plan.shapes import num_parameters
 from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
-from anychip.recipe.cluster import Cluster, NodeGroup
+from anychip.recipe.cluster import Cluster, FailureConfig, NodeGroup
 
-SECONDS_A_DAY = 86_400.0
+_NOTHING_FAILS = FailureConfig()
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,8 @@ class PlanAnswer:
     chosen: Prediction  # the best layout, or the one that was asked for
     timeline: Timeline | None  # of the chosen layout's pipeline
     total_tokens: float
+    reliability: Reliability
+    goodput: Goodput  # of the chosen layout
     notes: tuple[str, ...] = ()
 
     @property
@@ -38,15 +51,26 @@ class PlanAnswer:
 
 
 def answer_plan(
-    workload: Workload, machine: Machine, site: Site, total_tokens: float, layout: Layout | None = None
+    workload: Workload,
+    machine: Machine,
+    site: Site,
+    total_tokens: float,
+    layout: Layout | None = None,
+    failures: FailureConfig = _NOTHING_FAILS,
 ) -> PlanAnswer:
-    """Search all layouts, or predict the one given. Raises InputError when none divides."""
+    """Search all layouts for the most tokens a day after failures, or predict the one given.
+
+    Raises InputError when no layout divides, or none fits.
+    """
+    nodes = -(-machine.devices // machine.devices_per_node)
+    state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * float(num_parameters(workload))
+    held = reliability(failures, nodes, machine.devices, state_bytes)
     if layout is not None:
         found = _settled(workload, layout, machine, site)
         result = SearchResult([found] if found.fits else [], (), 1, 0.0)
         chosen: Prediction | None = found
     else:
-        result = search(workload, machine, site)
+        result = search(workload, machine, site, objective_after_failures(held))
         chosen = result.best[0] if result.best else None
     if chosen is None:
         raise InputError(
@@ -61,8 +85,14 @@ def answer_plan(
         chosen=chosen,
         timeline=timeline_of(workload, chosen.layout, machine, site),
         total_tokens=total_tokens,
+        reliability=held,
+        goodput=goodput(chosen.step_seconds, site.relative_sigma, workload.tokens, total_tokens, held, _watts(machine)),
         notes=tuple(f"assumed: {what}" for what in machine.assumed),
     )
+
+
+def _watts(machine: Machine) -> float | None:
+    return machine.watts_per_device * machine.devices if machine.watts_per_device else None
 
 
 def _settled(workload: Workload, layout: Layout, machine: Machine, site: Site) -> Prediction:
@@ -143,7 +173,8 @@ def as_json(answer: PlanAnswer) -> dict[str, Any]:
         },
         "site": {"name": answer.site.name, "relative_sigma": answer.site.relative_sigma, "source": answer.site.source},
         "total_tokens": answer.total_tokens,
-        "days": answer.days,
+        "days_without_failures": answer.days,
+        "goodput": goodput_json(answer.goodput),
         "chosen": prediction_json(answer.chosen),
         "best": [prediction_json(prediction) for prediction in answer.search.best],
         "considered": answer.search.considered,
@@ -151,6 +182,13 @@ def as_json(answer: PlanAnswer) -> dict[str, Any]:
         "search_seconds": answer.search.seconds,
         "notes": list(answer.notes),
     }
+
+
+def goodput_json(found: Goodput) -> dict[str, Any]:
+    """The goodput as JSON values; what is infinite becomes null."""
+    values = dict(vars(found))
+    values["days_interval"] = list(found.days_interval)
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def prediction_json(prediction: Prediction) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from anychip.plan.answer import PlanAnswer, days_of, rejected_counts
 from anychip.plan.calibrate import Calibration
+from anychip.plan.goodput import Goodput
 from anychip.plan.layouts import overrides_of
 from anychip.plan.mixed import MixedResult
 from anychip.plan.predict import GIB
@@ -24,7 +25,7 @@ def answer_as_text(answer: PlanAnswer) -> str:
     ]
     if len(answer.search.best) > 1:
         parts.append(_layouts_table(answer))
-    parts.append(explanation(answer))
+    parts += [explanation(answer), goodput_text(answer.goodput)]
     if rejected := rejected_counts(answer.search):
         shown = sorted(rejected.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
         lines = [f"  {count:>9,}  {reason}" for reason, count in shown]
@@ -77,6 +78,25 @@ def explanation(answer: PlanAnswer) -> str:
         "",
         "to train with it: " + " ".join(f"--set {override}" for override in overrides_of(chosen.layout)),
     ]
+    return "\n".join(lines)
+
+
+def goodput_text(found: Goodput) -> str:
+    """Days with failures and what they cost; energy where it is known."""
+    low, high = found.days_interval
+    lines = [
+        f"{found.days:,.1f} days (8 of 10 such jobs take {low:,.1f} to {high:,.1f}), useful time {found.effective:.1%}"
+    ]
+    if found.failures:
+        lost = ", ".join(f"{name} {share:.1%}" for name, share in found.losses.items() if share >= 5e-4)
+        saves = f"a save to storage every {found.storage_interval_s / 60:.1f} min"
+        if found.memory_interval_s is not None:
+            saves = f"a copy to memory every {found.memory_interval_s / 60:.2f} min, " + saves
+        lines.append(f"{found.failures:,.0f} failures; lost: {lost or 'nothing'}; best is {saves}")
+    else:
+        lines.append("failures are off: a cluster file's section `failures` turns them on")
+    if found.energy_mwh is not None:
+        lines.append(f"{found.energy_mwh:,.0f} MWh at the chips' rated power or the nodes' stated one")
     return "\n".join(lines)
 
 
