@@ -34,6 +34,7 @@ def layouts(
     site: SiteOption = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
+    html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The ten best layouts of a recipe: time, memory, days. This is what `anychip plan RECIPE` does."""
@@ -49,6 +50,10 @@ def layouts(
         _mixed(workload, where, total, as_json)
         return
     answer = _answer(workload, where, site, total, layout_of(read, _machine(where).devices) if fixed else None)
+    if html is not None:
+        from anychip.report.plan_page import write_plan_page
+
+        write_plan_page(answer, html)
     typer.echo(json.dumps(answer_json(answer), indent=2) if as_json else answer_as_text(answer))
 
 

@@ -18,7 +18,7 @@ from anychip.errors import InputError
 from anychip.plan.cost import EndCost, rank_seconds, step_terms
 from anychip.plan.memory import rank_memory, rank_of
 from anychip.plan.pipeline import StageTimes, pipeline_seconds
-from anychip.plan.predict import GIB, hardware_for
+from anychip.plan.predict import GIB, hardware_for, measured
 from anychip.plan.search import min_max_split, search
 from anychip.plan.shapes import Work, flops_per_token, work_of
 from anychip.plan.table import Table, peak_of, table_of
@@ -77,6 +77,7 @@ def search_mixed(
     started = time.perf_counter()
     if len(machines) < 2:
         raise InputError("a mixed plan needs at least two kinds of chips.", do="Use `search` for one kind.")
+    machines = [measured(machine, site) for machine, site in zip(machines, sites, strict=True)]
     alone = _alone(workload, machines, sites)
     rejected: list[Rejected] = []
     candidates: list[tuple[float, _Candidate]] = []

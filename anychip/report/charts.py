@@ -80,7 +80,7 @@ def line_chart(
     y_axis = _Axis(0.0 if y_from_zero else y_low, y_high, height - _BOTTOM, _TOP, y_log)
     parts = [_grid(x_axis, y_axis, width, height, x_label, y_format or short)]
     parts += [_curve(s, x_axis, y_axis) for s in shown]
-    return _svg(title, width, height, parts)
+    return svg(title, width, height, parts)
 
 
 def bar_chart(
@@ -125,7 +125,7 @@ def bar_chart(
                 label_width + length + 10, middle + 5, value_format(bar.value), unit
             )
         )
-    return _svg(title, width, height, parts, "chart bars")
+    return svg(title, width, height, parts, "chart bars")
 
 
 def smoothed(points: Sequence[Point], share: float = 0.06) -> list[Point]:
@@ -150,7 +150,8 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _svg(title: str, width: int, height: int, parts: Sequence[Markup], kind: str = "chart") -> Markup:
+def svg(title: str, width: int, height: int, parts: Sequence[Markup], kind: str = "chart") -> Markup:
+    """Parts as one picture; `title` is what a screen reader says."""
     head = Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(kind, width, height, title)
     return head + Markup("").join(parts) + Markup("</svg>")
 
