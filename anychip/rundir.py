@@ -31,6 +31,11 @@ class RunDirectory:
         return self.data / "tokenizer"
 
     @property
+    def plan(self) -> Path:
+        """What `anychip plan --save` predicted for this run's own layout; the training log shows it."""
+        return self.root / "plan.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Pretraining checkpoints, `step-N/` each."""
         return self.root / "checkpoints"

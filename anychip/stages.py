@@ -138,6 +138,7 @@ def _data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.data.loader import TrainingData
     from anychip.parallel.parts import initialize_parts
+    from anychip.plan.saved import predicted_rate
     from anychip.train.job import training_job
     from anychip.train.loop import run_training
 
@@ -146,7 +147,8 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
     evaluate = _validation(recipe, run) if recipe.data.validation_fraction else None
     identity = _fingerprint(STAGES["train"], recipe)
-    job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity)
+    predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
+    job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
     return {"step": run_training(job)}
 
 

@@ -4,7 +4,7 @@ vendor's device."""
 from __future__ import annotations
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, Setting, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, Setting, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import at, json_value, number
 
@@ -43,6 +43,7 @@ FACTS = VendorFacts(
     visible_devices="HIP_VISIBLE_DEVICES",
     device_name=r"\bamd\b|radeon|instinct|\bMI\d{3}",
     hip=True,
+    scheduling=Scheduling((DeviceName("", "amd.com/gpu"),), interface_variables=("NCCL_SOCKET_IFNAME",)),
     tools=("amd-smi", "rocm-smi"),
     settings=(
         *WATCHDOG,

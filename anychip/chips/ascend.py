@@ -9,9 +9,11 @@ from anychip.chips.facts import (
     OUT_OF_SERVICE,
     Collectives,
     DeviceHealth,
+    DeviceName,
     ErrorMeaning,
     HealthCommand,
     PlugIn,
+    Scheduling,
     Setting,
     TimeoutVariable,
     VendorFacts,
@@ -125,6 +127,20 @@ ERRORS = (
                  "Read the message above it."),
 )  # fmt: skip
 
+# MindCluster's operator, device plug-in and samples of 2026. Its name for the 950 was not found.
+SCHEDULING = Scheduling(
+    devices=(
+        DeviceName(r"910a$", "huawei.com/Ascend910", "ascend-910"),
+        DeviceName(r"910", "huawei.com/Ascend910", "ascend-910b"),
+    ),
+    interface_variables=("HCCL_SOCKET_IFNAME",),
+    pod_fields={
+        "ASCEND_VISIBLE_DEVICES": "metadata.annotations['huawei.com/Ascend910']",
+        "XDL_IP": "status.hostIP",
+    },
+    host_paths=("/usr/local/Ascend/driver",),
+)
+
 FACTS = VendorFacts(
     vendor="ascend",
     maker="Huawei Ascend",
@@ -140,6 +156,7 @@ FACTS = VendorFacts(
     timeouts=TIMEOUTS,
     health=HealthCommand(("npu-smi", "info"), parse_npu_smi, version=r"npu-smi\s+(\S+)"),
     errors=ERRORS,
+    scheduling=SCHEDULING,
     deterministic_notes="Takes effect once a thread, from the first operator on; later changes are ignored.",
     notes="TORCH_TRANSFER_TO_NPU is refused: it rewrites calls and lowers double precision to single.",
 )

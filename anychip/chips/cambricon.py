@@ -8,9 +8,11 @@ from anychip.chips.facts import (
     OUT_OF_SERVICE,
     Collectives,
     DeviceHealth,
+    DeviceName,
     ErrorMeaning,
     HealthCommand,
     PlugIn,
+    Scheduling,
     Setting,
     VendorFacts,
 )
@@ -59,6 +61,7 @@ FACTS = VendorFacts(
     ),
     plug_in=PlugIn("torch_mlu", "torch-mlu", autoload=False, where="the vendor's wheels, with its patched torch"),
     visible_devices="MLU_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "cambricon.com/mlu"),)),
     device_name=r"\bmlu",
     tools=("cnmon",),
     settings=(

@@ -4,7 +4,7 @@ collective library is remembered, not read. Nothing here has run on the vendor's
 from __future__ import annotations
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import Collectives, DeviceHealth, HealthCommand, PlugIn, VendorFacts
+from anychip.chips.facts import Collectives, DeviceHealth, DeviceName, HealthCommand, PlugIn, Scheduling, VendorFacts
 from anychip.chips.readings import number, sections
 
 
@@ -42,6 +42,7 @@ FACTS = VendorFacts(
     ),
     plug_in=PlugIn("torch_gcu", "torch-gcu", autoload=False, where="the vendor's wheels"),
     visible_devices="TOPS_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "enflame.com/gcu"),), interface_variables=("ECCL_SOCKET_IFNAME",)),
     device_name=r"enflame|\bgcu\b|cloudblazer|^[STi]\d{2,3}\b",
     tools=("efsmi",),
     health=HealthCommand(("efsmi", "-q"), parse_efsmi, version=r"\bVer\s*:\s*(\S+)"),

@@ -86,6 +86,29 @@ class Collectives:
 
 
 @dataclass(frozen=True)
+class DeviceName:
+    """What a scheduler calls some of a vendor's chips."""
+
+    chip: str  # regular expression for the chip's id in the catalogue
+    resource: str  # Kubernetes resource, as the vendor's device plug-in registers it
+    operator_label: str = ""  # value by which the vendor's own job operator knows the chip
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """What schedulers need to know of a vendor. Read in the sources of its device plug-in and job operator."""
+
+    devices: tuple[DeviceName, ...] = ()
+    interface_variables: tuple[str, ...] = ()  # bind the collective library's control connections to an interface
+    pod_fields: Mapping[str, str] = field(default_factory=dict)  # variable -> field of the Pod, for gang schedulers
+    host_paths: tuple[str, ...] = ()  # folders of the node that a container needs
+
+    def device(self, chip_id: str) -> DeviceName | None:
+        """The first name that fits a chip; None: not known to us."""
+        return next((name for name in self.devices if re.search(name.chip, chip_id)), None)
+
+
+@dataclass(frozen=True)
 class ErrorMeaning:
     """What a text or code in an error means. `broken_hardware`: take the device out of service, do not just restart."""
 
@@ -140,6 +163,7 @@ class VendorFacts:
     timeouts: tuple[TimeoutVariable, ...] = ()
     health: HealthCommand | None = None
     errors: tuple[ErrorMeaning, ...] = ()
+    scheduling: Scheduling = Scheduling()
     deterministic_notes: str = ""
     notes: str = ""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import number
 
@@ -39,6 +39,7 @@ FACTS = VendorFacts(
     device_type="cuda",
     collectives=nccl_like("RCCL"),
     visible_devices="HIP_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "hygon.com/dcu"),), interface_variables=("NCCL_SOCKET_IFNAME",)),
     device_name=r"\bdcu\b|hygon|^[KZ]\d{3}|^BW",
     hip=True,
     tools=("hy-smi",),

@@ -4,7 +4,7 @@ Nothing here has run on the vendor's device."""
 from __future__ import annotations
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import csv_rows, number
 
@@ -32,6 +32,7 @@ FACTS = VendorFacts(
     device_type="cuda",
     collectives=nccl_like("IxCCL"),
     visible_devices="CUDA_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "iluvatar.com/gpu"),), interface_variables=("NCCL_SOCKET_IFNAME",)),
     device_name=r"iluvatar|\bBI-?V\d|\bMR-?V\d",
     tools=("ixsmi",),
     settings=WATCHDOG,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import number
 
@@ -41,6 +41,7 @@ FACTS = VendorFacts(
     device_type="cuda",
     collectives=nccl_like("BKCL or XCCL", "Which library answers to nccl depends on the stack's release."),
     visible_devices="XPU_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "kunlunxin.com/xpu"),), interface_variables=("BKCL_SOCKET_IFNAME",)),
     device_name=r"kunlun|\bxpu\b|^[PR]\d{3}$",
     tools=("xpu-smi", "xpu_smi"),
     absent_tools=("nvidia-smi",),

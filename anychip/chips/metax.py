@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import cells, number, pair
 
@@ -48,6 +48,13 @@ FACTS = VendorFacts(
     device_type="cuda",
     collectives=nccl_like("MCCL", "The library's own variables begin with MCCL_."),
     visible_devices="CUDA_VISIBLE_DEVICES",
+    scheduling=Scheduling(
+        (DeviceName("", "metax-tech.com/gpu"),),
+        interface_variables=(
+            "NCCL_SOCKET_IFNAME",
+            "MCCL_SOCKET_IFNAME",
+        ),
+    ),
     device_name=r"metax|^MXC\d",
     tools=("mx-smi",),
     settings=WATCHDOG,

@@ -8,9 +8,11 @@ from anychip.chips.facts import (
     OUT_OF_SERVICE,
     Collectives,
     DeviceHealth,
+    DeviceName,
     ErrorMeaning,
     HealthCommand,
     PlugIn,
+    Scheduling,
     Setting,
     VendorFacts,
 )
@@ -68,6 +70,7 @@ FACTS = VendorFacts(
     ),
     plug_in=PlugIn("torch_musa", "torch-musa", autoload=True, where="the vendor's wheels, with its patched torch"),
     visible_devices="MUSA_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "mthreads.com/gpu"),), interface_variables=("MCCL_SOCKET_IFNAME",)),
     device_name=r"\bMTT\b|moore threads",
     tools=("mthreads-gmi",),
     settings=(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anychip.chips.accelerator import AcceleratorBackend
-from anychip.chips.facts import DeviceHealth, HealthCommand, Setting, VendorFacts
+from anychip.chips.facts import DeviceHealth, DeviceName, HealthCommand, Scheduling, Setting, VendorFacts
 from anychip.chips.nvidia_like import ERRORS, WATCHDOG, nccl_like
 from anychip.chips.readings import csv_rows, number
 
@@ -39,6 +39,7 @@ FACTS = VendorFacts(
     device_type="cuda",
     collectives=nccl_like("NCCL"),
     visible_devices="CUDA_VISIBLE_DEVICES",
+    scheduling=Scheduling((DeviceName("", "nvidia.com/gpu"),), interface_variables=("NCCL_SOCKET_IFNAME",)),
     device_name=r"nvidia|geforce|tesla|quadro",
     tools=("nvidia-smi",),
     settings=(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anychip.cli.options import JsonOption, RecipeArgument, SetOption
+from anychip.cli.options import RUNS, JsonOption, RecipeArgument, RunsOption, SetOption
 
 if TYPE_CHECKING:
-    from anychip.plan.types import Layout, Machine, Site, Workload
+    from anychip.plan.types import Machine, Site, Workload
     from anychip.recipe import Recipe
-    from anychip.recipe.cluster import Cluster
+    from anychip.recipe.cluster import FailureConfig
 
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="A cluster file, such as clusters/ascend-910b-8192.yaml.")
@@ -21,6 +21,9 @@ ChipOption = Annotated[str | None, typer.Option(help="Another chip of the catalo
 DevicesOption = Annotated[int | None, typer.Option(help="Another number of devices.")]
 SeqLengthOption = Annotated[int | None, typer.Option(help="Another sequence length, with the same tokens a step.")]
 SiteOption = Annotated[str | None, typer.Option(help="A site's name or file; default: the shipped one of the chip.")]
+BenchOption = Annotated[
+    Path | None, typer.Option(help="JSON of `anychip bench chip`: plan for the machine it was measured on.")
+]
 RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
 
 
@@ -34,22 +37,31 @@ def layouts(
     site: SiteOption = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
+    bench: BenchOption = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the plan with the run: the log will show it.")] = False,
+    runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """The ten best layouts of a recipe: time, memory, days. This is what `anychip plan RECIPE` does."""
     import json
 
+    from anychip.plan.answer import answer_plan
     from anychip.plan.answer import as_json as answer_json
     from anychip.plan.layouts import layout_of
+    from anychip.plan.saved import save_plan
     from anychip.plan.text import answer_as_text
+    from anychip.rundir import RunDirectory
 
-    read, workload, where = _asked(recipe, cluster, overrides, chip, devices, seq_length)
+    read, workload, machines, failures = _asked(recipe, cluster, overrides, chip, devices, seq_length, bench)
     total = tokens or float(read.training.steps * workload.tokens)
-    if len(where.groups) > 1:
-        _mixed(workload, where, total, as_json)
+    if len(machines) > 1:
+        _mixed(workload, cluster, machines, total, as_json)
         return
-    answer = _answer(workload, where, site, total, layout_of(read, _machine(where).devices) if fixed else None)
+    wanted = layout_of(read, machines[0].devices) if fixed else None
+    answer = answer_plan(workload, machines[0], _site(site, machines[0], bench, workload), total, wanted, failures)
+    if save:
+        save_plan(answer, read, RunDirectory(runs / read.name).plan)
     if html is not None:
         from anychip.report.plan_page import write_plan_page
 
@@ -66,18 +78,20 @@ def explain(
     devices: DevicesOption = None,
     seq_length: SeqLengthOption = None,
     site: SiteOption = None,
+    bench: BenchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
     import json
 
-    from anychip.plan.answer import prediction_json
+    from anychip.plan.answer import answer_plan, prediction_json
     from anychip.plan.layouts import parse_layout
     from anychip.plan.text import explanation
 
-    read, workload, where = _asked(recipe, cluster, overrides, chip, devices, seq_length)
-    wanted = parse_layout(layout, workload, _machine(where).devices)
-    answer = _answer(workload, where, site, float(read.training.steps * workload.tokens), wanted)
+    read, workload, machines, failures = _asked(recipe, cluster, overrides, chip, devices, seq_length, bench)
+    machine, total = machines[0], float(read.training.steps * workload.tokens)
+    wanted = parse_layout(layout, workload, machine.devices)
+    answer = answer_plan(workload, machine, _site(site, machine, bench, workload), total, wanted, failures)
     typer.echo(json.dumps(prediction_json(answer.chosen), indent=2) if as_json else explanation(answer))
 
 
@@ -119,14 +133,18 @@ def calibrate(
 
 def _asked(
     recipe: Path, cluster: Path | None, overrides: list[str] | None, chip: str | None, devices: int | None,
-    seq_length: int | None,
-) -> tuple[Recipe, Workload, Cluster]:  # fmt: skip
-    """The recipe, its step, and the cluster, with what the flags change."""
+    seq_length: int | None, bench: Path | None,
+) -> tuple[Recipe, Workload, tuple[Machine, ...], FailureConfig]:  # fmt: skip
+    """The recipe, its step, the machines and how they fail, with what the flags change."""
+    from dataclasses import replace
+
     from anychip.errors import InputError
     from anychip.plan.answer import changed_cluster, cluster_of, with_seq_length
+    from anychip.plan.local import machine_of_bench, memory_here, read_bench
+    from anychip.plan.machine import machines_of
     from anychip.plan.shapes import workload_of
     from anychip.recipe import load_recipe
-    from anychip.recipe.cluster import load_cluster
+    from anychip.recipe.cluster import FailureConfig, load_cluster
 
     read = load_recipe(recipe, overrides or [])
     workload = workload_of(read)
@@ -134,42 +152,41 @@ def _asked(
         workload = with_seq_length(workload, seq_length)
     if devices is not None and devices < 1:
         raise InputError(f"--devices is {devices}.", do="Give at least 1.")
+    if bench is not None:
+        measured = read_bench(bench)
+        if read.training.compute_dtype == "auto" and not measured.get("bf16_in_hardware", True):
+            workload = replace(workload, dtype="fp32")
+        return read, workload, (machine_of_bench(measured, devices or 1, memory_here()),), FailureConfig()
     if cluster is not None:
-        return read, workload, changed_cluster(load_cluster(cluster), chip, devices)
-    if chip is None or devices is None:
+        asked = changed_cluster(load_cluster(cluster), chip, devices)
+    elif chip is not None and devices is not None:
+        asked = cluster_of(chip, devices)
+    else:
         raise InputError("there is nothing to plan on.", do="Give --cluster FILE, or --chip with --devices.")
-    return read, workload, cluster_of(chip, devices)
+    return read, workload, machines_of(asked), asked.failures
 
 
-def _machine(cluster: Cluster) -> Machine:
-    from anychip.plan.machine import machines_of
-
-    return machines_of(cluster)[0]
-
-
-def _answer(workload: Workload, cluster: Cluster, site: str | None, total: float, layout: Layout | None) -> Any:
-    from anychip.plan.answer import answer_plan
-
-    machine = _machine(cluster)
-    return answer_plan(workload, machine, _site(site, machine), total, layout, cluster.failures)
-
-
-def _site(name: str | None, machine: Machine) -> Site:
+def _site(name: str | None, machine: Machine, bench: Path | None, workload: Workload) -> Site:
+    from anychip.plan.local import read_bench, site_of_bench
     from anychip.plan.sites import default_site, load_site
 
-    return load_site(name) if name else default_site(machine.chip)
+    if name:
+        return load_site(name)
+    return site_of_bench(read_bench(bench), workload.dtype) if bench else default_site(machine.chip)
 
 
-def _mixed(workload: Workload, cluster: Cluster, total: float, as_json: bool) -> None:
+def _mixed(workload: Workload, path: Path | None, machines: tuple[Machine, ...], total: float, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
-    from anychip.plan.machine import machines_of
     from anychip.plan.mixed import mixed_json, search_mixed
+    from anychip.plan.sites import default_site
     from anychip.plan.text import mixed_as_text
+    from anychip.recipe.cluster import load_cluster
 
-    machines = machines_of(cluster)
+    assert path is not None
+    cluster = load_cluster(path)
     between = (cluster.between_groups_gbit_per_s or 100.0) * 1e9 / 8
-    result = search_mixed(workload, machines, [_site(None, machine) for machine in machines], between)
+    result = search_mixed(workload, machines, [default_site(machine.chip) for machine in machines], between)
     name = f"{workload.name} on {cluster.name}"
     typer.echo(json.dumps(mixed_json(result), indent=2) if as_json else mixed_as_text(name, result, total))

@@ -7,6 +7,7 @@ and attention compare with it.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def read_bench(path: Path) -> dict[str, Any]:
             do="Write it with `anychip bench chip --out FILE`.",
         )
     return bench
+
+
+def memory_here() -> float:
+    """Bytes of memory of this machine."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:

@@ -62,6 +62,7 @@ class TrainingJob:
     eval_interval: int = 0
     deterministic: bool = False
     operators: Mapping[str, str] = field(default_factory=dict)
+    predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
 
 
 def training_job(
@@ -71,6 +72,7 @@ def training_job(
     initialize: Initialize,
     evaluate: Evaluate | None,
     identity: str,
+    predicted: float | None = None,
 ) -> TrainingJob:
     """The pretraining that a recipe describes."""
     training = recipe.training
@@ -97,4 +99,5 @@ def training_job(
         deterministic=training.deterministic,
         operators=training.operators,
         parallel=recipe.parallel,
+        predicted=predicted,
     )

@@ -217,6 +217,7 @@ def _measure(
         data_share=clock.data_seconds / seconds,
         seconds=seconds,
         eta_seconds=(job.steps - step) * seconds / (step - clock.step),
+        predicted=job.predicted,
     )
 
 

@@ -29,6 +29,7 @@ class StepMetrics:
     data_share: float
     seconds: float
     eta_seconds: float
+    predicted: float | None = None  # tokens a second and device that a plan foresaw
 
     def line(self, steps: int) -> str:
         parts = [
@@ -42,7 +43,10 @@ class StepMetrics:
         ]
         if self.mfu is not None:
             parts.append(f"mfu {self.mfu:.1%}")
-        return " | ".join([*parts, f"data {self.data_share:.1%}", f"eta {_duration(self.eta_seconds)}"])
+        parts.append(f"data {self.data_share:.1%}")
+        if self.predicted is not None:
+            parts.append(f"predicted {self.predicted:,.0f}")
+        return " | ".join([*parts, f"eta {_duration(self.eta_seconds)}"])
 
 
 def _duration(seconds: float) -> str:

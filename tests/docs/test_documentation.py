@@ -81,6 +81,8 @@ def test_a_documented_command_is_understood(words: tuple[str, ...]) -> None:
     if rest == ["--help"]:
         return
     while hasattr(command, "commands"):
+        if rest[0] not in command.commands and hasattr(command, "default"):
+            rest.insert(0, command.default)
         assert rest[0] in command.commands, rest[0]
         command = command.commands[rest.pop(0)]
     values = command.make_context(" ".join(words), rest).params  # raises for options that do not exist

@@ -1,0 +1,1 @@
+"""What starts a recipe on a cluster: scripts and manifests, checked before they are written."""

@@ -1,0 +1,136 @@
+"""Where torchrun's agents meet: a store that listens on one address, not on all of them.
+
+torchrun's own rendezvous listens on every interface and serves whoever connects, without any credential. This one is a
+`static` rendezvous (every node knows its number; no elections among a thousand nodes) whose store is bound to the named
+interface. Two starts of a job never mix: keys carry the rendezvous id, which is new for every start.
+
+    torchrun --rdzv-backend=anychip --rdzv-endpoint=HOST:PORT --rdzv-id=ID
+             --rdzv-conf=rank=N[,interface=NAME][,bind=ADDRESS][,timeout=SECONDS]
+
+torchrun finds it through the entry point `anychip` of group `torchrun.handlers`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_BACKLOG = 4096
+
+
+class BoundRendezvous(RendezvousHandler):
+    """`rank` is the node's number; node 0 holds the store on `bind`, which the others reach as `host`."""
+
+    def __init__(
+        self, host: str, port: int, rank: int, nodes: int, run_id: str, bind: str, timeout: timedelta
+    ) -> None:
+        self._host, self._port, self._rank, self._nodes = host, port, rank, nodes
+        self._run_id, self._bind, self._timeout = run_id, bind, timeout
+        self._store: TCPStore | None = None
+
+    def get_backend(self) -> str:
+        return "anychip"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Blocks until all nodes are here, or raises when `timeout` has passed."""
+        address = self._bind if self._rank == 0 else self._host
+        if self._store is None:
+            self._store = self._hold_store() if self._rank == 0 else self._reach_store()
+        return RendezvousInfo(
+            PrefixStore(self._run_id, self._store), self._rank, self._nodes, RendezvousStoreInfo(address, self._port)
+        )
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nodes do not come and go."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+    def _hold_store(self) -> TCPStore:
+        listener = listen(self._bind, self._port)
+        return TCPStore(
+            self._bind, self._port, self._nodes, True, self._timeout, master_listen_fd=listener.detach()
+        )
+
+    def _reach_store(self) -> TCPStore:
+        return TCPStore(self._host, self._port, self._nodes, False, self._timeout)
+
+
+def create(parameters: RendezvousParameters) -> BoundRendezvous:
+    """What torchrun calls for `--rdzv-backend=anychip`. Raises ValueError for a configuration that cannot work."""
+    rank, nodes = parameters.get_as_int("rank"), parameters.max_nodes
+    host, port = parse_rendezvous_endpoint(parameters.endpoint.strip(), -1)
+    if rank is None or not 0 <= rank < nodes or port < 0:
+        raise ValueError(f"--rdzv-conf=rank=N with N below {nodes} and --rdzv-endpoint=HOST:PORT are needed")
+    interface, bind = parameters.get("interface"), parameters.get("bind")
+    if rank == 0 and bind is None:
+        bind = interface_address(interface) if interface else _address_of(host, alone=nodes == 1)
+    timeout = timedelta(seconds=parameters.get_as_int("timeout", 900) or 900)
+    return BoundRendezvous(host, port, rank, nodes, parameters.run_id, bind or host, timeout)
+
+
+def handler() -> Callable[[RendezvousParameters], BoundRendezvous]:
+    """The entry point."""
+    return create
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A socket that accepts connections to this address alone."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of a network interface of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("256s", name.encode()[:15])
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+        except OSError as error:
+            here = ", ".join(found for _, found in socket.if_nameindex())
+            raise ValueError(f"interface {name} has no IPv4 address ({error.strerror}); here are: {here}") from None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _address_of(host: str, *, alone: bool) -> str:
+    """A name of this machine as an address. Some systems give their own name a loopback address, which no other node
+    can reach: then the interface must be named."""
+    address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    is_name = host != address and host != "localhost"
+    if is_name and not alone and ipaddress.ip_address(address).is_loopback:
+        raise ValueError(
+            f"{host} is {address} on this machine, where other nodes cannot reach it: set launch.network_interface in "
+            "the cluster file (--rdzv-conf=...,interface=NAME)"
+        )
+    return address
