@@ -8,7 +8,7 @@ from anychip.recipe.cluster import LaunchConfig
 
 
 def variables(job: Job) -> list[Setting]:
-    """In this order: the vendor's, ours, the network interface's, the cluster file's; a later one replaces an earlier."""
+    """The vendor's, ours, the network interface's, the cluster file's; a later one replaces an earlier one."""
     found = [*job.facts.environment(job.world_size), *_ours(job), *_interface(job.launch, job.facts)]
     found += [Setting(name, value, "From the cluster file.") for name, value in job.launch.environment.items()]
     return list({setting.name: setting for setting in found}.values())

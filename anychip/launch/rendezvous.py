@@ -35,9 +35,7 @@ _BACKLOG = 4096
 class BoundRendezvous(RendezvousHandler):
     """`rank` is the node's number; node 0 holds the store on `bind`, which the others reach as `host`."""
 
-    def __init__(
-        self, host: str, port: int, rank: int, nodes: int, run_id: str, bind: str, timeout: timedelta
-    ) -> None:
+    def __init__(self, host: str, port: int, rank: int, nodes: int, run_id: str, bind: str, timeout: timedelta) -> None:
         self._host, self._port, self._rank, self._nodes = host, port, rank, nodes
         self._run_id, self._bind, self._timeout = run_id, bind, timeout
         self._store: TCPStore | None = None
@@ -75,9 +73,7 @@ class BoundRendezvous(RendezvousHandler):
 
     def _hold_store(self) -> TCPStore:
         listener = listen(self._bind, self._port)
-        return TCPStore(
-            self._bind, self._port, self._nodes, True, self._timeout, master_listen_fd=listener.detach()
-        )
+        return TCPStore(self._bind, self._port, self._nodes, True, self._timeout, master_listen_fd=listener.detach())
 
     def _reach_store(self) -> TCPStore:
         return TCPStore(self._host, self._port, self._nodes, False, self._timeout)

@@ -16,6 +16,9 @@ from anychip.recipe.schema import Fraction, Positive, Section
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[][A-Za-z0-9_.:/@%+=,\[\]-]*$")]  # safe in a line of a script
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]
 
 
 class NodeGroup(Section):
@@ -56,30 +59,30 @@ class LaunchConfig(Section):
     """What a scheduler must be told."""
 
     kind: Literal["torchrun", "slurm", "kubernetes", "volcano", "ascendjob"] = "torchrun"
-    hosts: list[str] = Field(default_factory=list, description="torchrun: one address a node, the first one leads")
+    hosts: list[Word] = Field(default_factory=list, description="torchrun: one address a node, the first one leads")
     port: Annotated[int, Field(gt=1023, lt=65536)] = 29500
-    network_interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")] | None = Field(
+    network_interface: Word | None = Field(
         None, description="interface that the processes find each other on, such as eth0; the same on every node"
     )
-    working_directory: str | None = Field(
+    working_directory: Line | None = Field(
         None,
         description="where relative paths of the recipe and `runs` are; default: the present folder, or mount_path",
     )
-    python: str = Field(
+    python: Line = Field(
         "python", description="the interpreter that has anychip installed, on the nodes or in the image"
     )
-    image: str | None = None
-    namespace: str = "default"
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str | None = None
-    gres: str | None = Field(None, description="Slurm: devices of a node, such as gpu:8; default: --exclusive alone")
-    queue: str | None = None
+    image: Word | None = None
+    namespace: Word = "default"
+    partition: Word | None = None
+    account: Word | None = None
+    time_limit: Word | None = None
+    gres: Word | None = Field(None, description="Slurm: devices of a node, such as gpu:8; default: --exclusive alone")
+    queue: Word | None = None
     node_selector: dict[str, str] = Field(default_factory=dict, description="Kubernetes: labels that nodes must carry")
     annotations: dict[str, str] = Field(default_factory=dict, description="Kubernetes: annotations of the job")
-    volume_claim: str | None = Field(None, description="Kubernetes: claim that holds recipes and runs")
-    mount_path: str = "/data"
-    environment: dict[str, str] = Field(default_factory=dict)
+    volume_claim: Word | None = Field(None, description="Kubernetes: claim that holds recipes and runs")
+    mount_path: Line = "/data"
+    environment: dict[VariableName, Line] = Field(default_factory=dict)
 
 
 class Cluster(Section):

@@ -1,0 +1,31 @@
+"""Starting a job on a cluster."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anychip.cli.options import RecipeArgument, SetOption
+
+
+def launch(
+    recipe: RecipeArgument,
+    cluster: Annotated[Path, typer.Option(help="A cluster file, such as clusters/this-cpu.yaml.")],
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: launch/NAME.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Also start it, where the client is installed.")] = False,
+) -> None:
+    """Write what starts a recipe on a cluster: scripts for torchrun or Slurm, manifests for Kubernetes."""
+    from anychip.launch.submit import submit as start
+    from anychip.launch.write import write
+
+    written = write(recipe, cluster, overrides or [], out)
+    for path in written.files:
+        typer.echo(f"wrote {path}")
+    if submit:
+        start(written)
+    else:
+        typer.echo(f"start it: {shlex.join(written.command)}")
