@@ -28,7 +28,7 @@ def torchrun_line(
         conf.append(f"bind={bind}")
     words = [
         f"{shlex.quote(job.launch.python)} -m torch.distributed.run",
-        f"--nnodes={job.nodes} --node-rank={node} --nproc-per-node={processes}",
+        f"--nnodes={job.nodes} --nproc-per-node={processes}",
         f"--rdzv-backend=anychip --rdzv-endpoint={endpoint} --rdzv-id={shlex.quote(job.name)}-{generation}",
         f"--rdzv-conf={','.join(conf)} --max-restarts=0",
         f"{shlex.join(TRAIN)} {recipe}",

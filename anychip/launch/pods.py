@@ -49,12 +49,12 @@ def pod_spec(
         job, node=node, processes=str(group.processes), endpoint=endpoint, generation=generation,
         recipe=f"{RECIPE_FOLDER}/recipe.yaml", bind='"$ANYCHIP_POD_IP"',
     )  # fmt: skip
-    sources = {
+    sources: dict[str, dict[str, Any]] = {
         "recipe": {"configMap": {"name": f"{job.name}-recipe"}},
         "shared-memory": {"emptyDir": {"medium": "Memory"}},
+        "data": {"persistentVolumeClaim": {"claimName": launch.volume_claim}},
     }
     mounts = {"recipe": RECIPE_FOLDER, "shared-memory": "/dev/shm", "data": launch.mount_path}
-    sources["data"] = {"persistentVolumeClaim": {"claimName": str(launch.volume_claim)}}
     for number, path in enumerate(job.facts.scheduling.host_paths):
         sources[f"host-{number}"], mounts[f"host-{number}"] = {"hostPath": {"path": path}}, path
     found: dict[str, Any] = {

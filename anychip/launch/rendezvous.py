@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -53,7 +53,10 @@ class BoundRendezvous(RendezvousHandler):
         if self._store is None:
             self._store = self._hold_store() if self._rank == 0 else self._reach_store()
         return RendezvousInfo(
-            PrefixStore(self._run_id, self._store), self._rank, self._nodes, RendezvousStoreInfo(address, self._port)
+            PrefixStore(self._run_id, self._store),
+            self._rank,
+            self._nodes,
+            RendezvousStoreInfo(address, self._port),
         )
 
     def is_closed(self) -> bool:
