@@ -73,7 +73,7 @@ def volcanojob(job: Job) -> str:
                 "minAvailable": job.nodes,
                 **({"queue": job.launch.queue} if job.launch.queue else {}),
                 "maxRetry": RETRIES,
-                "plugins": {"svc": [], "env": []},
+                "plugins": {"svc": ["--publish-not-ready-addresses=true"], "env": []},
                 "policies": [{"event": event, "action": "RestartJob"} for event in ("PodFailed", "PodEvicted")],
                 "tasks": [_task(job, number, start) for number, start in enumerate(starts[:-1])],
             },
