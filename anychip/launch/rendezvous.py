@@ -7,7 +7,7 @@ interface. Two starts of a job never mix: keys carry the rendezvous id, which is
     torchrun --rdzv-backend=anychip --rdzv-endpoint=HOST:PORT --rdzv-id=ID
              --rdzv-conf=rank=N[,interface=NAME][,bind=ADDRESS][,timeout=SECONDS]
 
-torchrun finds it through the entry point `anychip` of group `torchrun.handlers`.
+torchrun finds it through entry.py, an entry point of group `torchrun.handlers`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -93,11 +92,6 @@ def create(parameters: RendezvousParameters) -> BoundRendezvous:
         bind = interface_address(interface) if interface else _address_of(host, alone=nodes == 1)
     timeout = timedelta(seconds=parameters.get_as_int("timeout", 900) or 900)
     return BoundRendezvous(host, port, rank, nodes, parameters.run_id, bind or host, timeout)
-
-
-def handler() -> Callable[[RendezvousParameters], BoundRendezvous]:
-    """The entry point."""
-    return create
 
 
 def listen(address: str, port: int) -> socket.socket:

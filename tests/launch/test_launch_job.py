@@ -118,7 +118,8 @@ def test_names_become_dns_labels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "launch", [{"partition": "a\nb"}, {"hosts": ["-oProxyCommand=x"]}, {"environment": {"A B": "1"}}, {"python": "a\nb"}]
+    "launch",
+    [{"partition": "a\nb"}, {"hosts": ["-oProxyCommand=x"]}, {"environment": {"A B": "1"}}, {"python": "a\nb"}],
 )
 def test_text_that_would_end_a_line_of_a_script_is_refused(launch: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="string_pattern_mismatch|should match pattern"):
