@@ -122,5 +122,5 @@ def test_names_become_dns_labels(name: str) -> None:
     [{"partition": "a\nb"}, {"hosts": ["-oProxyCommand=x"]}, {"environment": {"A B": "1"}}, {"python": "a\nb"}],
 )
 def test_text_that_would_end_a_line_of_a_script_is_refused(launch: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="string_pattern_mismatch|should match pattern"):
+    with pytest.raises(ValueError, match="should match pattern"):
         cluster("slurm", **launch)
