@@ -27,7 +27,7 @@ def torchrun_line(
     elif bind is not None:
         conf.append(f"bind={bind}")
     words = [
-        f"{shlex.quote(job.launch.python)} -m torch.distributed.run",
+        f"{shlex.quote(job.python)} -m torch.distributed.run",
         f"--nnodes={job.nodes} --nproc-per-node={processes}",
         f"--rdzv-backend=anychip --rdzv-endpoint={endpoint} --rdzv-id={shlex.quote(job.name)}-{generation}",
         f"--rdzv-conf={','.join(conf)} --max-restarts=0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from math import gcd, lcm
 
@@ -43,6 +44,11 @@ class Job:
         """The recipe's name as a DNS label."""
         label = re.sub(r"[^a-z0-9]+", "-", self.recipe.name.lower())[:_LONGEST_NAME].strip("-")
         return f"job-{label}".strip("-") if not label[:1].isalpha() else label
+
+    @property
+    def python(self) -> str:
+        """The interpreter on the nodes. Hosts share the file system that anychip is installed on; an image does not."""
+        return self.launch.python or ("python" if self.launch.kind in IN_CONTAINERS else sys.executable)
 
     @property
     def nodes(self) -> int:

@@ -68,8 +68,8 @@ class LaunchConfig(Section):
         None,
         description="where relative paths of the recipe and `runs` are; default: the present folder, or mount_path",
     )
-    python: Line = Field(
-        "python", description="the interpreter that has anychip installed, on the nodes or in the image"
+    python: Line | None = Field(
+        None, description="interpreter that has anychip; default: the one that runs launch, in an image `python`"
     )
     image: Word | None = None
     namespace: Word = "default"

@@ -48,7 +48,7 @@ def start_training(folder: Path, command: list[str]) -> list[float]:
 def trained_on_loopback(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of the job that `anychip launch --submit` starts on two loopback addresses."""
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("loopback") / "copy")
-    write_cluster(copy, kind="torchrun", hosts=HOSTS, port=free_port(), python=sys.executable)
+    write_cluster(copy, kind="torchrun", hosts=HOSTS, port=free_port())
     command = ["launch", "tiny.yaml", "--cluster", "cluster.yaml", "--submit"]
     return start_training(copy, [sys.executable, "-m", "anychip", *command])
 
@@ -66,7 +66,7 @@ def test_two_hosts_with_networks_of_their_own_train_the_same(
         pytest.skip(f"network namespaces are not allowed here: {probe.stderr.strip()[:200]}")
     copy = shutil.copytree(folder, tmp_path / "copy")
     hosts = {"hosts": ["10.77.0.1", "10.77.0.2"], "network_interface": "fabric0", "working_directory": str(copy)}
-    cluster = write_cluster(copy, kind="torchrun", python=sys.executable, **hosts)
+    cluster = write_cluster(copy, kind="torchrun", **hosts)
     script = write(copy / "tiny.yaml", cluster, out=copy / "job").folder / "node.sh"
     assert start_training(copy, two_networks((f"bash {script} 0 g", f"bash {script} 1 g"))) == trained_on_loopback
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_odd_names_stay_single_words() -> None:
 
 def test_a_torchrun_line_names_everything() -> None:
     words = words_of(torchrun.scripts(job("torchrun", network_interface="enp1"))["node.sh"])
+    assert words[0] == sys.executable
     assert words[1:3] == ["-m", "torch.distributed.run"] and words[-4:] == [
         "-m",
         "anychip",
