@@ -1,6 +1,6 @@
 """The plans of docs/*/plan-115b.md: TeleChat2-115B on 4,096 and 8,192 chips, and the growth to a trillion parameters.
 
-    python benchmarks/plan_report.py
+python benchmarks/plan_report.py
 """
 
 from __future__ import annotations

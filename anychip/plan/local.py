@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from anychip.errors import InputError
 from anychip.plan.calibrate import BASES, KNOBS
+from anychip.plan.cost import ATTENTION_HALF_LENGTH
 from anychip.plan.gemm import product_seconds
 from anychip.plan.table import hardware_of
 from anychip.plan.types import LinkTier, Machine, Site
@@ -47,8 +49,11 @@ def memory_here() -> float:
 
 
 def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
-    """`processes` of the measured device on one node, which share its memory."""
-    peaks = {dtype: max(case["flops_per_second"] for case in cases) for dtype, cases in _by_dtype(bench).items()}
+    """`processes` on the measured machine: each with a device of its own, or, on a CPU, with its share of the cores."""
+    share = processes if bench.get("vendor") == "cpu" else 1
+    peaks = {
+        dtype: max(case["flops_per_second"] for case in cases) / share for dtype, cases in _by_dtype(bench).items()
+    }
     bandwidth, latency = _link(bench)
     return Machine(
         name=str(bench["device"]),
@@ -57,7 +62,7 @@ def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float)
         devices_per_node=processes,
         peak_flops=peaks,
         memory_bytes=memory_bytes / processes,
-        memory_bytes_per_s=bench["memory_gb_per_s"] * 1e9,
+        memory_bytes_per_s=bench["memory_gb_per_s"] * 1e9 / share,
         tiers=(LinkTier("node", processes, bandwidth, latency),),
     )
 
@@ -66,7 +71,7 @@ def site_of_bench(bench: dict[str, Any], dtype: str) -> Site:
     """Efficiencies of products and attention in `dtype`; the rest as modern software has it.
 
     Products are fitted by least squares of log(time) over efficiency and half area, on a grid: two scalars do not
-    need more.
+    need more. Attention is what its rate at the measured lengths says of very long ones.
     """
     cases = _by_dtype(bench).get(dtype)
     if not cases:
@@ -83,8 +88,12 @@ def site_of_bench(bench: dict[str, Any], dtype: str) -> Site:
         for half in np.geomspace(area.low / 100, area.high, 25)
     ]
     best = min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
-    attention = [case["flops_per_second"] for case in bench.get("attention", []) if case["dtype"] == dtype]
-    share = max(attention) / float(hardware.peak) if attention else base.attention_efficiency
+    shares = [
+        case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
+        for case in bench.get("attention", [])
+        if case["dtype"] == dtype and case["pass"] == "forward"
+    ]
+    share = statistics.median(shares) if shares else base.attention_efficiency
     return replace(
         best,
         attention_efficiency=min(0.95, max(0.02, share)),
