@@ -51,7 +51,7 @@ def ascendjob(job: Job) -> str:
             "metadata": metadata(job, labels),
             "spec": {
                 "schedulerName": "volcano",
-                "runPolicy": {"backoffLimit": RETRIES, **_gang(job)},
+                "runPolicy": {"backoffLimit": RETRIES, **_gang(job, "default")},
                 "successPolicy": "AllWorkers",
                 "replicaSpecs": _replicas(job, "ascend", "ascendjob-port", "Never", chip, fields),
             },
@@ -121,10 +121,10 @@ def _replicas(
     }
 
 
-def _gang(job: Job) -> dict[str, Any]:
-    """All Pods or none: half a job would hold its nodes and wait."""
-    queue = {"queue": job.launch.queue} if job.launch.queue else {}
-    return {"schedulingPolicy": {"minAvailable": job.nodes, **queue}}
+def _gang(job: Job, default_queue: str | None = None) -> dict[str, Any]:
+    """All Pods or none: half a job would hold its nodes and wait. MindCluster's operator refuses a job without queue."""
+    queue = job.launch.queue or default_queue
+    return {"schedulingPolicy": {"minAvailable": job.nodes, **({"queue": queue} if queue else {})}}
 
 
 def _text(job: Job, manifest: dict[str, Any]) -> str:

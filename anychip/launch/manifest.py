@@ -232,9 +232,16 @@ Manifest = Annotated[ConfigMap | PyTorchJob | VolcanoJob | AscendJob, Field(disc
 _ANY: TypeAdapter[ConfigMap | PyTorchJob | VolcanoJob | AscendJob] = TypeAdapter(Manifest)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a part that stands in two places twice: anchors are YAML, but few readers expect them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def manifest_text(documents: list[dict[str, Any]]) -> str:
     """The text of a manifest file, checked as it will be read. Raises pydantic's ValidationError."""
-    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     check(text)
     return text
 

@@ -58,7 +58,7 @@ def test_an_ascendjob_has_what_its_operator_fixes() -> None:
     assert labels["framework"] == "pytorch" and labels["ring-controller.atlas"] == "ascend-910b"
     assert found["metadata"]["annotations"] == {"sp-block": "64"}
     assert found["spec"]["schedulerName"] == "volcano"
-    assert found["spec"]["runPolicy"]["schedulingPolicy"]["minAvailable"] == 8
+    assert found["spec"]["runPolicy"]["schedulingPolicy"] == {"minAvailable": 8, "queue": "default"}
     for template in templates("ascendjob", found):
         assert template["metadata"]["labels"] == {"ring-controller.atlas": "ascend-910b"}
         assert template["spec"]["nodeSelector"] == selector
@@ -128,6 +128,7 @@ def test_variables_carry_their_reasons(kind: str) -> None:
     text = MANIFESTS[kind](job(kind))
     assert "- name: HCCL_CONNECT_TIMEOUT  # Default 120 s" in text
     check(text)  # comments change nothing
+    assert "&id" not in text
 
 
 def test_every_start_meets_under_its_own_id() -> None:
