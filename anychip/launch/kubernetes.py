@@ -122,7 +122,7 @@ def _replicas(
 
 
 def _gang(job: Job, default_queue: str | None = None) -> dict[str, Any]:
-    """All Pods or none: half a job would hold its nodes and wait. MindCluster's operator refuses a job without queue."""
+    """All Pods or none: half a job would hold its nodes and wait. MindCluster's operator wants a queue."""
     queue = job.launch.queue or default_queue
     return {"schedulingPolicy": {"minAvailable": job.nodes, **({"queue": queue} if queue else {})}}
 

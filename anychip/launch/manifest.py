@@ -233,10 +233,16 @@ _ANY: TypeAdapter[ConfigMap | PyTorchJob | VolcanoJob | AscendJob] = TypeAdapter
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a part that stands in two places twice: anchors are YAML, but few readers expect them."""
+    """Text of several lines as a block; a part that stands in two places twice, for few readers expect anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def manifest_text(documents: list[dict[str, Any]]) -> str:
