@@ -19,7 +19,8 @@ _OPERATOR_ENDPOINT = '"$MASTER_ADDR:$MASTER_PORT"'  # both operators set these, 
 
 
 def pytorchjob(job: Job) -> str:
-    """The training operator fixes the names of container and port. Pods are restarted in place."""
+    """The training operator fixes the names of container and port. Pods are restarted in place, and it counts the
+    restarts of all of them together."""
     return _text(
         job,
         {
@@ -28,7 +29,7 @@ def pytorchjob(job: Job) -> str:
             "metadata": metadata(job),
             "spec": {
                 "nprocPerNode": str(job.groups[0].processes),
-                "runPolicy": {"backoffLimit": RETRIES, "cleanPodPolicy": "Running", **_gang(job)},
+                "runPolicy": {"backoffLimit": RETRIES * job.nodes, "cleanPodPolicy": "Running", **_gang(job)},
                 "pytorchReplicaSpecs": _replicas(job, "pytorch", "pytorchjob-port", "OnFailure", {}, {}),
             },
         },

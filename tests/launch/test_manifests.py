@@ -44,7 +44,9 @@ def test_a_pytorchjob_has_what_the_training_operator_fixes() -> None:
     replicas = found["spec"]["pytorchReplicaSpecs"]
     assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 7}
     assert found["spec"]["nprocPerNode"] == "8"
-    assert found["spec"]["runPolicy"]["schedulingPolicy"] == {"minAvailable": 8, "queue": "large"}
+    policy = found["spec"]["runPolicy"]
+    assert policy["schedulingPolicy"] == {"minAvailable": 8, "queue": "large"}
+    assert policy["backoffLimit"] == 80  # ten starts of eight Pods
     pod = container("kubernetes", found)
     assert pod["name"] == "pytorch" and pod["ports"] == [{"name": "pytorchjob-port", "containerPort": 29500}]
     assert pod["resources"]["limits"] == pod["resources"]["requests"] == {"cambricon.com/mlu": 8}
