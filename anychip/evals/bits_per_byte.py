@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.data.batch import Batch
 
 if TYPE_CHECKING:
     from anychip.model.decoder import Decoder
@@ -45,7 +45,8 @@ def evaluate_bits_per_byte(
     device = model.lm_head.weight.device
 
     def score(batch: Batch) -> float:
-        hidden = model(batch.input_ids.to(device)).flatten(0, 1)
+        documents = None if batch.documents is None else batch.documents.to(device)
+        hidden = model(batch.input_ids.to(device), documents=documents).flatten(0, 1)
         return head_cross_entropy(hidden, model.lm_head.weight, batch.labels.to(device).flatten(), chunk_tokens).item()
 
     was_training = model.training
@@ -66,7 +67,7 @@ def measure_bits_per_byte(score: Callable[[Batch], float], batches: Iterable[tup
     nats, tokens, utf8_bytes = 0.0, 0, 0
     for batch, batch_bytes in batches:
         nats += score(batch)
-        tokens += int((batch.labels != IGNORE_LABEL).sum())
+        tokens += batch.num_labels
         utf8_bytes += batch_bytes
     if utf8_bytes == 0:
         raise ValueError("no held-out text was scored")

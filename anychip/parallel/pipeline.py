@@ -78,7 +78,7 @@ class Pipeline:
         config, device = processes.config, processes.device
         group = processes.group("pipeline")
         assert group is not None
-        self._processes, self._stages, self._count, self._loss = processes, list(stages), num_micro_batches, loss
+        self._processes, self._stages, self._loss = processes, list(stages), loss
         self._indices = stages_of(config, processes.place.pipeline)
         self._total, self._dtype, self._shape_between = num_stages(config), dtype, shape_between
         ids = torch.empty(shape_in, dtype=torch.int64, device="meta")

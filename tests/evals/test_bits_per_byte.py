@@ -81,3 +81,18 @@ def test_leaves_the_model_as_it_was_and_refuses_no_text() -> None:
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="no held-out text"):
         evaluate_bits_per_byte(model, [])
+
+
+def test_documents_of_one_row_are_scored_as_if_each_stood_alone() -> None:
+    """Rotary positions are relative, so a document's score does not depend on where in a row it lies."""
+    model = tiny(50)
+    tokens = torch.randint(0, 50, (1, 13), generator=torch.Generator().manual_seed(2))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    together = evaluate_bits_per_byte(model, [(Batch(inputs, labels, documents), 40)])
+    alone = [
+        evaluate_bits_per_byte(model, [(Batch(inputs[:, part], labels[:, part]), 20)])
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    assert together.bits == pytest.approx(sum(one.bits for one in alone), rel=1e-5)
+    assert together.bits != pytest.approx(evaluate_bits_per_byte(model, [(Batch(inputs, labels), 40)]).bits, rel=1e-5)
