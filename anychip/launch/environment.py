@@ -18,6 +18,9 @@ def _ours(job: Job) -> list[Setting]:
     found = [Setting("ANYCHIP_CHIP", job.facts.vendor, "No guessing which chip this is.")]
     if any(group.processes > 1 for group in job.groups):
         found.append(Setting("OMP_NUM_THREADS", "1", "Processes of a node do not crowd out each other's cores."))
+    if job.nodes > 1:
+        why = "Groups over host memory connect two processes when they first talk; all at once is quadratic."
+        found.append(Setting("TORCH_GLOO_LAZY_INIT", "1", why))
     return found
 
 
