@@ -41,6 +41,7 @@ plan_app.command()(plan.layouts)
 plan_app.command()(plan.explain)
 plan_app.command()(plan.validate)
 plan_app.command()(plan.calibrate)
+plan_app.command("import")(plan.import_)
 app.add_typer(plan_app, name="plan")
 
 data_app = typer.Typer(help="Prepare a corpus, look into it, ask which documents fed a step.", no_args_is_help=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anychip.cli.options import RUNS, JsonOption, RecipeArgument, RunsOption, SetOption
+from anychip.cli.options import RUNS, JsonOption, RecipeArgument, RunsOption, SetOption, one_of
 
 if TYPE_CHECKING:
     from anychip.plan.types import Machine, Site, Workload
@@ -190,3 +190,23 @@ def _mixed(workload: Workload, path: Path | None, machines: tuple[Machine, ...],
     result = search_mixed(workload, machines, [default_site(machine.chip) for machine in machines], between)
     name = f"{workload.name} on {cluster.name}"
     typer.echo(json.dumps(mixed_json(result), indent=2) if as_json else mixed_as_text(name, result, total))
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A script, YAML, TOML or config.json of others.")],
+    out: Annotated[Path, typer.Option(help="Recipe to write.")],
+    format: Annotated[
+        str | None, typer.Option(help="megatron, mindformers, torchtitan or huggingface; default: by the file's name.")
+    ] = None,
+) -> None:
+    """Write a recipe from a Megatron or MindSpeed script, a MindFormers or torchtitan file, or a config.json."""
+    import yaml
+
+    from anychip.files import write_text
+    from anychip.plan.importers import import_recipe
+    from anychip.plan.importers.read import KINDS
+
+    kind = one_of(format, "format", KINDS) if format is not None else None
+    found = import_recipe(source, kind)
+    write_text(out, yaml.safe_dump(found.recipe, sort_keys=False))
+    typer.echo("\n".join([f"wrote {out}", *(f"note: {note}" for note in found.notes)]))
