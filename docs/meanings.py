@@ -125,6 +125,7 @@ CHINESE = {
     "parallel.pipeline_schedule": "流水线调度；interleaved 每进程 virtual_pipeline 段，zero_bubble 和 dualpipe_v 两段",
     "parallel.virtual_pipeline": "每个进程的段数",
     "parallel.pipeline_layers": "各段的层数，依次列出；默认尽量平均",
+    "parallel.host_transfers": "流水级位于不同厂家的芯片上：它们发送的内容经过主机内存",
     "parallel.context_method": "ring：键依次传递，最省内存；all_gather：一次收齐全部键",
     "training.operators": "reference：该算子用纯 PyTorch，即使芯片有自己的实现",
     "training.document_mask": "几个文档同在一个样本时，注意力不越出各自的文档；否则都看得见",

@@ -106,6 +106,11 @@ def check_layout(config: ParallelConfig, layout: Layout, model: ModelConfig) -> 
         )
     if layout.pipeline > 1:
         stage_layers(config, model.num_hidden_layers)
+    if config.host_transfers and layout.world_size != layout.pipeline:
+        raise InputError(
+            f"host_transfers joins pipeline stages of one process each, and the layout is {layout.describe()}.",
+            do="Set the other degrees of the section parallel to 1, or host_transfers to false.",
+        )
     if config.expert_parallel > 1:
         raise InputError("expert_parallel is above 1, and this model has no experts.", do="Set it to 1.")
 

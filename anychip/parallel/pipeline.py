@@ -36,8 +36,11 @@ _MANY_STAGES = {
 }
 
 
-def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool) -> None:
-    """Drop from a whole decoder everything that is not of this stage; the rest keeps its names."""
+def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool, exchange: torch.device | None = None) -> None:
+    """Drop from a whole decoder everything that is not of this stage; the rest keeps its names.
+
+    With `exchange`, hidden states leave for the next stage from that device.
+    """
     kept = nn.ModuleList()
     for index in layers:
         kept.add_module(str(index), model.layers[index])
@@ -46,16 +49,20 @@ def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool) -> Non
         model.embed_tokens = None  # type: ignore[assignment]
     if not last:
         model.norm = model.lm_head = None  # type: ignore[assignment]
-    model.forward = partial(_stage_forward, model)  # type: ignore[method-assign]
+    model.forward = partial(_stage_forward, model, exchange)  # type: ignore[method-assign]
 
 
-def _stage_forward(model: Decoder, x: Tensor, documents: Tensor | None = None) -> Tensor:
+def _stage_forward(model: Decoder, exchange: torch.device | None, x: Tensor, documents: Tensor | None = None) -> Tensor:
     """Token ids (first stage) or hidden states -> hidden states; `tables` is set for each step."""
+    if exchange is not None:
+        x = x.to(next(model.parameters()).device)
     if model.embed_tokens is not None:
         x = model.embed(x)
     mask = None if documents is None else model.visible(documents)
     x = model.run_layers(x, model.tables, mask=mask)  # type: ignore[arg-type]
-    return x if model.norm is None else model.norm(x)
+    if model.norm is not None:
+        return model.norm(x)
+    return x if exchange is None else x.to(exchange)
 
 
 class Pipeline:
@@ -75,7 +82,7 @@ class Pipeline:
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        config, device = processes.config, processes.device
+        config, device = processes.config, processes.exchange_device
         group = processes.group("pipeline")
         assert group is not None
         self._processes, self._stages, self._loss = processes, list(stages), loss
@@ -132,7 +139,9 @@ class Pipeline:
             if owner == self._processes.place.pipeline:
                 if x is None:
                     x = torch.empty(
-                        (len(input_ids), *self._shape_between[1:]), dtype=self._dtype, device=self._processes.device
+                        (len(input_ids), *self._shape_between[1:]),
+                        dtype=self._dtype,
+                        device=self._processes.exchange_device,
                     )
                     dist.recv(x, group=group, group_src=self._owner(index - 1))
                 x = self._stages[self._indices.index(index)](x, **_named(documents))

@@ -28,10 +28,14 @@ class Processes:
 
     def __init__(self, config: ParallelConfig, layout: Layout, rank: int, device: torch.device) -> None:
         self.config, self.layout, self.rank, self.device = config, layout, rank, device
+        # Where messages start and end. Chips of different makes have no collective library in common, hosts do.
+        self.exchange_device = torch.device("cpu") if config.host_transfers else device
         self.place = layout.coordinate(rank)
         axes = [(axis, degree) for axis, degree in zip(AXES, layout.degrees, strict=True) if degree > 1]
         self._mesh = (
-            init_device_mesh(device.type, tuple(d for _, d in axes), mesh_dim_names=tuple(a for a, _ in axes))
+            init_device_mesh(
+                self.exchange_device.type, tuple(d for _, d in axes), mesh_dim_names=tuple(a for a, _ in axes)
+            )
             if axes
             else None
         )
@@ -46,7 +50,8 @@ class Processes:
         world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         layout = resolve_layout(config, world_size)
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group(group_backends(device, collective_backend), timeout=timeout)
+            backends = "gloo" if config.host_transfers else group_backends(device, collective_backend)
+            dist.init_process_group(backends, timeout=timeout)
         return cls(config, layout, rank, device)
 
     @property
@@ -95,9 +100,14 @@ class Processes:
 
     def sum(self, value: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
-        if self.layout.world_size > 1:
+        if self.layout.world_size == 1:
+            return value
+        if not self.config.host_transfers:
             dist.all_reduce(value, op=dist.ReduceOp.SUM)
-        return value
+            return value
+        sent = value.to(self.exchange_device, torch.float64)  # chips may differ in what they call wide
+        dist.all_reduce(sent, op=dist.ReduceOp.SUM)
+        return value.copy_(sent)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so: all of them get the same answer."""

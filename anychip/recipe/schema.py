@@ -215,6 +215,9 @@ class ParallelConfig(Section):
     pipeline_layers: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list, description="layers of each stage, in order; default: as even as can be"
     )
+    host_transfers: bool = Field(
+        False, description="pipeline stages on chips of different makes: what they send goes through host memory"
+    )
     context_method: Literal["ring", "all_gather"] = Field(
         "ring", description="ring: keys travel in turn, least memory; all_gather: all keys at once"
     )
