@@ -38,7 +38,7 @@ SMALL = {
 STAND_IN = """#!{python}
 import os, sys
 words = sys.argv[1:]
-if any(word.endswith(".yaml") for word in words):
+if any(word.endswith(("demo.yaml", "laptop.yaml")) for word in words):
     words += {overrides!r}
 os.execv({python!r}, [{python!r}, "-m", {module!r}, *words])
 """
@@ -47,7 +47,8 @@ os.execv({python!r}, [{python!r}, "-m", {module!r}, *words])
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder that looks like a clone after ./demo.sh has installed everything and not yet run."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for name in ("recipes", "clusters"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     overrides = [word for field, value in SMALL.items() for word in ("--set", f"{field}={value}")]
