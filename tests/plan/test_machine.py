@@ -11,6 +11,7 @@ import pytest
 from plan.workloads import DENSE, LAYOUT, SITE, machine
 
 from anychip.errors import InputError
+from anychip.plan.cost import ATTENTION_HALF_LENGTH
 from anychip.plan.local import machine_of_bench, read_bench, site_of_bench
 from anychip.plan.machine import machine_of_chip, machines_of
 from anychip.plan.predict import predict
@@ -69,7 +70,10 @@ def bench() -> dict[str, object]:
         "device": "box",
         "chip": None,
         "gemm": cases,
-        "attention": [{"dtype": "fp32", "flops_per_second": 40e9}],
+        "attention": [
+            {"dtype": "fp32", "pass": "forward", "seq_length": 1024, "flops_per_second": 40e9},
+            {"dtype": "fp32", "pass": "forward+backward", "seq_length": 1024, "flops_per_second": 20e9},
+        ],
         "memory_gb_per_s": 20.0,
         "collectives": [
             {"op": "all_reduce", "bytes": 1024, "seconds": 4e-4, "world_size": 2},
@@ -86,8 +90,11 @@ def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
     site = site_of_bench(measured, "fp32")
     assert two.tiers[0].bytes_per_s == pytest.approx((1 << 24) / 0.0168)
     assert 0.8 <= site.matmul_efficiency <= 1.0
-    assert site.attention_efficiency == pytest.approx(40e9 / one.peak_flops["fp32"])
+    at_this_length = 1 / (1 + ATTENTION_HALF_LENGTH / 1024)  # of the rate of very long sequences
+    assert site.attention_efficiency * at_this_length == pytest.approx(40e9 / one.peak_flops["fp32"])
     alone = predict(SMALL, Layout(zero=0), one, site)
+    on_cores = machine_of_bench({**measured, "vendor": "cpu"}, 2, 8e9)
+    assert on_cores.peak_flops["fp32"] == one.peak_flops["fp32"] / 2  # two processes share the cores of one CPU
     pair = predict(SMALL, Layout(dp=2, zero=0), two, site)
     assert alone.step_seconds / 2 < pair.step_seconds < alone.step_seconds
     with pytest.raises(InputError, match="no product was measured in fp16"):
