@@ -8,6 +8,7 @@ from anychip.errors import InputError
 from anychip.files import write_text
 from anychip.report import figures, words
 from anychip.report.inputs import Inputs, read_inputs
+from anychip.report.templates import render_template
 from anychip.rundir import RunDirectory
 
 
@@ -24,20 +25,9 @@ def write_report(run: RunDirectory) -> Path:
 
 def render(inputs: Inputs) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from anychip import __version__
-
-    environment = Environment(
-        loader=PackageLoader("anychip.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return render_template(
+        "page.html",
         name=inputs.recipe.name if inputs.recipe else inputs.run.root.resolve().name,
-        version=__version__,
         summary=words.summary(inputs),
         tiles=words.tiles(inputs),
         answers=words.answers(inputs),

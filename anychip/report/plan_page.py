@@ -18,6 +18,7 @@ from anychip.plan.search import search
 from anychip.plan.types import Machine, Prediction
 from anychip.report.charts import Series, line_chart
 from anychip.report.stacks import COLOURS, Block, Stack, stacked_chart, timeline_chart
+from anychip.report.templates import render_template
 
 _MOST_STAGES, _MOST_BLOCKS = 24, 6000
 _COUNT_FACTORS = (0.125, 0.25, 0.5, 1, 2)
@@ -43,23 +44,12 @@ def write_plan_page(answer: PlanAnswer, path: Path) -> None:
 
 def render(answer: PlanAnswer) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from anychip import __version__
-
-    environment = Environment(
-        loader=PackageLoader("anychip.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     chosen = answer.chosen
     terms = [name for name, seconds in chosen.time.items() if seconds > 0]
     kinds = [name for name, held in chosen.memory.items() if held.max() > 0]
     rejected = sorted(rejected_counts(answer.search).items(), key=lambda item: -item[1])
-    return environment.get_template("plan_page.html").render(
-        version=__version__,
+    return render_template(
+        "plan_page.html",
         answer=answer,
         chosen=chosen,
         found=answer.goodput,
