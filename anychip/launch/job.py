@@ -109,9 +109,7 @@ def _check_chips(job: Job) -> None:
 def _check_layout(job: Job, cluster: Cluster) -> None:
     recipe, training = job.recipe, job.recipe.training
     parallel = recipe.parallel
-    unit = (
-        parallel.pipeline_parallel * parallel.data_parallel_shard * parallel.context_parallel * parallel.tensor_parallel
-    )
+    unit = parallel.processes_a_copy
     needed = unit * (parallel.data_parallel_replicate or 1)
     have = job.world_size
     if have % unit if parallel.data_parallel_replicate is None else have != needed:

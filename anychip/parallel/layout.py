@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 from anychip.errors import InputError
-from anychip.recipe.schema import ModelConfig, ParallelConfig
+from anychip.recipe.schema import TWO_STAGE_SCHEDULES, ModelConfig, ParallelConfig
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
-TWO_STAGE_SCHEDULES = ("zero_bubble", "dualpipe_v")
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,17 @@ class Layout:
 
 def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     """Fill in what the recipe leaves open. Raises InputError when the degrees do not make up `world_size`."""
-    fixed = config.pipeline_parallel * config.data_parallel_shard * config.context_parallel * config.tensor_parallel
-    replicate = config.data_parallel_replicate
-    if replicate is None:
-        replicate = max(1, world_size // fixed)
     layout = Layout(
-        config.pipeline_parallel, replicate, config.data_parallel_shard, config.context_parallel, config.tensor_parallel
+        config.pipeline_parallel,
+        config.copies(world_size),
+        config.data_parallel_shard,
+        config.context_parallel,
+        config.tensor_parallel,
     )
     if layout.world_size != world_size:
         raise InputError(
             f"the recipe's layout ({layout.describe()}) needs {layout.world_size} processes, there are {world_size}.",
-            do=f"Start a multiple of {fixed} processes"
+            do=f"Start a multiple of {config.processes_a_copy} processes"
             + ("." if config.data_parallel_replicate is None else ", or leave data_parallel_replicate out.")
             + " Degrees are in the recipe's section parallel.",
         )

@@ -7,9 +7,8 @@ from typing import Any, get_args
 
 from anychip.errors import InputError
 from anychip.plan.types import RECOMPUTES, SCHEDULES, ContextMethod, Layout, Workload
-from anychip.recipe.schema import Recipe
+from anychip.recipe.schema import TWO_STAGE_SCHEDULES, Recipe
 
-TWO_CHUNK_SCHEDULES = ("zero_bubble", "dualpipe_v")
 _NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "vpp": "vpp", "cp": "cp", "ep": "ep", "mbs": "micro_batch"}
 _ZEROS = range(4)
 
@@ -22,16 +21,13 @@ def layout_of(recipe: Recipe, devices: int) -> Layout:
     """
     parallel = recipe.parallel
     pipelined = parallel.pipeline_parallel > 1
-    fixed = (
-        parallel.pipeline_parallel * parallel.data_parallel_shard * parallel.context_parallel * parallel.tensor_parallel
-    )
-    replicate = parallel.data_parallel_replicate or max(1, devices // fixed)
+    fixed, replicate = parallel.processes_a_copy, parallel.copies(devices)
     if fixed * replicate != devices:
         raise InputError(
             f"the recipe's layout needs {fixed * replicate} devices, the cluster has {devices}.",
             do=f"Change the degrees in the section parallel, or give --devices with a multiple of {fixed}.",
         )
-    folded = parallel.pipeline_schedule in TWO_CHUNK_SCHEDULES
+    folded = parallel.pipeline_schedule in TWO_STAGE_SCHEDULES
     sharded = parallel.data_parallel_shard > 1
     return Layout(
         dp=replicate * parallel.data_parallel_shard,
@@ -105,7 +101,7 @@ def _completed(layout: Layout, given: dict[str, Any], workload: Workload, device
     """Fill in what follows from what was written."""
     if "schedule" not in given and layout.vpp > 1:
         layout = replace(layout, schedule="interleaved")
-    if layout.schedule in TWO_CHUNK_SCHEDULES and layout.pp > 1:
+    if layout.schedule in TWO_STAGE_SCHEDULES and layout.pp > 1:
         layout = replace(layout, vpp=2)
     if "dp" not in given:
         layout = replace(layout, dp=max(1, devices // (layout.tp * layout.pp * layout.cp)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anychip.plan.types import Event, Schedule, Timeline
+from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 Kind = Literal["forward", "backward", "weight"]
 Task = tuple[Kind, int, int]  # kind, chunk, micro-batch
@@ -35,8 +36,8 @@ def simulate_pipeline(
     `stages` are in the order of the model, a multiple of `ranks`; two-chunk schedules need twice `ranks`.
     """
     chunks = len(stages) // ranks
-    layout = _Stages(ranks, chunks, folded=schedule in ("zero_bubble", "dualpipe_v") and chunks == 2)
-    if schedule in ("zero_bubble", "dualpipe_v"):
+    layout = _Stages(ranks, chunks, folded=schedule in TWO_STAGE_SCHEDULES and chunks == 2)
+    if schedule in TWO_STAGE_SCHEDULES:
         return _simulate_greedily(stages, layout, micro_batches, send_seconds)
     orders = [_order(schedule, rank, ranks, chunks, micro_batches) for rank in range(ranks)]
     return _simulate_orders(stages, layout, orders, send_seconds)

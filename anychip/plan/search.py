@@ -30,6 +30,7 @@ from anychip.plan.types import (
     Site,
     Workload,
 )
+from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 Objective = Callable[[Predictions], Floats]
 FITS, CHUNK = 0, 20_000
@@ -213,7 +214,7 @@ def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> 
             if schedule == "interleaved":
                 chunks = [v for v in range(2, space.max_vpp + 1) if workload.layers % (pp * v) == 0]
                 found += [(position, SCHEDULES.index(schedule), v) for v in chunks if count % pp == 0]
-            elif schedule in ("zero_bubble", "dualpipe_v"):
+            elif schedule in TWO_STAGE_SCHEDULES:
                 if 2 * pp <= workload.layers and count >= 2 * pp:
                     found.append((position, SCHEDULES.index(schedule), 2))
             else:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from anychip.plan.shapes import Work
 from anychip.plan.types import RECOMPUTES, SCHEDULES, ContextMethod, Floats, Layout, Machine, Site
+from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
 MAX_TIERS = 3
@@ -84,7 +85,7 @@ def layers_by_rank(layout: Layout, layers: int) -> list[int]:
         ranks = [0] * layout.pp
         for stage, count in enumerate(layout.stage_layers):
             turn, rank = divmod(stage, layout.pp)
-            folded = layout.schedule in ("zero_bubble", "dualpipe_v") and turn % 2 == 1
+            folded = layout.schedule in TWO_STAGE_SCHEDULES and turn % 2 == 1
             ranks[layout.pp - 1 - rank if folded else rank] += count
         return ranks
     stages = layout.pp * layout.vpp

@@ -197,6 +197,9 @@ class TrainingConfig(Section):
         return self
 
 
+TWO_STAGE_SCHEDULES = ("zero_bubble", "dualpipe_v")  # their processes hold two stages, in a V
+
+
 class ParallelConfig(Section):
     """How a model and its batches are split over processes. The product of all degrees is the number of processes."""
 
@@ -221,6 +224,15 @@ class ParallelConfig(Section):
     context_method: Literal["ring", "all_gather"] = Field(
         "ring", description="ring: keys travel in turn, least memory; all_gather: all keys at once"
     )
+
+    @property
+    def processes_a_copy(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return self.pipeline_parallel * self.data_parallel_shard * self.context_parallel * self.tensor_parallel
+
+    def copies(self, world_size: int) -> int:
+        """Copies of the model: those asked for, or as many as `world_size` processes hold (one at least)."""
+        return self.data_parallel_replicate or max(1, world_size // self.processes_a_copy)
 
 
 class ScheduleConfig(Section):
