@@ -10,9 +10,7 @@ import typer
 from anychip.cli.options import RUNS, JsonOption, RecipeArgument, RunsOption, SetOption, one_of
 
 if TYPE_CHECKING:
-    from anychip.plan.types import Machine, Site, Workload
-    from anychip.recipe import Recipe
-    from anychip.recipe.cluster import FailureConfig
+    from anychip.plan.question import Question
 
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="A cluster file, such as clusters/ascend-910b-8192.yaml.")
@@ -46,25 +44,34 @@ def layouts(
     """The ten best layouts of a recipe: time, memory, days. This is what `anychip plan RECIPE` does."""
     import json
 
+    from anychip.errors import InputError
     from anychip.plan.answer import answer_plan
     from anychip.plan.answer import as_json as answer_json
     from anychip.plan.layouts import layout_of
+    from anychip.plan.question import ask
     from anychip.plan.saved import save_plan
     from anychip.plan.text import answer_as_text
+    from anychip.report.plan_page import write_plan_page
     from anychip.rundir import RunDirectory
 
-    read, workload, machines, failures = _asked(recipe, cluster, overrides, chip, devices, seq_length, bench)
-    total = tokens or float(read.training.steps * workload.tokens)
-    if len(machines) > 1:
-        _mixed(workload, cluster, machines, total, as_json)
+    question = ask(
+        recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
+        bench=bench,
+    )  # fmt: skip
+    total = tokens or float(question.recipe.training.steps * question.workload.tokens)
+    if len(question.machines) > 1:
+        if fixed or save or html is not None:
+            raise InputError(
+                "--fixed, --save and --html are for one kind of chips.", where=question.name, do="Leave them out."
+            )
+        _mixed(question, total, as_json)
         return
-    wanted = layout_of(read, machines[0].devices) if fixed else None
-    answer = answer_plan(workload, machines[0], _site(site, machines[0], bench, workload), total, wanted, failures)
+    (machine,), (constants,) = question.machines, question.sites
+    wanted = layout_of(question.recipe, machine.devices) if fixed else None
+    answer = answer_plan(question.workload, machine, constants, total, wanted, question.failures)
     if save:
-        save_plan(answer, read, RunDirectory(runs / read.name).plan)
+        save_plan(answer, question.recipe, RunDirectory(runs / question.recipe.name).plan)
     if html is not None:
-        from anychip.report.plan_page import write_plan_page
-
         write_plan_page(answer, html)
     typer.echo(json.dumps(answer_json(answer), indent=2) if as_json else answer_as_text(answer))
 
@@ -84,14 +91,24 @@ def explain(
     """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
     import json
 
+    from anychip.errors import InputError
     from anychip.plan.answer import answer_plan, prediction_json
     from anychip.plan.layouts import parse_layout
+    from anychip.plan.question import ask
     from anychip.plan.text import explanation
 
-    read, workload, machines, failures = _asked(recipe, cluster, overrides, chip, devices, seq_length, bench)
-    machine, total = machines[0], float(read.training.steps * workload.tokens)
-    wanted = parse_layout(layout, workload, machine.devices)
-    answer = answer_plan(workload, machine, _site(site, machine, bench, workload), total, wanted, failures)
+    question = ask(
+        recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
+        bench=bench,
+    )  # fmt: skip
+    if len(question.machines) > 1:
+        raise InputError(
+            "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."
+        )
+    (machine,), (constants,) = question.machines, question.sites
+    wanted = parse_layout(layout, question.workload, machine.devices)
+    total = float(question.recipe.training.steps * question.workload.tokens)
+    answer = answer_plan(question.workload, machine, constants, total, wanted, question.failures)
     typer.echo(json.dumps(prediction_json(answer.chosen), indent=2) if as_json else explanation(answer))
 
 
@@ -131,64 +148,15 @@ def calibrate(
     typer.echo(f"{calibration_as_text(calibration, begin)}\nwrote {out}")
 
 
-def _asked(
-    recipe: Path, cluster: Path | None, overrides: list[str] | None, chip: str | None, devices: int | None,
-    seq_length: int | None, bench: Path | None,
-) -> tuple[Recipe, Workload, tuple[Machine, ...], FailureConfig]:  # fmt: skip
-    """The recipe, its step, the machines and how they fail, with what the flags change."""
-    from dataclasses import replace
-
-    from anychip.errors import InputError
-    from anychip.plan.answer import changed_cluster, cluster_of, with_seq_length
-    from anychip.plan.local import machine_of_bench, memory_here, read_bench
-    from anychip.plan.machine import machines_of
-    from anychip.plan.shapes import workload_of
-    from anychip.recipe import load_recipe
-    from anychip.recipe.cluster import FailureConfig, load_cluster
-
-    read = load_recipe(recipe, overrides or [])
-    workload = workload_of(read)
-    if seq_length is not None:
-        workload = with_seq_length(workload, seq_length)
-    if devices is not None and devices < 1:
-        raise InputError(f"--devices is {devices}.", do="Give at least 1.")
-    if bench is not None:
-        measured = read_bench(bench)
-        if read.training.compute_dtype == "auto" and not measured.get("bf16_in_hardware", True):
-            workload = replace(workload, dtype="fp32")
-        return read, workload, (machine_of_bench(measured, devices or 1, memory_here()),), FailureConfig()
-    if cluster is not None:
-        asked = changed_cluster(load_cluster(cluster), chip, devices)
-    elif chip is not None and devices is not None:
-        asked = cluster_of(chip, devices)
-    else:
-        raise InputError("there is nothing to plan on.", do="Give --cluster FILE, or --chip with --devices.")
-    return read, workload, machines_of(asked), asked.failures
-
-
-def _site(name: str | None, machine: Machine, bench: Path | None, workload: Workload) -> Site:
-    from anychip.plan.local import read_bench, site_of_bench
-    from anychip.plan.sites import default_site, load_site
-
-    if name:
-        return load_site(name)
-    return site_of_bench(read_bench(bench), workload.dtype) if bench else default_site(machine.chip)
-
-
-def _mixed(workload: Workload, path: Path | None, machines: tuple[Machine, ...], total: float, as_json: bool) -> None:
+def _mixed(question: Question, total: float, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
     from anychip.plan.mixed import mixed_json, search_mixed
-    from anychip.plan.sites import default_site
     from anychip.plan.text import mixed_as_text
-    from anychip.recipe.cluster import load_cluster
 
-    assert path is not None
-    cluster = load_cluster(path)
-    between = (cluster.between_groups_gbit_per_s or 100.0) * 1e9 / 8
-    result = search_mixed(workload, machines, [default_site(machine.chip) for machine in machines], between)
-    name = f"{workload.name} on {cluster.name}"
+    result = search_mixed(question.workload, question.machines, question.sites, question.between_bytes_per_s)
+    name = f"{question.workload.name} on {question.name}"
     typer.echo(json.dumps(mixed_json(result), indent=2) if as_json else mixed_as_text(name, result, total))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from anychip.chips.catalog import find_chip
 from anychip.errors import InputError
 from anychip.plan.goodput import (
     CHECKPOINT_BYTES_PER_PARAMETER,
@@ -18,13 +17,12 @@ from anychip.plan.goodput import (
     reliability,
 )
 from anychip.plan.layouts import overrides_of
-from anychip.plan.machine import machines_of
 from anychip.plan.pipeline import simulate_pipeline
 from anychip.plan.predict import predict
-from anychip.plan.search import search, simulated, stage_times
+from anychip.plan.search import Rejections, search, simulated, stage_times
 from anychip.plan.shapes import num_parameters
 from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
-from anychip.recipe.cluster import Cluster, FailureConfig, NodeGroup
+from anychip.recipe.cluster import FailureConfig
 
 _NOTHING_FAILS = FailureConfig()
 
@@ -40,7 +38,7 @@ class PlanAnswer:
     chosen: Prediction  # the best layout, or the one that was asked for
     timeline: Timeline | None  # of the chosen layout's pipeline
     total_tokens: float
-    reliability: Reliability
+    failures: FailureConfig
     goodput: Goodput  # of the chosen layout
     notes: tuple[str, ...] = ()
 
@@ -62,9 +60,7 @@ def answer_plan(
 
     Raises InputError when no layout divides, or none fits.
     """
-    nodes = -(-machine.devices // machine.devices_per_node)
-    state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * float(num_parameters(workload))
-    held = reliability(failures, nodes, machine.devices, state_bytes)
+    held = reliability_of(workload, machine, failures)
     if layout is not None:
         found = _settled(workload, layout, machine, site)
         result = SearchResult([found] if found.fits else [], (), 1, 0.0)
@@ -85,10 +81,16 @@ def answer_plan(
         chosen=chosen,
         timeline=timeline_of(workload, chosen.layout, machine, site),
         total_tokens=total_tokens,
-        reliability=held,
+        failures=failures,
         goodput=goodput(chosen.step_seconds, site.relative_sigma, workload.tokens, total_tokens, held, _watts(machine)),
         notes=tuple(f"assumed: {what}" for what in machine.assumed),
     )
+
+
+def reliability_of(workload: Workload, machine: Machine, failures: FailureConfig) -> Reliability:
+    """How a job of this model fails on all nodes of a machine."""
+    state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * float(num_parameters(workload))
+    return reliability(failures, machine.nodes, machine.devices, state_bytes)
 
 
 def _watts(machine: Machine) -> float | None:
@@ -110,52 +112,6 @@ def timeline_of(workload: Workload, layout: Layout, machine: Machine, site: Site
 
 def days_of(prediction: Prediction, workload: Workload, total_tokens: float) -> float:
     return total_tokens / workload.tokens * prediction.step_seconds / SECONDS_A_DAY
-
-
-# --- what is asked ----------------------------------------------------------------------------------------------
-
-
-def cluster_of(chip: str, devices: int) -> Cluster:
-    """A cluster of one chip without a file; what the catalogue does not know is assumed and said."""
-    per_node = min(devices, find_chip(chip).devices_per_node or devices)
-    if devices % per_node:
-        raise InputError(
-            f"{devices} devices are not whole nodes of {per_node}.", do=f"Give --devices as a multiple of {per_node}."
-        )
-    group = NodeGroup(name=chip, chip=chip, nodes=devices // per_node, devices_per_node=per_node)
-    return Cluster(name=f"{chip}-{devices}", groups=[group])
-
-
-def changed_cluster(cluster: Cluster, chip: str | None, devices: int | None) -> Cluster:
-    """The cluster with another chip (then with the catalogue's links) or another number of devices."""
-    if chip is None and devices is None:
-        return cluster
-    if len(cluster.groups) > 1:
-        raise InputError(
-            f"{cluster.name} has {len(cluster.groups)} kinds of nodes, so --chip and --devices do not say which.",
-            do="Change the cluster file.",
-        )
-    machine = machines_of(cluster)[0]
-    other = cluster_of(chip or machine.chip, devices or machine.devices)
-    if chip is None:
-        nodes = -(-(devices or 0) // machine.devices_per_node)
-        if nodes * machine.devices_per_node != devices:
-            raise InputError(
-                f"{devices} devices are not whole nodes of {machine.devices_per_node}.",
-                do=f"Give --devices as a multiple of {machine.devices_per_node}.",
-            )
-        other = cluster.model_copy(update={"groups": [cluster.groups[0].model_copy(update={"nodes": nodes})]})
-    return other.model_copy(update={"failures": cluster.failures})
-
-
-def with_seq_length(workload: Workload, seq_length: int) -> Workload:
-    """The workload with longer or shorter sequences and the same tokens a step."""
-    if seq_length < 1 or workload.tokens % seq_length:
-        raise InputError(
-            f"--seq-length {seq_length} does not divide the {workload.tokens:,} tokens of a step.",
-            do="Give a length that divides them, or change training.global_batch_size as well.",
-        )
-    return replace(workload, seq_length=seq_length, global_batch=workload.tokens // seq_length)
 
 
 # --- as plain values --------------------------------------------------------------------------------------------
@@ -210,5 +166,4 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
 
 def rejected_counts(result: SearchResult) -> dict[str, int]:
     """How many layouts were rejected for each reason."""
-    counts = getattr(result.rejected, "counts", None)
-    return dict(counts()) if counts else {}
+    return result.rejected.counts() if isinstance(result.rejected, Rejections) else {}

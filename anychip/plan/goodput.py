@@ -31,16 +31,24 @@ class Reliability:
     """How a job of so many nodes fails and comes back, in seconds."""
 
     failures_per_s: float
-    recover_memory_s: float  # detection, restart and load from another node's memory
-    recover_storage_s: float  # the same from storage, and the work that a save under way had not yet made safe
+    back_s: float  # detection and restart
+    load_memory_s: float  # from another node's memory
+    load_storage_s: float
     survives: float  # share of failures that memory copies outlive; 0: there are none
     stall_memory_s: float
     stall_storage_s: float
-    shortest_storage_s: float  # between saves: the last one must have been written
-    write_s: float
-    load_storage_s: float
+    write_s: float  # until a save to storage is safe; the next one begins after that
     waiting: float  # share of time in which no spare node is left
     stragglers: float  # factor on every step
+
+    @property
+    def recover_memory_s(self) -> float:
+        return self.back_s + self.load_memory_s
+
+    @property
+    def recover_storage_s(self) -> float:
+        """With the work that a save under way had not yet made safe."""
+        return self.back_s + self.load_storage_s + self.write_s
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,16 @@ def reliability(failures: FailureConfig, nodes: int, devices: int, state_bytes: 
     """
     rate = nodes * failures.per_1000_node_days / 1000 / SECONDS_A_DAY
     write = state_bytes / (failures.storage_gb_per_s * 1e9) if failures.storage_gb_per_s else 0.0
-    load = failures.load_seconds if failures.load_seconds is not None else write
-    back = failures.detect_seconds + failures.restart_seconds
     copies = failures.memory_copy_seconds is not None
     found = Reliability(
         failures_per_s=rate,
-        recover_memory_s=back + failures.memory_load_seconds,
-        recover_storage_s=back + load + write,
+        back_s=failures.detect_seconds + failures.restart_seconds,
+        load_memory_s=failures.memory_load_seconds,
+        load_storage_s=write if failures.load_seconds is None else failures.load_seconds,
         survives=failures.memory_copy_survives if copies else 0.0,
         stall_memory_s=failures.memory_copy_seconds or 0.0,
         stall_storage_s=failures.checkpoint_stall_seconds,
-        shortest_storage_s=write,
         write_s=write,
-        load_storage_s=load,
         waiting=_blocked(rate * failures.repair_hours * 3600, failures.spare_nodes),
         stragglers=_straggler_factor(failures, nodes, devices),
     )
@@ -129,7 +134,7 @@ def best_intervals(held: Reliability, step_seconds: float) -> tuple[float, float
     intervals = np.geomspace(shortest, longest, 200)
     copies = np.unique(np.round(np.geomspace(1, _MOST_COPIES_A_SAVE, 40))) if held.survives else np.ones(1)
     memory, count = (axis.ravel() for axis in np.meshgrid(intervals, copies, indexing="ij"))
-    factors = np.where(memory * count >= held.shortest_storage_s, seconds_per_useful(held, memory, count), np.inf)
+    factors = np.where(memory * count >= held.write_s, seconds_per_useful(held, memory, count), np.inf)
     best = int(factors.argmin())
     return float(memory[best]), float(memory[best] * count[best]), float(factors[best])
 
@@ -189,11 +194,12 @@ def _cost_of_failure(held: Reliability, memory: float, storage: float) -> float:
 def _losses(held: Reliability, memory: float, storage: float, factor: float) -> dict[str, float]:
     """Shares of all time by cause; what no other cause explains is work done again."""
     share = (1 - held.waiting) / (factor * held.stragglers)  # of a second that is useful
-    losses = {"checkpoint stalls": (held.stall_memory_s / memory if held.survives else 0.0)}
-    losses["checkpoint stalls"] += held.stall_storage_s / storage
-    back = held.recover_storage_s - held.load_storage_s - held.write_s
-    loads = held.recover_memory_s - back, held.load_storage_s
-    for name, near, far in (("detection and restart", back, back), ("loading", *loads)):
+    stalls = (held.stall_memory_s / memory if held.survives else 0.0) + held.stall_storage_s / storage
+    losses = {"checkpoint stalls": stalls}
+    for name, near, far in (
+        ("detection and restart", held.back_s, held.back_s),
+        ("loading", held.load_memory_s, held.load_storage_s),
+    ):
         losses[name] = held.survives * _tried(held, near, held.recover_memory_s)
         losses[name] += (1 - held.survives) * _tried(held, far, held.recover_storage_s)
         losses[name] *= held.failures_per_s * factor

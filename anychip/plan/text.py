@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from anychip.plan.answer import PlanAnswer, days_of, rejected_counts
 from anychip.plan.calibrate import Calibration
-from anychip.plan.goodput import Goodput
+from anychip.plan.goodput import SECONDS_A_DAY, Goodput
 from anychip.plan.layouts import overrides_of
 from anychip.plan.mixed import MixedResult
 from anychip.plan.predict import GIB
@@ -136,7 +136,7 @@ def mixed_as_text(name: str, result: MixedResult, total_tokens: float) -> str:
                 f"{plan.step_seconds:.2f} s",
                 f"{plan.tokens_per_second:,.0f}",
                 f"{plan.mfu:.1%}",
-                f"{total_tokens / plan.tokens_per_second / 86_400:,.1f}",
+                f"{total_tokens / plan.tokens_per_second / SECONDS_A_DAY:,.1f}",
             ]
         )
     alone = [

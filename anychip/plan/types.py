@@ -149,6 +149,10 @@ class Machine:
     torch_device_type: str = ""
     assumed: tuple[str, ...] = ()  # figures that the catalogue does not know, and what was taken instead
 
+    @property
+    def nodes(self) -> int:
+        return -(-self.devices // self.devices_per_node)
+
 
 @dataclass(frozen=True)
 class Site:

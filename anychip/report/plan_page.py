@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from anychip.errors import InputError
 from anychip.files import write_text
-from anychip.plan.answer import PlanAnswer, rejected_counts
+from anychip.plan.answer import PlanAnswer, rejected_counts, reliability_of
 from anychip.plan.goodput import goodput
 from anychip.plan.layouts import overrides_of
 from anychip.plan.predict import GIB
@@ -135,8 +134,9 @@ def _throughput_by_count(answer: PlanAnswer) -> Markup | None:
 
 
 def _resized(machine: Machine, factor: float) -> Machine | None:
+    """The machine with more or fewer nodes; None where they are not whole, or nothing is said of links between them."""
     devices = int(machine.devices * factor)
-    if devices < 1 or devices % machine.devices_per_node:
+    if devices < 1 or devices % machine.devices_per_node or (factor > 1 and len(machine.tiers) == 1):
         return None
     *inner, last = machine.tiers
     return replace(machine, devices=devices, tiers=(*inner, replace(last, devices=max(last.devices, devices))))
@@ -144,10 +144,10 @@ def _resized(machine: Machine, factor: float) -> Machine | None:
 
 def _goodput_by_rate(answer: PlanAnswer) -> Markup:
     """Useful share of the time over the failure rate, all else as in the cluster file."""
-    nodes = -(-answer.machine.devices // answer.machine.devices_per_node)
-    points: list[tuple[float, Any]] = []
+    points: list[tuple[float, float]] = []
     for rate in _FAILURE_RATES:
-        held = replace(answer.reliability, failures_per_s=nodes * rate / 1000 / 86_400)
+        failures = answer.failures.model_copy(update={"per_1000_node_days": rate})
+        held = reliability_of(answer.workload, answer.machine, failures)
         found = goodput(answer.chosen.step_seconds, 0.0, answer.workload.tokens, answer.total_tokens, held)
         points.append((rate, found.effective))
     return line_chart(

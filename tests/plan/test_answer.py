@@ -11,9 +11,10 @@ import pytest
 
 from anychip.cli import main
 from anychip.errors import InputError
-from anychip.plan.answer import answer_plan, as_json, changed_cluster, cluster_of, with_seq_length
+from anychip.plan.answer import answer_plan, as_json
 from anychip.plan.layouts import layout_of, overrides_of, parse_layout
 from anychip.plan.machine import machine_of_chip, machines_of
+from anychip.plan.question import changed_cluster, cluster_of, with_seq_length
 from anychip.plan.shapes import workload_of
 from anychip.plan.sites import default_site
 from anychip.plan.types import Layout
@@ -22,6 +23,7 @@ from anychip.recipe.cluster import FailureConfig, load_cluster
 
 ROOT = Path(__file__).parents[2]
 LARGE = ROOT / "recipes" / "telechat2-115b.yaml"
+MIXED = str(ROOT / "clusters" / "mixed-910b-mlu590.yaml")
 CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
 
 
@@ -161,6 +163,9 @@ def test_the_verb_explains_one_layout(capsys: pytest.CaptureFixture[str]) -> Non
         ([str(LARGE), "--chip", "ascend-910b3", "--devices", "-8"], "--devices is -8"),
         ([str(LARGE), "--chip", "ascend-910b3", "--devices", "8192", "--site", "nowhere"], "is no site"),
         (["validate", "--runs", "missing.csv"], "cannot be read"),
+        ([str(LARGE), "--cluster", MIXED, "--fixed"], "are for one kind of chips"),
+        ([str(LARGE), "--cluster", MIXED, "--site", "a100/fsdp"], "--site names one"),
+        (["explain", str(LARGE), "tp8", "--cluster", MIXED], "explained on one kind of chips"),
     ],
 )
 def test_mistakes_get_a_paragraph(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
