@@ -36,13 +36,13 @@ def work(name: str, dtype_name: str) -> None:
 
     from anychip.chips.backend import detect_backend
     from anychip.data.batch import Batch
-    from anychip.parallel.gradients import gradient_norm, scale_gradients
     from anychip.parallel.parts import initialize_parts
     from anychip.parallel.processes import Processes
     from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
     from anychip.train.job import TrainingJob
     from anychip.train.optimizer import Optimizer
+    from anychip.train.step import train_step
 
     parallel, micro_batch = CONTESTANTS[name]
     torch.set_num_threads(1 if parallel else 2)
@@ -87,12 +87,7 @@ def work(name: str, dtype_name: str) -> None:
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
     for _ in sys.stdin:
         started = time.perf_counter()
-        engine.forward_backward(batch)
-        norm = float(gradient_norm(engine.parameters.values(), processes))
-        scale_gradients(engine.parameters.values(), norm, 1.0)
-        optimizer.step(3e-4)
-        for parameter in engine.parameters.values():
-            parameter.grad = None
+        train_step(engine, optimizer, processes, batch, step=1, lr=3e-4, grad_clip=1.0)
         processes.barrier()
         if processes.is_first:
             print(json.dumps(time.perf_counter() - started), flush=True)

@@ -47,13 +47,13 @@ def work(size: str, steps: int) -> None:
 
     from anychip.chips.backend import detect_backend
     from anychip.data.batch import Batch
-    from anychip.parallel.gradients import gradient_norm, scale_gradients
     from anychip.parallel.parts import initialize_parts
     from anychip.parallel.processes import Processes
     from anychip.recipe.schema import CheckpointConfig, LogConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
     from anychip.train.job import TrainingJob
     from anychip.train.optimizer import Optimizer
+    from anychip.train.step import train_step
 
     model, (*_, micro, rows) = model_of(size), SIZES[size]
     detect_backend().prepare_process()
@@ -72,12 +72,7 @@ def work(size: str, steps: int) -> None:
     seconds = []
     for _ in range(steps + 2):
         started = time.perf_counter()
-        engine.forward_backward(batch)
-        norm = float(gradient_norm(engine.parameters.values(), processes))
-        scale_gradients(engine.parameters.values(), norm, 1.0)
-        optimizer.step(3e-4)
-        for parameter in engine.parameters.values():
-            parameter.grad = None
+        train_step(engine, optimizer, processes, batch, step=1, lr=3e-4, grad_clip=1.0)
         processes.barrier()
         seconds.append(time.perf_counter() - started)
     if processes.is_first:

@@ -26,17 +26,16 @@ from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.data.batch import Batch
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
-from anychip.parallel.gradients import gradient_norm, scale_gradients
 from anychip.parallel.processes import Processes
 from anychip.progress import Progress, progress
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.engine import Engine
-from anychip.train.guard import check_finite
 from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
 from anychip.train.precision import compute_dtype
 from anychip.train.schedule import lr_share
+from anychip.train.step import StepResult, train_step
 
 
 class Stopped(AnychipError):
@@ -100,20 +99,14 @@ def run_training(job: TrainingJob) -> int:
             batch = batches.get(step)
             clock.data_seconds += time.perf_counter() - waited
             clock.tokens += batch.input_ids.numel()
-            loss = float(engine.forward_backward(batch))
-            grad_norm = float(gradient_norm(engine.parameters.values(), processes))
-            check_finite(engine.parameters, step + 1, loss, grad_norm)
-            scale_gradients(engine.parameters.values(), grad_norm, job.optimizer.grad_clip)
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
-            optimizer.step(lr)
-            for parameter in engine.parameters.values():
-                parameter.grad = None
             step += 1
+            done = train_step(engine, optimizer, processes, batch, step, lr, job.optimizer.grad_clip)
             bar.advance()
 
             if log and (step % job.log.interval == 0 or step in (1, job.steps)):
                 backend.synchronize()
-                metrics = _measure(job, backend, clock, step, loss, grad_norm, lr, processes.layout.world_size, peak)
+                metrics = _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak)
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)
@@ -194,8 +187,7 @@ def _measure(
     backend: Backend,
     clock: _Clock,
     step: int,
-    loss: float,
-    grad_norm: float,
+    done: StepResult,
     lr: float,
     devices: int,
     peak: float | None,
@@ -206,8 +198,8 @@ def _measure(
     flops = rate * flops_per_token(job.model, round(mean_length)).model
     return StepMetrics(
         step=step,
-        loss=loss,
-        grad_norm=grad_norm,
+        loss=done.loss,
+        grad_norm=done.grad_norm,
         lr=lr,
         tokens=step * job.global_batch_size * job.seq_length,
         memory_bytes=backend.peak_memory_bytes(),
