@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anychip.errors import InputError
 from anychip.files import write_json
-from anychip.plan.answer import PlanAnswer, as_json
 from anychip.plan.layouts import layout_of
 from anychip.plan.shapes import workload_of
 from anychip.recipe import Recipe
 
+if TYPE_CHECKING:
+    from anychip.plan.answer import PlanAnswer
+
 
 def save_plan(answer: PlanAnswer, recipe: Recipe, path: Path) -> None:
     """Write `plan.json`. Raises InputError when the plan is of another layout than the recipe trains in."""
+    from anychip.plan.answer import as_json  # not needed where training reads a plan
+
     if answer.chosen.layout != layout_of(recipe, answer.machine.devices):
         raise InputError(
             "only a plan of the recipe's own layout can be kept with its run.", do="Give --fixed with --save."
