@@ -49,8 +49,14 @@ def build_parts(
             part = Decoder(config, dtype, operators)
         if stage is not None:
             layers, first, last = stage
-            exchange = processes.exchange_device if processes.config.host_transfers else None
-            keep_stage(part, layers, first=first, last=last, exchange=exchange)
+            keep_stage(
+                part,
+                layers,
+                first=first,
+                last=last,
+                device=processes.device,
+                exchange_device=processes.exchange_device,
+            )
         if (context := processes.mesh("context")) is not None:
             apply_context_parallel(part, context, processes.config.context_method, operators)
         if (tensor := processes.mesh("tensor")) is not None:

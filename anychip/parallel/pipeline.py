@@ -36,10 +36,12 @@ _MANY_STAGES = {
 }
 
 
-def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool, exchange: torch.device | None = None) -> None:
+def keep_stage(
+    model: Decoder, layers: range, *, first: bool, last: bool, device: torch.device, exchange_device: torch.device
+) -> None:
     """Drop from a whole decoder everything that is not of this stage; the rest keeps its names.
 
-    With `exchange`, hidden states leave for the next stage from that device.
+    The stage computes on `device`; hidden states come from and leave for other stages on `exchange_device`.
     """
     kept = nn.ModuleList()
     for index in layers:
@@ -49,20 +51,19 @@ def keep_stage(model: Decoder, layers: range, *, first: bool, last: bool, exchan
         model.embed_tokens = None  # type: ignore[assignment]
     if not last:
         model.norm = model.lm_head = None  # type: ignore[assignment]
-    model.forward = partial(_stage_forward, model, exchange)  # type: ignore[method-assign]
+    model.forward = partial(_stage_forward, model, device, exchange_device)  # type: ignore[method-assign]
 
 
-def _stage_forward(model: Decoder, exchange: torch.device | None, x: Tensor, documents: Tensor | None = None) -> Tensor:
+def _stage_forward(
+    model: Decoder, device: torch.device, exchange_device: torch.device, x: Tensor, documents: Tensor | None = None
+) -> Tensor:
     """Token ids (first stage) or hidden states -> hidden states; `tables` is set for each step."""
-    if exchange is not None:
-        x = x.to(next(model.parameters()).device)
+    x = x.to(device)
     if model.embed_tokens is not None:
         x = model.embed(x)
     mask = None if documents is None else model.visible(documents)
     x = model.run_layers(x, model.tables, mask=mask)  # type: ignore[arg-type]
-    if model.norm is not None:
-        return model.norm(x)
-    return x if exchange is None else x.to(exchange)
+    return x.to(exchange_device) if model.norm is None else model.norm(x)
 
 
 class Pipeline:
