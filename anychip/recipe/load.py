@@ -60,10 +60,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError:
         raise InputError("is not text in UTF-8.", where=path, do="Give the path of a YAML recipe.") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 99th of a month
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "the text nests too deeply"
+        said = "the text nests too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        problem = getattr(error, "problem", None) or said
         raise InputError(f"is not valid YAML{line}: {problem}.", where=path, do="Correct that line.") from None
     if not isinstance(raw, dict):
         raise InputError("holds no sections.", where=path, do="A recipe is a mapping with model, data and training.")
@@ -79,7 +80,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         )
     try:
         value = _yaml_value(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise InputError(
             f"--set {override}: the value is not valid YAML.", do="Quote it if it holds special characters."
         ) from None

@@ -73,7 +73,7 @@ def test_a_wrong_field_is_named_with_what_is_allowed(recipe: object, words: list
 
 
 @pytest.mark.parametrize(
-    "override", ["training.steps", "=3", "a..b=1", "data.sources.9.weight=1", "name.x=1", "seed=[1"]
+    "override", ["training.steps", "=3", "a..b=1", "data.sources.9.weight=1", "name.x=1", "seed=[1", "name=2020-99-99"]
 )
 def test_a_wrong_override_is_refused(override: str, tmp_path: Path) -> None:
     with pytest.raises(InputError):
@@ -86,7 +86,9 @@ def test_version_0_is_migrated(tmp_path: Path) -> None:
     assert (recipe.schema_version, recipe.training.steps, recipe.optimizer.lr) == (1, 5, 0.5)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"a: [", b"- 1", b"a: &x [*x]", b"{" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\xff\xfe", b"a: [", b"- 1", b"a: &x [*x]", b"{" * 5000, b"a: 2020-99-99", b"a: \x00"]
+)
 def test_junk_is_one_paragraph(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "junk.yaml"
     path.write_bytes(content)
