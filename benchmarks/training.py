@@ -66,16 +66,19 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     from anychip.chips.backend import detect_backend
     from anychip.model.decoder import Decoder
     from anychip.model.init import init_parameters
-    from anychip.recipe.schema import OptimizerConfig
+    from anychip.recipe.schema import OptimizerConfig, TrainingConfig
     from anychip.train.loss import head_cross_entropy
     from anychip.train.optimizer import Optimizer
     from anychip.train.precision import compute_dtype
+    from anychip.train.recompute import apply_recompute
 
     backend = detect_backend()
     backend.prepare_process()
+    training = TrainingConfig(steps=1)
     config, dtype = model_config(shape), compute_dtype(dtype_name, backend)
     model = Decoder(config, dtype)
     init_parameters(model, config, 0)
+    apply_recompute(model, training.recompute)
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -84,7 +87,7 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
 
     def step() -> None:
         hidden = model(tokens[:, :-1]).flatten(0, 1)
-        loss = head_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), 1024)
+        loss = head_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), training.loss_chunk_tokens)
         (loss / (shape.batch * shape.seq)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(3e-4)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.cache import KeyValueCache
+from anychip.model.remake import Remake, product
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.recipe.schema import ModelConfig
 
@@ -42,9 +42,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
+        return product(x, self.weight, self.bias, remake)
 
 
 class Attention(nn.Module):
@@ -61,16 +60,24 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size, bias=True)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None, mask: Any
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        cache: KeyValueCache | None,
+        mask: Any,
+        *,
+        remake: Remake | None = None,
     ) -> Tensor:
-        batch, seq, _ = x.shape
-        q = self.rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, n, s, d]
-        k = self.rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), cos, sin).transpose(1, 2)  # [b, k, s, d]
-        v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.rotate(self.q_proj(x, remake).view(heads), cos, sin).transpose(1, 2)  # [b, n, s, d]
+        k = self.rotate(self.k_proj(x, remake).view(heads), cos, sin).transpose(1, 2)  # [b, k, s, d]
+        v = self.v_proj(x, remake).view(heads).transpose(1, 2)
         if cache is not None:  # new tokens see all cached ones and their own past
             k, v = cache.write(self.layer, k, v)
         mixed = self.attend(q, k, v, scale=scale, causal=True, mask=mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -83,23 +90,33 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, *, remake: Remake | None = None, keep: bool = True) -> Tensor:
+        """keep: whether backward finds the SwiGLU, or computes it again from gate and up."""
+        gate, up = self.gate_proj(x, remake), self.up_proj(x, remake)
+        return self.down_proj(self.swiglu(gate, up), None if keep else Remake(lambda: self.swiglu(gate, up)))
 
 
 class DecoderLayer(nn.Module):
+    """`keep_cheap`: whether norms and SwiGLU are kept for backward, or computed again there."""
+
     def __init__(self, config: ModelConfig, layer: int, operators: Operators = reference) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.self_attn = Attention(config, layer, operators)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.mlp = MLP(config, operators)
+        self.keep_cheap = True
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None, mask: Any = None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, scale, cache, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed, remake = self._normed(self.input_layernorm, x)
+        x = x + self.self_attn(normed, cos, sin, scale, cache, mask, remake=remake)
+        normed, remake = self._normed(self.post_attention_layernorm, x)
+        return x + self.mlp(normed, remake=remake, keep=self.keep_cheap)
+
+    def _normed(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Remake | None]:
+        return norm(x), None if self.keep_cheap else Remake(lambda: norm(x))
 
 
 class Decoder(nn.Module):

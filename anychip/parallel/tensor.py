@@ -21,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anychip.model.decoder import Decoder, Linear, RMSNorm
+from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
 
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -107,13 +108,12 @@ def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn
     return nn.Parameter(DTensor.from_local(part, mesh, [placement], run_check=False))
 
 
-def _column(linear: Linear, x: Tensor) -> Tensor:
-    bias = None if linear.bias is None else local(linear.bias).to(x.dtype)
-    return F.linear(x, local(linear.weight).to(x.dtype), bias)
+def _column(linear: Linear, x: Tensor, remake: Remake | None = None) -> Tensor:
+    return product(x, local(linear.weight), None if linear.bias is None else local(linear.bias), remake)
 
 
-def _row(linear: Linear, mesh: DeviceMesh, x: Tensor) -> Tensor:
-    total = ScatterSequence.apply(F.linear(x, local(linear.weight).to(x.dtype)), mesh.get_group())
+def _row(linear: Linear, mesh: DeviceMesh, x: Tensor, remake: Remake | None = None) -> Tensor:
+    total = ScatterSequence.apply(product(x, local(linear.weight), remake=remake), mesh.get_group())
     return total if linear.bias is None else total + local(linear.bias).to(x.dtype)
 
 
@@ -136,7 +136,8 @@ def _embed(embedding: nn.Embedding, mesh: DeviceMesh, input_ids: Tensor) -> Tens
 
 
 def _with_whole_sequence(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
-    def run(x: Tensor, *inputs: Any, **keywords: Any) -> Any:
+    def run(x: Tensor, *inputs: Any, remake: Remake | None = None, **keywords: Any) -> Any:
+        """The gathered norms are kept: to make them again would take another message."""
         return forward(GatherSequence.apply(x, mesh.get_group()), *inputs, **keywords)
 
     return run

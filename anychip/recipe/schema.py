@@ -177,9 +177,11 @@ class TrainingConfig(Section):
     document_mask: bool = Field(
         False, description="attention stays inside a document, where several share a sample; else it sees them all"
     )
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "selective", description="selective: compute norms and SwiGLU again in backward; full: whole layers"
+    )
     compile: bool = Field(False, description="torch.compile the decoder layer; pays on long runs")
-    loss_chunk_tokens: Positive = Field(1024, description="tokens whose logits exist at one time")
+    loss_chunk_tokens: Positive = Field(512, description="tokens whose logits exist at one time")
     eval_interval: Annotated[int, Field(ge=0)] = Field(100, description="steps between validations; 0: only at the end")
     eval_tokens: Positive = Field(65_536, description="validation tokens read each time")
     operators: dict[str, Literal["vendor", "reference"]] = Field(

@@ -56,9 +56,9 @@ class TrainingJob:
     checkpoint: CheckpointConfig
     log: LogConfig
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "selective"
     compile: bool = False
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int = 512
     eval_interval: int = 0
     deterministic: bool = False
     operators: Mapping[str, str] = field(default_factory=dict)
