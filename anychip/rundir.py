@@ -41,6 +41,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def skipped(self) -> Path:
+        """Ranges of batches that a rollback left out; absent when there were none."""
+        return self.root / "skipped.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -203,6 +203,7 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         deterministic=recipe.training.deterministic,
         operators=recipe.training.operators,
         parallel=recipe.parallel,
+        guard=recipe.guard,
     )
     return {"step": run_training(job)}
 

@@ -40,6 +40,8 @@ def work(name: str, dtype_name: str) -> None:
     from anychip.parallel.processes import Processes
     from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
+    from anychip.train.guard import Guard
+    from anychip.train.heartbeat import Heartbeat
     from anychip.train.job import TrainingJob
     from anychip.train.optimizer import Optimizer
     from anychip.train.step import train_step
@@ -85,9 +87,10 @@ def work(name: str, dtype_name: str) -> None:
     engine = Engine(job, processes, dtype)
     initialize_parts(engine.parameters, model, 0)
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    guard, silent = Guard(job.guard), Heartbeat(None, processes.rank)
     for _ in sys.stdin:
         started = time.perf_counter()
-        train_step(engine, optimizer, processes, batch, step=1, lr=3e-4, grad_clip=1.0)
+        train_step(engine, optimizer, processes, batch, 3e-4, 1.0, guard, silent)
         processes.barrier()
         if processes.is_first:
             print(json.dumps(time.perf_counter() - started), flush=True)

@@ -51,6 +51,8 @@ def work(size: str, steps: int) -> None:
     from anychip.parallel.processes import Processes
     from anychip.recipe.schema import CheckpointConfig, LogConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
+    from anychip.train.guard import Guard
+    from anychip.train.heartbeat import Heartbeat
     from anychip.train.job import TrainingJob
     from anychip.train.optimizer import Optimizer
     from anychip.train.step import train_step
@@ -69,10 +71,11 @@ def work(size: str, steps: int) -> None:
     engine = Engine(job, processes, torch.float32)
     initialize_parts(engine.parameters, model, 0)
     optimizer = Optimizer(engine.parameters, job.optimizer, torch.float32)
+    guard, silent = Guard(job.guard), Heartbeat(None, processes.rank)
     seconds = []
     for _ in range(steps + 2):
         started = time.perf_counter()
-        train_step(engine, optimizer, processes, batch, step=1, lr=3e-4, grad_clip=1.0)
+        train_step(engine, optimizer, processes, batch, 3e-4, 1.0, guard, silent)
         processes.barrier()
         seconds.append(time.perf_counter() - started)
     if processes.is_first:

@@ -78,6 +78,10 @@ class TrainingData:
         documents = number_documents(input_ids, self._end_id) if self._document_mask else None
         return Batch(input_ids, torch.from_numpy(labels), documents)
 
+    def documents(self, step: int) -> list[str]:
+        """Ids of the documents of a step, each once, in the order of rows."""
+        return list(dict.fromkeys(span.id for sample in self.samples(step) for span in sample.documents))
+
     def samples(self, step: int) -> list[Sample]:
         """What the rows of a step are made of."""
         first = step * self.global_batch_size

@@ -262,9 +262,20 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """What happens to a step whose loss or gradient norm is not finite."""
+    """What happens to a step whose loss or gradient norm is not finite, or whose gradient norm explodes. In no case
+    does it change a weight."""
 
-    on_nonfinite: Literal["stop"] = "stop"
+    on_bad_step: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="rollback: back to the newest checkpoint, and on behind the batches that led here"
+    )
+    explosion: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a gradient norm this many times its median of the last `window` steps is bad; 0: off"
+    )
+    window: Annotated[int, Field(ge=8)] = 100
+    patience: Positive = Field(10, description="bad steps in a row, or rollbacks in a run, after which it stops")
+    digest_interval: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between comparisons of all copies of weights and optimizer state; 0: never"
+    )
 
 
 class LogConfig(Section):

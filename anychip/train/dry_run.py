@@ -157,6 +157,9 @@ class _NoData:
     def batch(self, step: int) -> Batch:
         raise InputError("a dry run reads no data.")
 
+    def documents(self, step: int) -> list[str]:
+        return []
+
 
 class _FullBatch(Batch):
     """A batch in which every position carries loss; nobody may look at its tokens."""

@@ -1,35 +1,125 @@
-"""Stops a run whose numbers are no longer numbers, before the optimizer changes anything."""
+"""Judges a step before it changes anything: numbers that are none, and gradients that explode.
+
+PaLM met some twenty spikes, went back a hundred steps and left out the batches that had led to each (arXiv 2204.02311,
+section 5.1); OLMo 2 saw the gradient norm rise before the loss did (arXiv 2501.00656). So the norm is judged, against
+its own recent median.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anychip.errors import UnfitError
 from anychip.parallel.tensor import local
+from anychip.recipe.schema import GuardConfig
+
+_FEWEST_NORMS = 8
 
 
-def check_finite(parameters: Mapping[str, nn.Parameter], step: int, loss: float, grad_norm: float) -> None:
-    """Raise UnfitError naming the first bad tensor when the loss or the gradient norm is NaN or infinite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    what = f"loss is {loss} and grad_norm is {grad_norm} in step {step}"
-    raise UnfitError(
-        f"Training stopped: {what}; first bad tensor: {_first_bad_tensor(parameters)}. The weights and the optimizer "
-        "are as they were before this step.",
-        do="Start again from the last checkpoint with a lower learning rate, or look at the documents of this step "
-        "(anychip data ledger --step).",
-    )
+class GuardState(BaseModel):
+    """What a checkpoint keeps of the guard, so that a continued run judges as an uninterrupted one."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    norms: list[float] = Field(default_factory=list, max_length=1 << 20)
+    bad_in_a_row: int = Field(0, ge=0)
 
 
-def _first_bad_tensor(parameters: Mapping[str, nn.Parameter]) -> str:
+class Guard:
+    """Loss and norm are sums over all processes, the same on each: so is the verdict, without another message."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._norms: deque[float] = deque(maxlen=config.window)
+        self.bad_in_a_row = 0
+
+    def judge(self, loss: float, grad_norm: float) -> str:
+        """What is wrong with a step, or "": then its norm joins the history."""
+        problem = self._problem(loss, grad_norm)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if problem else 0
+        if not problem:
+            self._norms.append(grad_norm)
+        return problem
+
+    def _problem(self, loss: float, grad_norm: float) -> str:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return f"loss is {loss} and grad_norm is {grad_norm}"
+        if self._config.explosion and len(self._norms) >= _FEWEST_NORMS:
+            usual = median(self._norms)
+            if grad_norm > self._config.explosion * usual:
+                return f"grad_norm is {grad_norm:.3g}, {grad_norm / usual:.0f} times its median of {usual:.3g}"
+        return ""
+
+    def state(self) -> GuardState:
+        return GuardState(norms=list(self._norms), bad_in_a_row=self.bad_in_a_row)
+
+    def restore(self, state: GuardState) -> None:
+        self._norms = deque(state.norms, maxlen=self._config.window)
+        self.bad_in_a_row = state.bad_in_a_row
+
+
+class BadSteps:
+    """What the policy makes of a bad step. `log` names a file for one line of JSON each; None: another process writes."""
+
+    def __init__(self, config: GuardConfig, log: Path | None) -> None:
+        self._config, self._log, self._rollbacks = config, log, 0
+
+    def react(
+        self, step: int, position: int, problem: str, bad_tensor: str, documents: list[str], bad_in_a_row: int
+    ) -> Literal["skip", "rollback"]:
+        """`step` counts from 1; `position` is the number of its batch. Raises UnfitError when the run is to stop."""
+        action = self._config.on_bad_step
+        self._rollbacks += action == "rollback"
+        stop = action == "stop" or max(bad_in_a_row, self._rollbacks) >= self._config.patience
+        self._record(step, position, problem, bad_tensor, documents, "stop" if stop else action)
+        if not stop:
+            return "rollback" if action == "rollback" else "skip"
+        raise UnfitError(
+            f"Training stopped: {problem} in step {step}; first bad tensor: {bad_tensor}. The weights and the "
+            "optimizer are as they were before this step.",
+            do=f"The documents of this step are in logs/{LOG_NAME}. Start again with a lower learning rate, or with "
+            "guard.on_bad_step=rollback, which leaves such batches out.",
+        )
+
+    def _record(
+        self, step: int, position: int, problem: str, bad_tensor: str, documents: list[str], action: str
+    ) -> None:
+        if self._log is None:
+            return
+        row = {
+            "step": step, "batch": position, "problem": problem, "bad_tensor": bad_tensor, "action": action,
+            "documents": documents,
+        }  # fmt: skip
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if action != "stop":
+            print(f"step {step}: {problem}; first bad tensor: {bad_tensor}; {_SAID[action]}", flush=True)
+
+
+LOG_NAME = "guard.jsonl"
+_SAID = {
+    "skip": "the step changes nothing",
+    "rollback": "back to the newest checkpoint, and on behind the batches that led here",
+}
+
+
+def first_bad_tensor(parameters: Mapping[str, nn.Parameter]) -> str:
+    """The first tensor on this process with a NaN or an infinity, before gradients are dropped."""
     for name, parameter in parameters.items():
         if not torch.isfinite(local(parameter.detach())).all():
             return f"weight {name}"
     for name, parameter in parameters.items():
         if parameter.grad is not None and (bad := int((~torch.isfinite(local(parameter.grad))).sum())):
             return f"gradient of {name} ({bad:,} of {local(parameter.grad).numel():,} elements)"
-    return "none in weights or gradients; the loss itself overflowed"
+    return "none in weights or gradients"

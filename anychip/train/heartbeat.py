@@ -42,7 +42,7 @@ class Heartbeat:
         self.beat("data")
 
     def beat(self, phase: str) -> None:
-        """One of PHASES begins. The line has a fixed length and is written at once: a reader sees the old or the new."""
+        """One of PHASES begins. The line has a fixed length and is written at once: readers see the old or the new."""
         if self._descriptor < 0:
             return
         beat = {"rank": self._rank, "pid": os.getpid(), "step": self._step, "phase": phase, "at": time.monotonic()}

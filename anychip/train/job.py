@@ -12,6 +12,7 @@ from torch import Tensor
 from anychip.data.batch import Batch
 from anychip.recipe.schema import (
     CheckpointConfig,
+    GuardConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +29,9 @@ class BatchSource(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The whole global batch of `step`, counted from 0."""
+
+    def documents(self, step: int) -> list[str]:
+        """The documents that the batch of `step` is made of, by id."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class TrainingJob:
     loss_chunk_tokens: int = 512
     eval_interval: int = 0
     deterministic: bool = False
+    guard: GuardConfig = field(default_factory=GuardConfig)
     operators: Mapping[str, str] = field(default_factory=dict)
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
 
@@ -99,5 +104,6 @@ def training_job(
         deterministic=training.deterministic,
         operators=training.operators,
         parallel=recipe.parallel,
+        guard=recipe.guard,
         predicted=predicted,
     )

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,17 @@ from torch import Tensor
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
 from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.data.batch import Batch
+from anychip.data.cursor import DataCursor
 from anychip.errors import AnychipError, InputError
 from anychip.model.arithmetic import flops_per_token
 from anychip.parallel.processes import Processes
 from anychip.progress import Progress, progress
+from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.engine import Engine
+from anychip.train.guard import LOG_NAME as GUARD_LOG
+from anychip.train.guard import BadSteps, Guard, GuardState
+from anychip.train.heartbeat import Heartbeat
 from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
@@ -57,7 +63,7 @@ class _Clock:
 def run_training(job: TrainingJob) -> int:
     """Train until `job.steps`, from the newest good checkpoint if there is one. Returns the last step.
 
-    Raises Stopped after SIGINT or SIGTERM (state saved), UnfitError when numbers stop being finite, InputError when a
+    Raises Stopped after SIGINT or SIGTERM (state saved), UnfitError when the guard stops it, InputError when a
     checkpoint belongs to another recipe.
     """
     started = time.perf_counter()
@@ -74,13 +80,16 @@ def run_training(job: TrainingJob) -> int:
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype, operators)
     built = time.perf_counter()
     store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
-    step = _restore(job, engine, optimizer, store)
+    guard = Guard(job.guard)
+    step, cursor = _restore(job, engine, optimizer, store, guard)
     if job.checkpoint.asynchronous:
         store.prepare(_state(engine, optimizer))
     if step >= job.steps:
         return step
 
     is_writer = processes.is_first
+    if is_writer:
+        cursor.write(RunDirectory(job.directory))
     if is_writer:
         restored = time.perf_counter()
         print(
@@ -90,27 +99,47 @@ def run_training(job: TrainingJob) -> int:
         )
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
+    bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG if is_writer else None)
+    heartbeat = Heartbeat.of_environment(processes.rank)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
-    with _stop_requests() as stop, _Prefetch(job, step) as batches, _bar(job, processes) as bar:
+    with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
         while step < job.steps:
+            heartbeat.begin_step(step + 1)
             waited = time.perf_counter()
             batch = batches.get(step)
             clock.data_seconds += time.perf_counter() - waited
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             step += 1
-            done = train_step(engine, optimizer, processes, batch, step, lr, job.optimizer.grad_clip)
+            done = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
             bar.advance()
+            heartbeat.beat("log")
+            if done.problem:
+                position = cursor.position(step - 1)
+                documents = job.source.documents(position) if is_writer else []
+                found = done.problem, done.bad_tensor, documents
+                if bad_steps.react(step, position, *found, guard.bad_in_a_row) == "rollback":
+                    bad_step = step
+                    step, cursor = _restore(job, engine, optimizer, store, guard)
+                    cursor = cursor.without(cursor.position(step), position + 1)
+                    if log:
+                        cursor.write(RunDirectory(job.directory))
+                        log.forget_after(step)
+                    batches.restart(step, cursor)
+                    bar.advance(step - bad_step)
+                    clock = _Clock(time.perf_counter(), step)
+                    continue
 
-            if log and (step % job.log.interval == 0 or step in (1, job.steps)):
+            if log and not done.problem and (step % job.log.interval == 0 or step in (1, job.steps)):
                 backend.synchronize()
                 metrics = _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak)
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)
             if job.evaluate and (step == job.steps or (job.eval_interval and step % job.eval_interval == 0)):
+                heartbeat.beat("evaluate")
                 started = time.perf_counter()
                 values = job.evaluate(engine.score)
                 if log:
@@ -120,10 +149,13 @@ def run_training(job: TrainingJob) -> int:
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
             if leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0):
-                _save(job, engine, optimizer, store, step, last=leaving)
+                heartbeat.beat("save")
+                extra = {"skipped": cursor.as_json(), "guard": guard.state().model_dump()}
+                _save(job, engine, optimizer, store, step, extra, last=leaving)
             if leaving:
                 break
     processes.barrier()
+    heartbeat.close()
     if log:
         log.close()
     if step < job.steps:
@@ -141,12 +173,17 @@ def _state(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
     return named | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
 
 
-def _restore(job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore) -> int:
-    """Fill model and optimizer from the newest good checkpoint, or initialise them; returns the step."""
+def _restore(
+    job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore, guard: Guard
+) -> tuple[int, DataCursor]:
+    """Fill model, optimizer and guard from the newest good checkpoint, or initialise them; returns the step, and where
+    the data stands."""
     newest = store.latest()
     if newest is None:
         job.initialize(engine.parameters)
-        return 0
+        optimizer.reset()
+        guard.restore(GuardState())
+        return 0, DataCursor()
     if newest.extra.get("identity") not in (None, job.identity):
         raise InputError(
             "holds a checkpoint of a different model, data or schedule.",
@@ -163,14 +200,22 @@ def _restore(job: TrainingJob, engine: Engine, optimizer: Optimizer, store: Chec
             "round differently from here on",
             file=sys.stderr,
         )
-    return newest.step
+    guard.restore(GuardState.model_validate(newest.extra.get("guard", {})))
+    return newest.step, DataCursor.of_json(newest.extra.get("skipped", []))
 
 
 def _save(
-    job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore, step: int, *, last: bool
+    job: TrainingJob,
+    engine: Engine,
+    optimizer: Optimizer,
+    store: CheckpointStore,
+    step: int,
+    extra: dict[str, Any],
+    *,
+    last: bool,
 ) -> None:
     """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
-    extra = {"identity": job.identity, "arithmetic": engine.arithmetic}
+    extra = {"identity": job.identity, "arithmetic": engine.arithmetic, **extra}
     try:
         if last or not job.checkpoint.asynchronous:
             store.save(step, _state(engine, optimizer), extra)
@@ -216,15 +261,20 @@ def _measure(
 class _Prefetch:
     """Prepares the next step's batch while this one trains."""
 
-    def __init__(self, job: TrainingJob, step: int) -> None:
+    def __init__(self, job: TrainingJob, step: int, cursor: DataCursor) -> None:
         self._job = job
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: Future[Batch] = self._pool.submit(job.source.batch, step)
+        self.restart(step, cursor)
+
+    def restart(self, step: int, cursor: DataCursor) -> None:
+        """Go on with another step than the next, or with other batches."""
+        self._cursor = cursor
+        self._next: Future[Batch] = self._pool.submit(self._job.source.batch, cursor.position(step))
 
     def get(self, step: int) -> Batch:
         batch = self._next.result()
         if step + 1 < self._job.steps:
-            self._next = self._pool.submit(self._job.source.batch, step + 1)
+            self._next = self._pool.submit(self._job.source.batch, self._cursor.position(step + 1))
         return batch
 
     def __enter__(self) -> _Prefetch:

@@ -81,6 +81,12 @@ class MetricsLog:
     def write_step(self, metrics: StepMetrics) -> None:
         self.write(asdict(metrics))
 
+    def forget_after(self, step: int) -> None:
+        """Training went back to `step`: drop the rows of what it undid."""
+        self._file.close()
+        _keep_until(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:

@@ -67,6 +67,11 @@ class Optimizer:
         assert gradient is not None, name
         return gradient
 
+    def reset(self) -> None:
+        """As it was before the first step."""
+        for value in self.state().values():
+            local(value).zero_()
+
     def state(self) -> dict[str, Tensor]:
         """The live state tensors (not copies) by name."""
         kept = {"step": self._step, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}

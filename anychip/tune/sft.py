@@ -43,6 +43,7 @@ class SftData:
                 do="Raise tune.sft.seq_length or shorten the dialogs.",
             )
         self.dropped = len(encoded) - len(fitting)
+        self._dialog = fitting
         self.encoded = [encoded[row] for row in fitting]
         lengths = np.array([len(dialog) for dialog in self.encoded])
         numbers: dict[str, int] = {}
@@ -57,6 +58,11 @@ class SftData:
     def batch(self, step: int) -> Batch:
         """The whole global batch of `step` (from 0): [global_batch_size, longest dialog rounded up to 16 tokens]."""
         return self._collate([self.encoded[row] for row in self._order.rows(step)])
+
+    def documents(self, step: int) -> list[str]:
+        """Subjects of the dialogs of a step, or their first words where they have none."""
+        dialogs = [self.split.training[self._dialog[row]] for row in self._order.rows(step)]
+        return list(dict.fromkeys(d.subject or d.messages[0].content[:80] for d in dialogs))
 
     def held_out_batches(self, dialogs: Sequence[Dialog]) -> Iterator[tuple[Batch, int]]:
         """Batches of the dialogs that fit, each with the UTF-8 bytes of its answers, for bits per byte."""

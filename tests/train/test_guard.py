@@ -1,0 +1,208 @@
+"""A bad step changes nothing; what follows it is the policy's, the same after a restart, and written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anychip.data.batch import Batch
+from anychip.data.cursor import DataCursor
+from anychip.errors import InputError, UnfitError
+from anychip.model.init import init_tensor
+from anychip.recipe.schema import (
+    CheckpointConfig,
+    GuardConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from anychip.rundir import RunDirectory
+from anychip.train.checkpoint import CheckpointStore
+from anychip.train.guard import Guard, GuardState
+from anychip.train.job import TrainingJob
+from anychip.train.loop import run_training
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+STEPS = 24
+
+
+class Tokens:
+    """A sequence that goes on by one; the batches named in `poison` say the opposite of it, all in one direction."""
+
+    def __init__(self, poison: set[int]) -> None:
+        self._poison = poison
+        self.read: list[int] = []
+
+    def batch(self, step: int) -> Batch:
+        self.read.append(step)
+        generator = torch.Generator().manual_seed(step)
+        start = torch.randint(0, 32, (4, 1), generator=generator)
+        tokens = (start + torch.arange(17)) % 32
+        labels = torch.full((4, 16), 7) if step in self._poison else tokens[:, 1:]
+        return Batch(tokens[:, :-1].contiguous(), labels.contiguous())
+
+    def documents(self, step: int) -> list[str]:
+        return [f"book-{step}"]
+
+
+def initialize(parameters: Any) -> None:
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(init_tensor(name, parameter.shape, MODEL, 0))
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., dict[str, Tensor]]:
+    """Run to the end in a folder and return the last checkpoint's tensors."""
+
+    def run(name: str, source: Tokens, **guard: Any) -> dict[str, Tensor]:
+        job = TrainingJob(
+            title="guarded",
+            directory=tmp_path / name,
+            model=MODEL,
+            source=source,
+            initialize=initialize,
+            evaluate=None,
+            identity="guard",
+            steps=STEPS,
+            seq_length=16,
+            micro_batch_size=4,
+            global_batch_size=4,
+            parallel=ParallelConfig(),
+            optimizer=OptimizerConfig(lr=0.003),
+            checkpoint=CheckpointConfig(save_interval=5, keep=0, asynchronous=False),
+            log=LogConfig(interval=1, tensorboard=False),
+            compute_dtype="fp32",
+            guard=GuardConfig(explosion=2.0, **guard),
+        )
+        run_training(job)
+        store = CheckpointStore(tmp_path / name / "checkpoints")
+        newest = store.latest()
+        assert newest is not None
+        return {name: tensor.clone() for name, tensor in store.read(newest, newest.tensors)}
+
+    return run
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "logs" / "guard.jsonl").read_text().splitlines()]
+
+
+def test_stop_names_the_documents_and_leaves_the_last_checkpoint(
+    train: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    with pytest.raises(UnfitError, match="times its median"):
+        train("run", Tokens({17}))
+    (event,) = events(tmp_path / "run")
+    assert (event["step"], event["batch"], event["documents"], event["action"]) == (18, 17, ["book-17"], "stop")
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps() == [5, 10, 15]
+
+
+def test_skip_changes_no_weight(train: Callable[..., dict[str, Tensor]], tmp_path: Path) -> None:
+    train("run", Tokens({23}), on_bad_step="skip")
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS))
+    assert [event["step"] for event in events(tmp_path / "run")] == [24]
+    before = train("clean", Tokens(set()), on_bad_step="skip")
+    after = {name: tensor.clone() for name, tensor in store.read(store.open(STEPS), store.open(STEPS).tensors)}
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert int(after["optimizer.step.norm.weight"]) == STEPS - 1
+
+
+def test_rollback_is_training_that_never_saw_the_batches(
+    train: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Batches 15, 16 and 17 are left out: what comes out is what a corpus without them gives."""
+
+    class Without(Tokens):
+        def batch(self, step: int) -> Batch:
+            return super().batch(step if step < 15 else step + 3)
+
+    found, expected = train("run", Tokens({17}), on_bad_step="rollback"), train("other", Without(set()))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    cursor = DataCursor.of_run(RunDirectory(tmp_path / "run"))
+    assert cursor.skipped == ((15, 18),)
+    assert [row["action"] for row in events(tmp_path / "run")] == ["rollback"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "logs" / "metrics.jsonl").open()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_rollback_before_the_first_checkpoint_starts_anew(
+    train: Callable[..., dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anychip.train.guard._FEWEST_NORMS", 2)
+
+    class Without(Tokens):
+        def batch(self, step: int) -> Batch:
+            return super().batch(step + 4)
+
+    found, expected = train("run", Tokens({3}), on_bad_step="rollback"), train("other", Without(set()))
+    assert DataCursor.of_run(RunDirectory(tmp_path / "run")).skipped == ((0, 4),)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_patience_ends(train: Callable[..., dict[str, Tensor]], tmp_path: Path) -> None:
+    with pytest.raises(UnfitError):
+        train("run", Tokens(set(range(15, 60))), on_bad_step="skip", patience=3)
+    assert [event["action"] for event in events(tmp_path / "run")] == ["skip", "skip", "stop"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_always_bad(bad: float) -> None:
+    guard = Guard(GuardConfig())
+    assert guard.judge(bad, 1.0)
+    assert guard.judge(1.0, bad)
+    assert guard.bad_in_a_row == 2
+    assert not guard.judge(1.0, 1.0)
+    assert guard.bad_in_a_row == 0
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=20, max_size=60), st.integers(0, 19))
+def test_a_restored_guard_judges_as_the_one_that_was_saved(norms: list[float], at: int) -> None:
+    config = GuardConfig(explosion=1.5, window=10)
+    whole, first, second = Guard(config), Guard(config), Guard(config)
+    verdicts = [whole.judge(1.0, norm) for norm in norms]
+    found = [first.judge(1.0, norm) for norm in norms[:at]]
+    second.restore(GuardState.model_validate_json(first.state().model_dump_json()))
+    assert found + [second.judge(1.0, norm) for norm in norms[at:]] == verdicts
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=6))
+def test_steps_and_batches_are_each_others_inverse(gaps: list[tuple[int, int]]) -> None:
+    cursor, left_out, end = DataCursor(), set(), 0
+    for distance, length in gaps:
+        start = end + distance
+        end = start + length
+        cursor = cursor.without(start, end)
+        left_out |= set(range(start, end))
+    positions = [cursor.position(step) for step in range(100)]
+    assert positions == [position for position in range(200) if position not in left_out][:100]
+    assert [cursor.step(position) for position in positions] == list(range(100))
+    assert all(cursor.step(position) is None for position in left_out)
+    assert DataCursor.of_json(json.loads(json.dumps(cursor.as_json()))) == cursor
+
+
+@pytest.mark.parametrize("text", ["{}", "[[3]]", "[[5, 2]]", "[[1, 4], [3, 6]]", "nonsense", '[["a", 2]]'])
+def test_a_damaged_record_of_left_out_batches_is_refused(text: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.skipped.write_text(text)
+    with pytest.raises(InputError, match=r"skipped\.json"):
+        DataCursor.of_run(run)
