@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
-_COPY_AXES = ("replicate", "shard", "context", "tensor")
+COPY_AXES = ("replicate", "shard", "context", "tensor")
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> Tensor:
@@ -36,11 +36,12 @@ def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.dev
 
 
 def _counts_here(parameter: nn.Parameter, processes: Processes) -> bool:
-    shared = _sharded_axes(parameter)
-    return all(getattr(processes.place, axis) == 0 for axis in _COPY_AXES if axis not in shared)
+    shared = sharded_axes(parameter)
+    return all(getattr(processes.place, axis) == 0 for axis in COPY_AXES if axis not in shared)
 
 
-def _sharded_axes(parameter: nn.Parameter) -> set[str]:
+def sharded_axes(parameter: Tensor) -> set[str]:
+    """Axes along which processes hold different parts of a tensor."""
     if not isinstance(parameter, DTensor):
         return set()
     names = parameter.device_mesh.mesh_dim_names or ()

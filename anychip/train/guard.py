@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -22,6 +22,7 @@ from torch import nn
 from anychip.errors import UnfitError
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import GuardConfig
+from anychip.train.copies import Difference
 
 _FEWEST_NORMS = 8
 
@@ -69,10 +70,10 @@ class Guard:
 
 
 class BadSteps:
-    """What the policy makes of a bad step. `log` names a file for one line of JSON each; None: another process writes."""
+    """What the policy makes of a bad step, and of copies that differ. `log` is a file for one line of JSON each."""
 
-    def __init__(self, config: GuardConfig, log: Path | None) -> None:
-        self._config, self._log, self._rollbacks = config, log, 0
+    def __init__(self, config: GuardConfig, log: Path, *, writes: bool) -> None:
+        self._config, self._log, self._writes, self._rollbacks = config, log, writes, 0
 
     def react(
         self, step: int, position: int, problem: str, bad_tensor: str, documents: list[str], bad_in_a_row: int
@@ -81,7 +82,10 @@ class BadSteps:
         action = self._config.on_bad_step
         self._rollbacks += action == "rollback"
         stop = action == "stop" or max(bad_in_a_row, self._rollbacks) >= self._config.patience
-        self._record(step, position, problem, bad_tensor, documents, "stop" if stop else action)
+        if self._writes:
+            row = {"batch": position, "bad_tensor": bad_tensor, "documents": documents}
+            said = f"{problem}; first bad tensor: {bad_tensor}"
+            self._record(step, said, "stop" if stop else action, row)
         if not stop:
             return "rollback" if action == "rollback" else "skip"
         raise UnfitError(
@@ -91,26 +95,36 @@ class BadSteps:
             "guard.on_bad_step=rollback, which leaves such batches out.",
         )
 
-    def _record(
-        self, step: int, position: int, problem: str, bad_tensor: str, documents: list[str], action: str
-    ) -> None:
-        if self._log is None:
-            return
-        row = {
-            "step": step, "batch": position, "problem": problem, "bad_tensor": bad_tensor, "action": action,
-            "documents": documents,
-        }  # fmt: skip
+    def heal(self, step: int, differences: Sequence[Difference], rank: int) -> bool:
+        """Write down what copies differed after `step`; those outvoted are right again. Returns whether some were not
+        decided, so that all processes must go back to the newest checkpoint. Raises UnfitError when that goes on."""
+        for difference in differences:
+            if rank == difference.reporter:
+                row = {"ranks": list(difference.wrong or difference.holders), "tensor": difference.name}
+                self._record(step, difference.describe(), "repair" if difference.wrong else "reload", row)
+        undecided = any(not difference.wrong for difference in differences)
+        self._rollbacks += undecided
+        if self._rollbacks >= self._config.patience:
+            raise UnfitError(
+                f"Training stopped: {differences[0].describe()}, and not for the first time.",
+                do="Take one of these chips out, and run `anychip doctor` on their hosts.",
+            )
+        return undecided
+
+    def _record(self, step: int, problem: str, action: str, more: Mapping[str, object]) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(json.dumps({"step": step, "problem": problem, "action": action, **more}) + "\n")
         if action != "stop":
-            print(f"step {step}: {problem}; first bad tensor: {bad_tensor}; {_SAID[action]}", flush=True)
+            print(f"step {step}: {problem}; {_SAID[action]}", flush=True)
 
 
 LOG_NAME = "guard.jsonl"
 _SAID = {
     "skip": "the step changes nothing",
     "rollback": "back to the newest checkpoint, and on behind the batches that led here",
+    "repair": "its copies replaced it",
+    "reload": "back to the newest checkpoint",
 }
 
 

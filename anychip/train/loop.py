@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from anychip.parallel.processes import Processes
 from anychip.progress import Progress, progress
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.copies import Copies
 from anychip.train.engine import Engine
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.guard import BadSteps, Guard, GuardState
@@ -99,7 +100,8 @@ def run_training(job: TrainingJob) -> int:
         )
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
-    bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG if is_writer else None)
+    bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
+    copies = Copies(lambda: _state(engine, optimizer), processes) if job.guard.digest_interval else None
     heartbeat = Heartbeat.of_environment(processes.rank)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
     with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
@@ -116,20 +118,21 @@ def run_training(job: TrainingJob) -> int:
             done = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
             bar.advance()
             heartbeat.beat("log")
-            if done.problem:
+            verdict = _compare(copies, bad_steps, step, processes) if done.problem else "equal"
+            if verdict == "repaired":  # a wrong bit, not the data, made the step bad
+                step -= 1
+                bar.advance(-1)
+                batches.restart(step, cursor)
+                continue
+            if done.problem and verdict == "equal":
                 position = cursor.position(step - 1)
                 documents = job.source.documents(position) if is_writer else []
                 found = done.problem, done.bad_tensor, documents
                 if bad_steps.react(step, position, *found, guard.bad_in_a_row) == "rollback":
-                    bad_step = step
+                    bar.advance(-step)
                     step, cursor = _restore(job, engine, optimizer, store, guard)
                     cursor = cursor.without(cursor.position(step), position + 1)
-                    if log:
-                        cursor.write(RunDirectory(job.directory))
-                        log.forget_after(step)
-                    batches.restart(step, cursor)
-                    bar.advance(step - bad_step)
-                    clock = _Clock(time.perf_counter(), step)
+                    clock = _go_on_from(job, step, cursor, log, batches, bar)
                     continue
 
             if log and not done.problem and (step % job.log.interval == 0 or step in (1, job.steps)):
@@ -148,7 +151,16 @@ def run_training(job: TrainingJob) -> int:
                     log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
-            if leaving or (job.checkpoint.save_interval and step % job.checkpoint.save_interval == 0):
+            saving = leaving or (job.checkpoint.save_interval > 0 and step % job.checkpoint.save_interval == 0)
+            if copies and verdict == "equal" and (saving or step % job.guard.digest_interval == 0):
+                heartbeat.beat("check")
+                verdict = _compare(copies, bad_steps, step, processes)
+            if verdict == "undecided":
+                bar.advance(-step)
+                step, cursor = _restore(job, engine, optimizer, store, guard)
+                clock = _go_on_from(job, step, cursor, log, batches, bar)
+                continue
+            if saving:
                 heartbeat.beat("save")
                 extra = {"skipped": cursor.as_json(), "guard": guard.state().model_dump()}
                 _save(job, engine, optimizer, store, step, extra, last=leaving)
@@ -202,6 +214,31 @@ def _restore(
         )
     guard.restore(GuardState.model_validate(newest.extra.get("guard", {})))
     return newest.step, DataCursor.of_json(newest.extra.get("skipped", []))
+
+
+def _compare(
+    copies: Copies | None, bad_steps: BadSteps, step: int, processes: Processes
+) -> Literal["equal", "repaired", "undecided"]:
+    """Compare and heal all copies; the worst that any process found, the same on all."""
+    if copies is None:
+        return "equal"
+    differences = copies.compare()
+    undecided = bad_steps.heal(step, differences, processes.rank)
+    if processes.any(undecided):
+        return "undecided"
+    return "repaired" if processes.any(bool(differences)) else "equal"
+
+
+def _go_on_from(
+    job: TrainingJob, step: int, cursor: DataCursor, log: MetricsLog | None, batches: _Prefetch, bar: Progress
+) -> _Clock:
+    """Everything but the state is at `step` again."""
+    if log:
+        cursor.write(RunDirectory(job.directory))
+        log.forget_after(step)
+    batches.restart(step, cursor)
+    bar.advance(step)
+    return _Clock(time.perf_counter(), step)
 
 
 def _save(

@@ -17,6 +17,7 @@ from anychip.data.batch import Batch
 from anychip.data.cursor import DataCursor
 from anychip.errors import InputError, UnfitError
 from anychip.model.init import init_tensor
+from anychip.parallel.tensor import local, part_of
 from anychip.recipe.schema import (
     CheckpointConfig,
     GuardConfig,
@@ -64,7 +65,7 @@ class Tokens:
 def initialize(parameters: Any) -> None:
     for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(init_tensor(name, parameter.shape, MODEL, 0))
+            local(parameter).copy_(part_of(parameter, init_tensor(name, parameter.shape, MODEL, 0)))
 
 
 @pytest.fixture
