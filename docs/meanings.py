@@ -148,6 +148,7 @@ CHINESE = {
     "checkpoint.save_interval": "两次保存之间的步数；0：只在结束时",
     "checkpoint.keep": "保留的最新检查点个数；0：全部",
     "checkpoint.asynchronous": "在后台写出",
+    "checkpoint.memory_interval": "每隔多少步在主机内存中留一份副本，进程死后仍在；0：不留。仅限单机",
     "guard.on_bad_step": "损失或梯度范数不再有限、或范数暴涨时怎么办；rollback：退回最新检查点，跳过引发问题的批次继续",
     "guard.explosion": "梯度范数达到最近 `window` 步中位数的多少倍算坏步；0：关闭",
     "guard.window": "用多少步的梯度范数判断什么是正常",

@@ -40,7 +40,6 @@ class Processes:
             else None
         )
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
-        self._control: dist.ProcessGroup | None = None
 
     @classmethod
     def join(
@@ -85,11 +84,9 @@ class Processes:
         assert shared.mesh_dim_names is not None
         return self._mesh["replicate", shared.mesh_dim_names[0]]
 
-    def control_group(self) -> dist.ProcessGroup | None:
-        """A gloo group of all processes that only the checkpoint uses."""
-        if self.layout.world_size > 1 and self._control is None:
-            self._control = dist.new_group(backend="gloo")
-        return self._control
+    def new_control_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of all processes, for one user alone; None for one process."""
+        return dist.new_group(backend="gloo") if self.layout.world_size > 1 else None
 
     def rows(self, global_batch_size: int, micro_batch_size: int, seq_length: int) -> range:
         """Rows of the global batch that this process reads."""

@@ -259,6 +259,9 @@ class CheckpointConfig(Section):
     save_interval: Annotated[int, Field(ge=0)] = Field(200, description="steps between saves; 0: only at the end")
     keep: Annotated[int, Field(ge=0)] = Field(2, description="newest checkpoints kept; 0: all")
     asynchronous: bool = True
+    memory_interval: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between copies in the host's memory, which outlive the processes; 0: none. One host only"
+    )
 
 
 class GuardConfig(Section):

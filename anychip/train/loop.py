@@ -17,30 +17,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
 from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.data.batch import Batch
 from anychip.data.cursor import DataCursor
-from anychip.errors import AnychipError, InputError
+from anychip.errors import AnychipError
 from anychip.model.arithmetic import flops_per_token
 from anychip.parallel.processes import Processes
 from anychip.progress import Progress, progress
 from anychip.rundir import RunDirectory
-from anychip.train.checkpoint import CheckpointStore
 from anychip.train.copies import Copies
 from anychip.train.engine import Engine
 from anychip.train.guard import LOG_NAME as GUARD_LOG
-from anychip.train.guard import BadSteps, Guard, GuardState
+from anychip.train.guard import BadSteps, Guard
 from anychip.train.heartbeat import Heartbeat
 from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
 from anychip.train.precision import compute_dtype
+from anychip.train.saves import Saves
 from anychip.train.schedule import lr_share
 from anychip.train.step import StepResult, train_step
 
@@ -80,11 +79,10 @@ def run_training(job: TrainingJob) -> int:
     engine = Engine(job, processes, dtype, operators)
     optimizer = Optimizer(engine.parameters, job.optimizer, dtype, operators)
     built = time.perf_counter()
-    store = CheckpointStore(job.directory / "checkpoints", job.checkpoint.keep, processes.control_group())
     guard = Guard(job.guard)
-    step, cursor = _restore(job, engine, optimizer, store, guard)
-    if job.checkpoint.asynchronous:
-        store.prepare(_state(engine, optimizer))
+    saves = Saves(job, engine, optimizer, guard, processes)
+    step, cursor = saves.restore()
+    saves.prepare()
     if step >= job.steps:
         return step
 
@@ -101,7 +99,7 @@ def run_training(job: TrainingJob) -> int:
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
-    copies = Copies(lambda: _state(engine, optimizer), processes) if job.guard.digest_interval else None
+    copies = Copies(saves.state, processes) if job.guard.digest_interval else None
     heartbeat = Heartbeat.of_environment(processes.rank)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
     with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
@@ -130,7 +128,7 @@ def run_training(job: TrainingJob) -> int:
                 found = done.problem, done.bad_tensor, documents
                 if bad_steps.react(step, position, *found, guard.bad_in_a_row) == "rollback":
                     bar.advance(-step)
-                    step, cursor = _restore(job, engine, optimizer, store, guard)
+                    step, cursor = saves.restore()
                     cursor = cursor.without(cursor.position(step), position + 1)
                     clock = _go_on_from(job, step, cursor, log, batches, bar)
                     continue
@@ -151,22 +149,22 @@ def run_training(job: TrainingJob) -> int:
                     log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
-            saving = leaving or (job.checkpoint.save_interval > 0 and step % job.checkpoint.save_interval == 0)
-            if copies and verdict == "equal" and (saving or step % job.guard.digest_interval == 0):
+            place = saves.due(step, leaving)
+            if copies and verdict == "equal" and (place or step % job.guard.digest_interval == 0):
                 heartbeat.beat("check")
                 verdict = _compare(copies, bad_steps, step, processes)
             if verdict == "undecided":
                 bar.advance(-step)
-                step, cursor = _restore(job, engine, optimizer, store, guard)
+                step, cursor = saves.restore()
                 clock = _go_on_from(job, step, cursor, log, batches, bar)
                 continue
-            if saving:
+            if place:
                 heartbeat.beat("save")
-                extra = {"skipped": cursor.as_json(), "guard": guard.state().model_dump()}
-                _save(job, engine, optimizer, store, step, extra, last=leaving)
+                saves.save(place, step, cursor, last=leaving)
             if leaving:
                 break
     processes.barrier()
+    saves.leave()
     heartbeat.close()
     if log:
         log.close()
@@ -177,43 +175,6 @@ def run_training(job: TrainingJob) -> int:
 
 def _bar(job: TrainingJob, processes: Processes) -> AbstractContextManager[Progress]:
     return progress(job.title, job.steps, "steps", quiet=not processes.is_first)
-
-
-def _state(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Everything that a step changes, by logical name; the live tensors (this process's parts), not copies."""
-    named = {f"model.{name}": parameter.detach() for name, parameter in engine.parameters.items()}
-    return named | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-
-
-def _restore(
-    job: TrainingJob, engine: Engine, optimizer: Optimizer, store: CheckpointStore, guard: Guard
-) -> tuple[int, DataCursor]:
-    """Fill model, optimizer and guard from the newest good checkpoint, or initialise them; returns the step, and where
-    the data stands."""
-    newest = store.latest()
-    if newest is None:
-        job.initialize(engine.parameters)
-        optimizer.reset()
-        guard.restore(GuardState())
-        return 0, DataCursor()
-    if newest.extra.get("identity") not in (None, job.identity):
-        raise InputError(
-            "holds a checkpoint of a different model, data or schedule.",
-            where=newest.path,
-            do="Give this recipe another name, or restore the recipe that the run was started with.",
-        )
-    weights_only = newest.extra.get("weights_only", False)
-    state = _state(engine, optimizer)
-    wanted = {k: v for k, v in state.items() if k.startswith("model.")} if weights_only else state
-    store.load(newest, wanted, part=job.parallel.pipeline_parallel > 1)
-    if newest.extra.get("arithmetic", engine.arithmetic) != engine.arithmetic:
-        print(
-            f"note: the checkpoint was written by {newest.extra['arithmetic']}, this is {engine.arithmetic}; sums may "
-            "round differently from here on",
-            file=sys.stderr,
-        )
-    guard.restore(GuardState.model_validate(newest.extra.get("guard", {})))
-    return newest.step, DataCursor.of_json(newest.extra.get("skipped", []))
 
 
 def _compare(
@@ -239,29 +200,6 @@ def _go_on_from(
     batches.restart(step, cursor)
     bar.advance(step)
     return _Clock(time.perf_counter(), step)
-
-
-def _save(
-    job: TrainingJob,
-    engine: Engine,
-    optimizer: Optimizer,
-    store: CheckpointStore,
-    step: int,
-    extra: dict[str, Any],
-    *,
-    last: bool,
-) -> None:
-    """Save; a failed save is reported and training goes on, except when it is the last thing the run does."""
-    extra = {"identity": job.identity, "arithmetic": engine.arithmetic, **extra}
-    try:
-        if last or not job.checkpoint.asynchronous:
-            store.save(step, _state(engine, optimizer), extra)
-        else:
-            store.save_async(step, _state(engine, optimizer), extra)
-    except AnychipError as error:
-        if last:
-            raise
-        print(f"warning: checkpoint of step {step} failed, training goes on: {error}", file=sys.stderr, flush=True)
 
 
 def _measure(

@@ -73,7 +73,7 @@ def live_state(run: LayoutRun) -> tuple[Any, dict[str, torch.Tensor]]:
     _, processes, engine, optimizer = build(run)
     state = {f"model.{name}": p.detach() for name, p in engine.parameters.items()}
     state |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-    return processes.control_group(), state
+    return processes.new_control_group(), state
 
 
 def save_all(argument: tuple[list[LayoutRun], Path]) -> None:

@@ -170,6 +170,11 @@ class CheckpointStore:
         """Steps with a complete checkpoint not known to be damaged, ascending."""
         return [step for step in complete_steps(self._root) if step not in self._damaged]
 
+    def newest_step(self) -> int:
+        """The newest step with a marker, good or not, the same on all ranks; 0 for none. Waits for a save in flight."""
+        self._settle()
+        return int(self._ranks.broadcast(max(self.steps(), default=0)))
+
     def latest(self) -> CheckpointInfo | None:
         """The newest checkpoint whose every byte agrees with its digests; None when nothing was ever saved.
 
