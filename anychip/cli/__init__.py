@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from anychip.cli import chips, data, interchange, launch, plan, stages, talk
+from anychip.cli import chips, data, interchange, launch, plan, stages, supervise, talk
 from anychip.cli.groups import DefaultCommandGroup
 from anychip.errors import AnychipError
 
@@ -31,6 +31,8 @@ app.command()(talk.generate)
 app.command()(chips.chips)
 app.command()(chips.doctor)
 app.command()(launch.launch)
+app.command()(supervise.supervise)
+app.command()(supervise.explain)
 
 plan_app = typer.Typer(
     help="Which layout, how fast, how much memory, how many days: `anychip plan RECIPE --cluster CLUSTER`.",

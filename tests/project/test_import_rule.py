@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "parallel", "plan"},
     {"launch"},
     {"train"},
-    {"tune", "evals"},
+    {"tune", "evals", "supervise"},
     {"interchange"},
     {"serve"},
     {"report"},

@@ -1,0 +1,74 @@
+"""What follows a death: whether to start again, when, and on which chips."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from anychip.errors import EXIT_BAD_INPUT, EXIT_UNFIT
+
+EXIT_STOPPED = 130
+_LONGEST_WAIT_SECONDS = 60.0
+_STRIKES, _STRIKE_SECONDS = 3, 600.0
+_SAME_ERROR = 2
+
+
+def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
+    """bad_input, unfit, preempted, oom, crash (a signal) or error."""
+    known = {EXIT_BAD_INPUT: "bad_input", EXIT_UNFIT: "unfit", EXIT_STOPPED: "preempted"}
+    if code in known:
+        return known[code]
+    if code < 0:
+        return "oom" if code == -9 and out_of_memory else "crash"
+    return "error"
+
+
+@dataclass
+class Policy:
+    """Decides after every incident. `budget` restarts without a step of progress between them end the run."""
+
+    budget: int
+    slots: list[int]
+    min_processes: int
+    possible: Callable[[int], bool]  # whether the layout works with so many processes
+    _without_progress: int = 0
+    _best_step: int = 0
+    _errors: int = 0
+    _strikes: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def after(self, kind: str, rank: int, step: int, now: float) -> str:
+        """restart, shrink (then `slots` are fewer) or stop."""
+        progressed = step > self._best_step
+        self._best_step = max(step, self._best_step)
+        self._without_progress = 0 if progressed else self._without_progress + 1
+        self._errors = self._errors + 1 if kind == "error" and not progressed else int(kind == "error")
+        if kind in ("bad_input", "unfit", "preempted") or self._errors >= _SAME_ERROR:
+            return "stop"
+        if self._without_progress > self.budget:
+            return "stop"
+        strikes = [at for at in self._strikes[self.slots[rank]] if now - at < _STRIKE_SECONDS] + [now]
+        self._strikes[self.slots[rank]] = strikes
+        if kind != "error" and len(strikes) >= _STRIKES and self._shrink(rank):
+            return "shrink"
+        return "restart"
+
+    @property
+    def wait_seconds(self) -> float:
+        """Before the next start: none after progress, then 1, 2, 4 ... 60 s."""
+        if self._without_progress == 0:
+            return 0.0
+        return float(min(2 ** (self._without_progress - 1), _LONGEST_WAIT_SECONDS))
+
+    def _shrink(self, rank: int) -> bool:
+        """Leave out the chip that failed again and again, if the layout works with fewer."""
+        fewer = [slot for at, slot in enumerate(self.slots) if at != rank]
+        for count in range(len(fewer), self.min_processes - 1, -1):
+            if count and self.possible(count):
+                self.slots = fewer[:count]
+                return True
+        return False
+
+
+def listed(slots: Sequence[int]) -> str:
+    return ", ".join(map(str, slots))

@@ -1,0 +1,145 @@
+"""Reads heartbeats: how far training is, whether it hangs, and who holds the others up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anychip.supervise.processes import Generation
+from anychip.train.heartbeat import PHASES
+
+_LEAST_SECONDS, _STEPS = 5.0, 3.0  # a hang is silence of max(5 s, 3 x the 99th percentile of recent steps)
+_START_SECONDS = 600.0  # until the second step: imports, compilation, reading a checkpoint
+_LONG_PHASES, _LONG_SECONDS = ("evaluate", "save"), 120.0
+_STACK_SECONDS = 1.0
+_RECENT_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process said last. `at` is time.monotonic of this host."""
+
+    rank: int
+    pid: int
+    step: int
+    phase: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Silence of `seconds`; `beat` is the last of the process that caused it, `state` its state by the kernel."""
+
+    beat: Beat
+    state: str
+    seconds: float
+    stack: tuple[str, ...]
+
+
+class Watch:
+    """Follows one generation."""
+
+    def __init__(self, generation: Generation, start_seconds: float = _START_SECONDS) -> None:
+        self._generation, self._start_seconds = generation, start_seconds
+        self._newest = time.monotonic()
+        self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._step_began = (0, 0.0)
+        self.first_step = self.step = 0
+
+    def beats(self) -> list[Beat]:
+        paths = [self._generation.heartbeats / f"rank-{rank:05d}" for rank in range(len(self._generation.processes))]
+        return [beat for path in paths if (beat := read_beat(path)) is not None]
+
+    def silence(self) -> float | None:
+        """Seconds since any process said anything, when that is too long."""
+        beats, now = self.beats(), time.monotonic()
+        if beats:
+            self._newest = max(self._newest, *(beat.at for beat in beats))
+            self._measure(max(beats, key=lambda beat: (beat.step, beat.at)))
+        silent = now - self._newest
+        return silent if silent > self._limit(beats) else None
+
+    def _measure(self, beat: Beat) -> None:
+        self.first_step = self.first_step or beat.step
+        self.step = max(self.step, beat.step)
+        step, began = self._step_began
+        if beat.step > step:
+            if step:
+                self._steps.append((beat.at - began) / (beat.step - step))
+            self._step_began = (beat.step, beat.at)
+
+    def _limit(self, beats: Sequence[Beat]) -> float:
+        if self.step < self.first_step + 2 or len(beats) < len(self._generation.processes):
+            return self._start_seconds
+        usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))] if self._steps else 0.0
+        limit = max(_LEAST_SECONDS, _STEPS * usual)
+        return max(limit, _LONG_SECONDS) if any(beat.phase in _LONG_PHASES for beat in beats) else limit
+
+    def hang(self, seconds: float) -> Hang:
+        """Find the cause of a silence. Processes write their stacks, for which stopped ones are woken."""
+        beats = self.beats()
+        states = {beat.rank: process_state(beat.pid) for beat in beats}
+        self._generation.signal(signal.SIGUSR1)
+        self._generation.signal(signal.SIGCONT)
+        time.sleep(_STACK_SECONDS)
+        stacks = {beat.rank: self._stack(beat.rank) for beat in beats}
+        missing = [rank for rank in range(len(self._generation.processes)) if rank not in states]
+        if missing:  # one that never came to training
+            pid = self._generation.processes[missing[0]].pid
+            return Hang(Beat(missing[0], pid, 0, "start", 0.0), process_state(pid), seconds, ())
+        cause = culprit(beats, states, stacks)
+        return Hang(cause, states[cause.rank], seconds, tuple(stacks[cause.rank]))
+
+    def _stack(self, rank: int) -> list[str]:
+        return training_stack(self._generation.heartbeats / f"rank-{rank:05d}.stack")
+
+
+def culprit(beats: Sequence[Beat], states: dict[int, str], stacks: dict[int, list[str]]) -> Beat:
+    """The process that the others wait for: one that the kernel holds, else one that waits for nobody, else the one
+    furthest behind."""
+
+    def key(beat: Beat) -> tuple[bool, bool, int, int, int]:
+        waits = any("torch/distributed" in frame for frame in stacks[beat.rank])
+        phase = PHASES.index(beat.phase) if beat.phase in PHASES else 0
+        return states[beat.rank] not in ("T", "t", "D", "Z", ""), waits, beat.step, phase, beat.rank
+
+    return min(beats, key=key)
+
+
+def read_beat(path: Path) -> Beat | None:
+    """The line that a process keeps; None while there is none."""
+    try:
+        row = json.loads(path.read_bytes())
+        return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), float(row["at"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter: R running, S sleeping, D waiting for a disk, T stopped; "" for none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def training_stack(path: Path, frames: int = 40) -> list[str]:
+    """The frames, innermost first, of the thread that trains, in the newest dump of faulthandler: threads are listed
+    newest first, so the one that trains is the last of them that knows this package."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return []
+    threads: list[list[str]] = []
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith(("Thread 0x", "Current thread 0x")):
+            threads.append([])
+        elif line.startswith("File ") and threads:
+            threads[-1].append(line)
+    ours = [stack for stack in threads if any("run_training" in frame for frame in stack)]
+    return (ours or threads or [[]])[-1][:frames]
