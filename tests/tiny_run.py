@@ -73,9 +73,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(folder: Path, *arguments: str) -> str:
+def finish(folder: Path, *arguments: str, timeout: float = 240) -> str:
     """Run to the end and return standard output; fails the test with the error text otherwise."""
     process = start(folder, *arguments)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err[-3000:]
     return out

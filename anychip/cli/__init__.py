@@ -33,6 +33,7 @@ app.command()(chips.doctor)
 app.command()(launch.launch)
 app.command()(supervise.supervise)
 app.command()(supervise.explain)
+app.command()(supervise.chaos)
 
 plan_app = typer.Typer(
     help="Which layout, how fast, how much memory, how many days: `anychip plan RECIPE --cluster CLUSTER`.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,3 +34,24 @@ def explain(run_directory: RunArgument) -> None:
     from anychip.supervise.explain import explain
 
     typer.echo(explain(RunDirectory(run_directory)))
+
+
+def chaos(
+    recipe: RecipeArgument,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this host.")] = 2,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same faults.")] = 0,
+    faults: Annotated[int, typer.Option(min=1, help="How many; fewer strike when training ends first.")] = 30,
+    overrides: SetOption = None,
+    runs: RunsOption = Path("runs/chaos"),
+) -> None:
+    """Train under faults on purpose, and compare with a run that had none."""
+    from anychip.errors import EXIT_UNFIT
+    from anychip.recipe import load_recipe
+    from anychip.supervise.chaos import chaos
+
+    words = [word for setting in overrides or [] for word in ("--set", setting)]
+    loaded = load_recipe(recipe, overrides or [])
+    result = chaos(loaded, recipe, words, runs / f"seed-{seed}", processes, seed, faults)
+    typer.echo(result.describe())
+    if result.broken:
+        raise typer.Exit(EXIT_UNFIT)

@@ -35,6 +35,8 @@ def _progress(run: RunDirectory, steps: int) -> str:
 
 def _now(run: RunDirectory) -> str:
     """What the newest generation's processes are doing, from the last line of each."""
+    if run.finished("train"):
+        return ""
     folders = sorted((run.logs / "heartbeats").glob("generation-*"))
     beats = [beat for path in sorted(folders[-1].glob("rank-*")) if (beat := read_beat(path))] if folders else []
     if not beats:
