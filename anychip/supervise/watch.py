@@ -13,10 +13,11 @@ from pathlib import Path
 from anychip.supervise.processes import Generation
 from anychip.train.heartbeat import PHASES
 
-_LEAST_SECONDS, _STEPS = 5.0, 3.0  # a hang is silence of max(5 s, 3 x the 99th percentile of recent steps)
-_START_SECONDS = 600.0  # until the second step: imports, compilation, reading a checkpoint
+# A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
+_LEAST_SECONDS, _STEPS = 4.0, 3.0
+_START_SECONDS = 600.0  # until the first step is made: imports, compilation, reading a checkpoint
 _LONG_PHASES, _LONG_SECONDS = ("evaluate", "save"), 120.0
-_STACK_SECONDS = 1.0
+_STACK_SECONDS, _POLL_SECONDS = 0.8, 0.05
 _RECENT_STEPS = 100
 
 
@@ -49,7 +50,7 @@ class Watch:
         self._newest = time.monotonic()
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_began = (0, 0.0)
-        self.first_step = self.step = 0
+        self.step = 0
 
     def beats(self) -> list[Beat]:
         paths = [self._generation.heartbeats / f"rank-{rank:05d}" for rank in range(len(self._generation.processes))]
@@ -62,10 +63,10 @@ class Watch:
             self._newest = max(self._newest, *(beat.at for beat in beats))
             self._measure(max(beats, key=lambda beat: (beat.step, beat.at)))
         silent = now - self._newest
-        return silent if silent > self._limit(beats) else None
+        stopped = silent > _LEAST_SECONDS and any(process_state(p.pid) == "T" for p in self._generation.processes)
+        return silent if stopped or silent > self._limit(beats) else None
 
     def _measure(self, beat: Beat) -> None:
-        self.first_step = self.first_step or beat.step
         self.step = max(self.step, beat.step)
         step, began = self._step_began
         if beat.step > step:
@@ -74,9 +75,9 @@ class Watch:
             self._step_began = (beat.step, beat.at)
 
     def _limit(self, beats: Sequence[Beat]) -> float:
-        if self.step < self.first_step + 2 or len(beats) < len(self._generation.processes):
+        if not self._steps or len(beats) < len(self._generation.processes):
             return self._start_seconds
-        usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))] if self._steps else 0.0
+        usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))]
         limit = max(_LEAST_SECONDS, _STEPS * usual)
         return max(limit, _LONG_SECONDS) if any(beat.phase in _LONG_PHASES for beat in beats) else limit
 
@@ -86,8 +87,7 @@ class Watch:
         states = {beat.rank: process_state(beat.pid) for beat in beats}
         self._generation.signal(signal.SIGUSR1)
         self._generation.signal(signal.SIGCONT)
-        time.sleep(_STACK_SECONDS)
-        stacks = {beat.rank: self._stack(beat.rank) for beat in beats}
+        stacks = self._stacks([beat.rank for beat in beats])
         missing = [rank for rank in range(len(self._generation.processes)) if rank not in states]
         if missing:  # one that never came to training
             pid = self._generation.processes[missing[0]].pid
@@ -95,8 +95,15 @@ class Watch:
         cause = culprit(beats, states, stacks)
         return Hang(cause, states[cause.rank], seconds, tuple(stacks[cause.rank]))
 
-    def _stack(self, rank: int) -> list[str]:
-        return training_stack(self._generation.heartbeats / f"rank-{rank:05d}.stack")
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, list[str]]:
+        """What each process wrote; one that cannot write leaves an empty list when the time is over."""
+        deadline = time.monotonic() + _STACK_SECONDS
+        while True:
+            folder = self._generation.heartbeats
+            stacks = {rank: training_stack(folder / f"rank-{rank:05d}.stack") for rank in ranks}
+            if all(stacks.values()) or time.monotonic() > deadline:
+                return stacks
+            time.sleep(_POLL_SECONDS)
 
 
 def culprit(beats: Sequence[Beat], states: dict[int, str], stacks: dict[int, list[str]]) -> Beat:
