@@ -64,6 +64,7 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     import torch
 
     from anychip.chips.backend import detect_backend
+    from anychip.chips.operators import operators_for
     from anychip.model.decoder import Decoder
     from anychip.model.init import init_parameters
     from anychip.recipe.schema import OptimizerConfig, TrainingConfig
@@ -75,19 +76,25 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     backend = detect_backend()
     backend.prepare_process()
     training = TrainingConfig(steps=1)
-    config, dtype = model_config(shape), compute_dtype(dtype_name, backend)
-    model = Decoder(config, dtype)
+    config, dtype, operators = model_config(shape), compute_dtype(dtype_name, backend), operators_for(backend.vendor)
+    model = Decoder(config, dtype, operators)
     init_parameters(model, config, 0)
     apply_recompute(model, training.recompute)
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
-    optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig(), dtype)
+    optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig(), dtype, operators)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq + 1))
 
     def step() -> None:
         hidden = model(tokens[:, :-1]).flatten(0, 1)
-        loss = head_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), training.loss_chunk_tokens)
+        loss = head_cross_entropy(
+            hidden,
+            model.lm_head.weight,
+            tokens[:, 1:].flatten(),
+            training.loss_chunk_tokens,
+            cross_entropy=operators.cross_entropy,
+        )
         (loss / (shape.batch * shape.seq)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(3e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from anychip.chips.operators import ascend, cambricon, cuda_like
+from anychip.chips.operators import ascend, cambricon, cpu, cuda_like
 from anychip.chips.operators.contract import Operators
 from anychip.chips.operators.override import CheckedOperator, Override
 from anychip.chips.operators.plain import reference
@@ -14,6 +14,7 @@ from anychip.errors import InputError
 OVERRIDES: Mapping[str, Mapping[str, Override]] = {
     "ascend": ascend.OVERRIDES,
     "cambricon": cambricon.OVERRIDES,
+    "cpu": cpu.OVERRIDES,
     **dict.fromkeys(("amd", "hygon", "iluvatar", "metax", "nvidia"), cuda_like.OVERRIDES),
     "mthreads": cuda_like.PORTABLE,
 }

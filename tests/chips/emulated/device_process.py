@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from anychip.chips.emulated.build import find_compiler, library
+from anychip.chips.compiling import find_compiler
+from anychip.chips.emulated.build import library
 
 # Imported once in the server that processes are forked from. Installed modules only: it does not see the tests' folder.
 PRELOAD = [

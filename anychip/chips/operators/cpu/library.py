@@ -1,0 +1,44 @@
+"""Compiles csrc/ for this CPU and loads it. The functions take addresses: no header of PyTorch is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from anychip.chips.compiling import cache_folder, compiled_once, find_compiler, run_compiler
+
+_SOURCES = Path(__file__).parent / "csrc"
+_NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
+_INSTRUCTIONS = tuple(f"-m{name.replace('_', '')}" for name in _NEEDED)
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-w", *_INSTRUCTIONS)
+
+
+@functools.cache
+def runs_here() -> bool:
+    """Whether this CPU has the instructions."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return all(capabilities.get(name, False) for name in _NEEDED)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled kernels; compiles them (some seconds) when the cache has none. OpenMP's threads are PyTorch's.
+
+    Raises RuntimeError without a compiler or when it fails.
+    """
+    sources = sorted(_SOURCES.iterdir())
+    digest = hashlib.sha256(repr(_FLAGS).encode())
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+
+    def compile(made: Path) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            raise RuntimeError("needs a C++ compiler, and none is on PATH")
+        run_compiler([compiler, *_FLAGS, *(str(s) for s in sources if s.suffix == ".cpp"), "-o", str(made)])
+
+    return ctypes.CDLL(str(compiled_once(cache_folder("cpu") / f"kernels-{digest.hexdigest()[:16]}.so", compile)))

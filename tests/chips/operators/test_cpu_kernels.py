@@ -1,0 +1,137 @@
+"""Our own CPU kernels against fp64, where the CPU has the instructions; elsewhere the reference runs unseen."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from operator_calls import largest_difference, make_calls, results
+from torch import Tensor
+
+from anychip.chips.compiling import find_compiler
+from anychip.chips.operators import OperatorFallback, operators_for, reference
+from anychip.chips.operators.cpu import library
+
+needs_kernels = pytest.mark.skipif(
+    not library.runs_here() or find_compiler() is None, reason="needs AVX-512 with bf16 and a C++ compiler"
+)
+ATTENTION = [name for name in make_calls(torch.float32) if name.startswith(("attention", "with lse", "backward"))]
+
+
+def draw(queries: int, keys: int, heads: int, groups: int, size: int) -> list[Tensor]:
+    """q, k, v in the memory order of a model: [batch, tokens, heads, size] seen as [batch, heads, tokens, size]."""
+    generator = torch.Generator().manual_seed(queries + keys)
+    shapes = ((queries, heads), (keys, groups), (keys, groups))
+    return [torch.randn(2, s, n, size, generator=generator).bfloat16().transpose(1, 2) for s, n in shapes]
+
+
+def differences(inputs: list[Tensor], causal: bool, mask: Tensor | None) -> list[float]:
+    """Result and three gradients against fp64, as a share of their norm."""
+    found, exact = [], []
+    for operators, dtype, outcome in (
+        (operators_for("cpu"), torch.bfloat16, found),
+        (reference, torch.float64, exact),
+    ):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        out = operators.attention(*leaves, scale=0.2, causal=causal, mask=mask)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(dtype)
+        outcome += [out, *torch.autograd.grad(out, leaves, weight)]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_kind_of_attention_is_that_of_fp64(name: str) -> None:
+    operators = operators_for("cpu")
+    call = make_calls(torch.bfloat16)[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OperatorFallback)
+        found = results(operators, call)
+    assert largest_difference(found, results(reference, call, lambda x: x.double())) < 1.2e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(16, 16), (64, 64), (77, 77), (130, 130), (33, 201)])
+def test_sizes_that_do_not_fill_blocks(queries: int, keys: int, size: int) -> None:
+    for causal in (True, False):
+        assert max(differences(draw(queries, keys, 4, 2, size), causal, None)) < 6e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)], ids=["all alike", "of each batch element"])
+def test_masks_are_those_of_the_contract(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(*shape, 50, 50, generator=generator) < 0.5
+    mask |= torch.eye(50, dtype=torch.bool)
+    for given in (mask, mask.mT.contiguous().mT):
+        assert max(differences(draw(50, 50, 4, 4, 32), True, given)) < 6e-3
+    assert max(differences(draw(50, 50, 4, 4, 32), False, mask[0, 0])) < 6e-3
+
+
+@needs_kernels
+def test_gradients_are_closer_to_fp64_than_the_reference() -> None:
+    inputs = draw(512, 512, 4, 2, 48)
+    ours = differences(inputs, True, None)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = reference.attention(*leaves, scale=0.2, causal=True, mask=None)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    plain = torch.autograd.grad(out, leaves, weight.bfloat16())
+    wide = [x.double().detach().requires_grad_() for x in inputs]
+    exact = torch.autograd.grad(reference.attention(*wide, scale=0.2, causal=True, mask=None), wide, weight)
+    theirs = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(plain, exact, strict=True)]
+    assert all(one <= 1.1 * other for one, other in zip(ours[1:], theirs, strict=True))
+
+
+@needs_kernels
+def test_results_do_not_depend_on_threads() -> None:
+    inputs, threads = draw(200, 200, 4, 2, 64), torch.get_num_threads()
+    outcomes = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            out = operators_for("cpu").attention(*leaves, scale=0.2, causal=True, mask=None)
+            outcomes.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@needs_kernels
+def test_what_is_not_a_number_stays_none() -> None:
+    q, k, v = draw(64, 64, 2, 2, 32)
+    q[0, 0, 5, 3] = torch.nan
+    out = operators_for("cpu").attention(q, k, v, scale=0.2, causal=True, mask=None)
+    assert out[0, 0, 5].isnan().all() and out[0, 1].isfinite().all() and out[0, 0, :5].isfinite().all()
+
+
+def test_other_inputs_are_the_references(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is compiled for them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.load.cache_clear()
+    operators = operators_for("cpu")
+    for dtype, queries, size in ((torch.float32, 32, 32), (torch.bfloat16, 32, 24)):
+        q, k, v = (x.to(dtype) for x in draw(queries, 32, 2, 2, size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", OperatorFallback)
+            found = operators.attention(q, k, v, scale=0.2, causal=True, mask=None)
+        assert torch.equal(found, reference.attention(q, k, v, scale=0.2, causal=True, mask=None))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not library.runs_here(), reason="needs AVX-512 with bf16")
+def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    library.load.cache_clear()
+    q, k, v = draw(32, 32, 2, 2, 32)
+    try:
+        with pytest.warns(OperatorFallback, match=r"needs a C\+\+ compiler"):
+            found = operators_for("cpu").attention(q, k, v, scale=0.2, causal=True, mask=None)
+    finally:
+        library.load.cache_clear()
+    assert torch.equal(found, reference.attention(q, k, v, scale=0.2, causal=True, mask=None))
