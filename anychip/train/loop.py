@@ -84,12 +84,12 @@ def run_training(job: TrainingJob) -> int:
     step, cursor = saves.restore()
     saves.prepare()
     if step >= job.steps:
+        saves.leave()
         return step
 
     is_writer = processes.is_first
     if is_writer:
         cursor.write(RunDirectory(job.directory))
-    if is_writer:
         restored = time.perf_counter()
         print(
             f"start: {processes.layout.describe()} | processes {joined - started:.1f} s | "
