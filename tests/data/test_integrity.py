@@ -138,7 +138,7 @@ def outcomes(prepared: Prepared, count: int, seed: int) -> Counter[str]:
                 seen["missed" if everything(prepared) != good else "harmless"] += 1
             except (UnfitError, InputError) as error:
                 named = path.stem in str(error.where) or str(error.where) == str(run.tokenizer)
-                seen["found and named" if named else "found, another file named"] += 1
+                seen["found and named" if named else f"found, but it says: {error}"] += 1
         finally:
             path.write_bytes(whole)
     return seen
