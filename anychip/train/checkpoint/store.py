@@ -19,7 +19,14 @@ from torch import Tensor
 
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.progress import progress
-from anychip.train.checkpoint.directory import CheckpointError, complete_steps, read_manifest, retire, step_name
+from anychip.train.checkpoint.directory import (
+    CheckpointError,
+    complete_steps,
+    read_manifest,
+    retire,
+    step_name,
+    unfinished_steps,
+)
 from anychip.train.checkpoint.manifest import Manifest, TensorEntry, checked_extra
 from anychip.train.checkpoint.plan import Box, SaveParts, check_fits, plan_load, plan_save
 from anychip.train.checkpoint.ranks import Ranks
@@ -181,13 +188,16 @@ class CheckpointStore:
         """
         self._join()
         steps = self._ranks.broadcast(complete_steps(self._root))
+        for step in unfinished_steps(self._root) if self._ranks.is_coordinator else ():
+            if step > max(steps, default=-1):
+                self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
         for step in reversed(steps):
             try:
                 info = self.open(step)
             except AnychipError as error:
                 self._damaged.add(step)
                 if self._ranks.is_coordinator:
-                    print(f"warning: checkpoint of step {step} is passed over: {error}", file=sys.stderr, flush=True)
+                    self._pass_over(step, str(error))
             else:
                 self._damaged.discard(step)
                 return info
@@ -195,6 +205,11 @@ class CheckpointStore:
             do = "Restore one from a copy, or remove them to start from the beginning."
             raise UnfitError(f"all {len(steps)} checkpoints are damaged.", where=self._root, do=do)
         return None
+
+    def _pass_over(self, step: int, why: str) -> None:
+        where = self._root / step_name(step)
+        said = why if str(where) in why else f"{where}: {why}"
+        print(f"warning: checkpoint of step {step} is passed over: {said}", file=sys.stderr, flush=True)
 
     def open(self, step: int) -> CheckpointInfo:
         """The checkpoint of a step, verified whole; with a group, each rank verifies its share.
