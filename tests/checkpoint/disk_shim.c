@@ -27,7 +27,7 @@ enum kind { READS = 1, WRITES = 2, FLUSHES = 4, CHANGES = 8, OTHER = 16 };
 
 struct control { /* tests/checkpoint/disk_shim.py has the same fields */
     int32_t lock, action, error, kinds;
-    int64_t count, at, until, delay_us, struck;
+    int64_t count, at, until, delay_us, struck, most;
     char root[1024], trace[1024];
 };
 
@@ -68,7 +68,7 @@ static int enter(const char *path, int kind, int *watched) {
     if (!*watched) return 0;
     while (__atomic_exchange_n(&control->lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
     int64_t number = ++control->count;
-    int struck = number >= control->at && number < control->until && (kind & control->kinds);
+    int struck = number >= control->at && number < control->until && (kind & control->kinds) && control->struck < control->most;
     if (control->delay_us && (kind & (WRITES | FLUSHES))) {
         struct timespec pause = {control->delay_us / 1000000, control->delay_us % 1000000 * 1000};
         nanosleep(&pause, NULL);

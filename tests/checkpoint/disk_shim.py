@@ -19,7 +19,7 @@ FOR_EVER = 1 << 62
 class _Page(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("lock", "action", "error", "kinds")),
-        *((name, ctypes.c_int64) for name in ("count", "at", "until", "delay_us", "struck")),
+        *((name, ctypes.c_int64) for name in ("count", "at", "until", "delay_us", "struck", "most")),
         ("root", ctypes.c_char * 1024),
         ("trace", ctypes.c_char * 1024),
     )
@@ -58,16 +58,17 @@ class DiskShim:
         until: int | None = None,
         error: int = 0,
         kinds: int = EVERYTHING,
+        most: int = FOR_EVER,
         trace: Path | None = None,
         delay_us: int = 0,
     ) -> None:
         """From now on, calls below `root` of these kinds with numbers from `at`, before `until` (default: only that
-        one), are struck."""
+        one), are struck, `most` of them at most."""
         page = self._page
         page.root = b""
         page.lock, page.action, page.error, page.kinds = 0, action, error, kinds
         page.count, page.at, page.until = 0, at, at + 1 if until is None else until
-        page.delay_us, page.struck = delay_us, 0
+        page.delay_us, page.struck, page.most = delay_us, 0, most
         page.trace = os.fsencode(trace) if trace else b""
         page.root = os.fsencode(root.resolve())
 

@@ -140,8 +140,8 @@ def _save_together(folder: Path) -> None:
             store.save(step, tiny_state(seed + step), {"n": step})
 
 
-def _contents(step: Path) -> dict[str, tuple[bool, bytes]]:
-    return {path.name: (path.is_symlink(), path.read_bytes()) for path in step.iterdir()}
+def _contents(step: Path) -> dict[str, object]:
+    return {path.name: path.readlink() if path.is_symlink() else path.read_bytes() for path in step.iterdir()}
 
 
 def outcomes(written: Path, work: Path, count: int, seed: int) -> Counter[str]:

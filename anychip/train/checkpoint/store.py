@@ -266,7 +266,7 @@ class CheckpointStore:
     def _write(self, step: int, extra: dict[str, Any], parts: SaveParts, tensor: Callable[[Box], Tensor]) -> int:
         try:
             nbytes = write_checkpoint(self._root, step, extra, parts, tensor, self._ranks)
-        except CheckpointError:  # on all ranks
+        except CheckpointError:
             self._make_room()
             raise
         self._retain(step)
@@ -316,11 +316,13 @@ class CheckpointStore:
 
     def _make_room(self) -> None:
         """After a failed save: remove what retention would remove anyway, so that the next one finds more room."""
-        steps = self._ranks.broadcast(self.steps())
-        if not self._keep or len(steps) <= self._keep or not self._is_good(steps[-1]):
+        if not self._keep or not self._ranks.is_coordinator:
             return
-        if self._ranks.is_coordinator:
-            with suppress(OSError):
+        with suppress(OSError, AnychipError):
+            steps = self.steps()
+            if len(steps) > self._keep:
+                newest = self._root / step_name(steps[-1])
+                _verify(newest, read_manifest(newest), Ranks(None))
                 for step in steps[: -self._keep]:
                     retire(self._root / step_name(step))
 
