@@ -47,9 +47,13 @@ def write_text(path: Path, text: str) -> None:
         handle.write(text)
 
 
+def json_text(value: object) -> str:
+    """`value` with sorted keys, so that equal values give equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write `value` with sorted keys, so that equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def sha256_file(path: Path) -> str:

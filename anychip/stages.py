@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """`depends_on` names recipe fields; `after` names the stages whose results this one reads."""
+    """`depends_on` names recipe fields; `after` names the stages whose results this one reads. A stage that ended is
+    run again when its results are not `there` any more."""
 
     name: str
     run: Callable[[Recipe, RunDirectory], dict[str, Any]]
     depends_on: Sequence[str]
     after: Sequence[str] = ()
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    there: Callable[[Recipe, RunDirectory], bool] = lambda recipe, run: True
 
 
 def open_run(recipe_path: Path, overrides: Sequence[str], runs: Path) -> tuple[Recipe, RunDirectory]:
@@ -77,7 +79,7 @@ def run_stage(name: str, recipe: Recipe, run: RunDirectory) -> None:
                 where=run.root,
                 do=f"Run `anychip {_verb(earlier)} RECIPE` first, or `anychip run RECIPE` for all stages.",
             )
-    if run.finished(name) is not None and name != "report":
+    if run.finished(name) is not None and name != "report" and stage.there(recipe, run):
         print(f"{name}: done before")
         return
     keep_recipe(recipe, run)
@@ -133,6 +135,12 @@ def _data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.data.prepare import prepare_data
 
     return {"summary": prepare_data(recipe, run)}
+
+
+def _data_is_there(recipe: Recipe, run: RunDirectory) -> bool:
+    from anychip.data.prepare import is_there
+
+    return is_there(recipe, run)
 
 
 def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
@@ -271,7 +279,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("data", _data, ["seed", "data.sources", "data.validation_fraction", "data.cleaning", "data.dedup",
-                              "data.tokenizer", "model.vocab_size"]),
+                              "data.tokenizer", "model.vocab_size"], there=_data_is_there),
         Stage("train", _train, _TRAINED_WITH, after=["data"]),
         Stage("sft", _sft, ["tune.sft"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("eval", _eval, ["eval"], after=["train"]),

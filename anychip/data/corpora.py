@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,15 @@ import numpy as np
 
 from anychip.data.documents import DocumentTable
 from anychip.data.indexed import IndexedCorpus, Tokens, is_packed
+from anychip.data.integrity import VerifiedBlocks, check_whole, read_sealed
 from anychip.data.pack import documents_path
 from anychip.data.split import Side
-from anychip.errors import InputError
+from anychip.data.tokenizer import Tokenizer, load_tokenizer
+from anychip.errors import InputError, UnfitError
 from anychip.recipe.schema import Recipe, SourceConfig
 from anychip.rundir import RunDirectory
+
+SUMMARY_KEYS = ("documents", "sources", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,24 @@ class DocumentSpan:
 
 
 class Corpus:
-    """One source's documents first..last-1 of a packed corpus, as one stream of tokens beginning at 0."""
+    """One source's documents first..last-1 of a packed corpus, as one stream of tokens beginning at 0.
 
-    def __init__(self, name: str, prefix: Path, first: int = 0, last: int | None = None) -> None:
-        self.name, self.prefix = name, prefix
+    `held` is what the run's summary says of it, `blocks` the file of digests where that is not beside the tokens; what
+    is read is then verified before it is used. Raises InputError for files that make no sense, UnfitError for ones that
+    have changed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prefix: Path,
+        first: int = 0,
+        last: int | None = None,
+        held: Mapping[str, Any] | None = None,
+        blocks: Path | None = None,
+    ) -> None:
+        self.name, self.prefix, self._held = name, prefix, held or {}
+        self.blocks = VerifiedBlocks(prefix, held, blocks) if held else None
         self.packed = IndexedCorpus(prefix)
         self.first = first
         self.last = self.packed.document_count if last is None else last
@@ -44,7 +62,9 @@ class Corpus:
     def table(self) -> DocumentTable | None:
         """Names and sizes of the documents; None for a corpus that was packed elsewhere."""
         path = documents_path(self.prefix)
-        if not path.is_file():
+        if "documents_sha256" in self._held:
+            check_whole(path, self._held["documents_sha256"])
+        elif not path.is_file():
             return None
         table = DocumentTable(path)
         if len(table) != self.packed.document_count:
@@ -57,10 +77,15 @@ class Corpus:
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """Token ids [stop - start], int64."""
-        return self.packed.tokens(self._offset + start, self._offset + stop)
+        return self._read(self._offset + start, self._offset + stop)
 
     def document_tokens(self, document: int) -> Tokens:
-        return self.packed.tokens(self.packed.document_start(document), self.packed.document_start(document + 1))
+        return self._read(self.packed.document_start(document), self.packed.document_start(document + 1))
+
+    def _read(self, start: int, stop: int) -> Tokens:
+        if self.blocks is not None:
+            self.blocks.check(start * self.packed.dtype.itemsize, stop * self.packed.dtype.itemsize)
+        return self.packed.tokens(start, stop)
 
     def document_range(self, document: int) -> tuple[int, int]:
         """Stream positions [start, stop) of a document."""
@@ -95,12 +120,20 @@ class Corpus:
 
 
 def read_summary(run: RunDirectory) -> dict[str, Any]:
-    """What `prepare_data` left in data/summary.json."""
+    """What `prepare_data` left in data/summary.json. Raises UnfitError when a byte of it was changed."""
     path = run.data / "summary.json"
     if not path.is_file():
         raise InputError("has no prepared data.", where=run.root, do="Run `anychip data RECIPE` first.")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    return read_sealed(path, SUMMARY_KEYS)
+
+
+def open_tokenizer(run: RunDirectory) -> Tokenizer:
+    """The tokenizer that the run's corpora were packed with. Raises UnfitError when it is another one now."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.digest != read_summary(run)["tokenizer"]["digest"]:
+        do = "Restore it from a copy, or remove it and run `anychip data prepare RECIPE` again."
+        raise UnfitError("is not the tokenizer that the corpora were packed with.", where=run.tokenizer, do=do)
+    return tokenizer
 
 
 def open_corpora(run: RunDirectory, recipe: Recipe, side: Side) -> list[Corpus]:
@@ -123,11 +156,22 @@ def _open(run: RunDirectory, recipe: Recipe, source: SourceConfig, side: Side) -
                 where=run.root,
                 do="Run `anychip data RECIPE` again: the recipe's sources have changed.",
             )
-        return Corpus(source.name, prefix) if held["documents"] else None
-    whole = Corpus(source.name, Path(source.path).expanduser())
-    cut = held_out_from(whole.packed, recipe.data.validation_fraction)
-    first, last = (0, cut) if side == "train" else (cut, whole.last)
-    return Corpus(source.name, whole.prefix, first, last) if first < last else None
+        return Corpus(source.name, prefix, held=held) if held["documents"] else None
+    prefix = Path(source.path).expanduser()
+    packed = IndexedCorpus(prefix)
+    cut = held_out_from(packed, recipe.data.validation_fraction)
+    first, last = (0, cut) if side == "train" else (cut, packed.document_count)
+    if first >= last:
+        return None
+    held = read_summary(run)["sources"].get(source.name, {})
+    if "blocks_sha256" not in held:  # an older release kept no digests of what was packed elsewhere
+        return Corpus(source.name, prefix, first, last)
+    return Corpus(source.name, prefix, first, last, held, foreign_blocks(run, source.name))
+
+
+def foreign_blocks(run: RunDirectory, name: str) -> Path:
+    """Where the digests of a corpus that was packed elsewhere are kept."""
+    return run.data / "elsewhere" / f"{name}.blocks"
 
 
 def held_out_from(packed: IndexedCorpus, validation_fraction: float) -> int:

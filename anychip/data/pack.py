@@ -20,6 +20,7 @@ import numpy as np
 
 from anychip.data.documents import DocumentTable, join_document_tables, write_document_table
 from anychip.data.indexed import IndexedCorpus, IndexedWriter, bin_path, idx_path, token_dtype, write_idx
+from anychip.data.integrity import BlockHasher, blocks_path
 from anychip.data.processes import worker_pool
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.files import atomic_writer, sha256_file, sha256_json, write_json
@@ -40,6 +41,8 @@ class PackedCounts:
     text_bytes: int
     bin_sha256: str
     idx_sha256: str
+    blocks_sha256: str
+    documents_sha256: str
 
 
 @dataclass(frozen=True)
@@ -164,13 +167,16 @@ def _batches(part: _Part) -> Iterator[list[tuple[bytes, int, str]]]:
 
 def _join(parts: list[Path], prefix: Path, dtype: str) -> PackedCounts:
     """Put the parts one behind the other under the final names."""
-    digest = hashlib.sha256()
+    digest, blocks = hashlib.sha256(), BlockHasher()
     with atomic_writer(bin_path(prefix)) as joined:
         for part in parts:
             with bin_path(part).open("rb") as handle:
                 while block := handle.read(_COPY_BYTES):
                     joined.write(block)
                     digest.update(block)
+                    blocks.update(block)
+    with atomic_writer(blocks_path(prefix)) as table:
+        table.write(blocks.finish())
     lengths = [IndexedCorpus(part).sequence_lengths for part in parts]
     write_idx(prefix, dtype, np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32))
     tables = [DocumentTable(documents_path(part)) for part in parts]
@@ -181,4 +187,6 @@ def _join(parts: list[Path], prefix: Path, dtype: str) -> PackedCounts:
         text_bytes=sum(int(table.text_bytes.sum()) for table in tables),
         bin_sha256=digest.hexdigest(),
         idx_sha256=sha256_file(idx_path(prefix)),
+        blocks_sha256=sha256_file(blocks_path(prefix)),
+        documents_sha256=sha256_file(documents_path(prefix)),
     )

@@ -12,19 +12,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anychip.data.corpora import Corpus, foreign_token_error, packed_prefix
-from anychip.data.indexed import idx_path, is_packed
+from anychip.data.corpora import Corpus, foreign_blocks, foreign_token_error, packed_prefix, read_summary
+from anychip.data.indexed import IndexedCorpus, bin_path, idx_path, is_packed
+from anychip.data.integrity import blocks_path, read_sealed, write_blocks, write_sealed
 from anychip.data.loader import TrainingData
-from anychip.data.pack import pack_corpus
+from anychip.data.pack import documents_path, pack_corpus
 from anychip.data.readers import fingerprint, list_files, nothing_left
 from anychip.data.split import Side, draw, hold_one_out
 from anychip.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest, train_bpe
-from anychip.errors import InputError
-from anychip.files import sha256_json, write_json
+from anychip.errors import InputError, UnfitError
+from anychip.files import sha256_file, sha256_json, write_json
 from anychip.progress import progress
 from anychip.recipe.schema import Recipe, SourceConfig
 from anychip.rundir import RunDirectory
@@ -50,8 +52,24 @@ def prepare_data(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
                 "the disk is full.", where=run.data, do="Free space and run again; finished parts are kept."
             ) from None
         raise
-    write_json(run.data / "summary.json", summary)
+    write_sealed(run.data / "summary.json", summary)
     return {**summary, "seconds": seconds}
+
+
+def is_there(recipe: Recipe, run: RunDirectory) -> bool:
+    """Whether no file is missing of what `prepare_data` left; whoever finds one damaged is told to remove it."""
+    try:
+        held = read_summary(run)["sources"]
+    except (InputError, UnfitError):
+        return False
+    files = [run.tokenizer]
+    for source in recipe.data.sources:
+        if "blocks_sha256" in held.get(source.name, {}):
+            files.append(foreign_blocks(run, source.name))
+        for side in _SIDES:
+            if "blocks_sha256" in held.get(source.name, {}).get(side, {}):
+                files += _packed_files(packed_prefix(run, source.name, side))
+    return all(path.exists() for path in files)
 
 
 def _prepare(recipe: Recipe, run: RunDirectory, seconds: dict[str, float]) -> dict[str, Any]:
@@ -67,7 +85,7 @@ def _prepare(recipe: Recipe, run: RunDirectory, seconds: dict[str, float]) -> di
         sources = {source.name: _pack_source(recipe, run, source, tokenizer, documents_key) for source in texts}
     for source in recipe.data.sources:
         if is_packed(source):
-            sources[source.name] = _check_megatron(recipe, source)
+            sources[source.name] = _check_megatron(recipe, run, source)
     return {
         "documents": documents,
         "sources": sources,
@@ -127,7 +145,7 @@ def _documents_step(recipe: Recipe, run: RunDirectory, sources: list[SourceConfi
         print(f"{kept}; left out: {left_out}" if left_out else kept, file=sys.stderr)
         return counts
 
-    return key, _once(run, "documents", key, folder, clean)
+    return key, _once(run, "documents", key, [folder], clean)
 
 
 def _start_over_on_change(key: str, work: Path, documents: Path) -> None:
@@ -159,8 +177,11 @@ def _tokenizer_step(recipe: Recipe, run: RunDirectory, sources: list[SourceConfi
         tokenizer.save(run.tokenizer)
         return {"digest": tokenizer.digest}
 
-    _once(run, "tokenizer", sha256_json([_FORMAT, inputs]), run.tokenizer, make)
+    made = _once(run, "tokenizer", sha256_json([_FORMAT, inputs]), [run.tokenizer], make)
     tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.digest != made["digest"]:
+        do = "Remove it and run `anychip data prepare RECIPE` again."
+        raise UnfitError("is not the tokenizer that was made here: its digest differs.", where=run.tokenizer, do=do)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise InputError(
             f"has {tokenizer.vocab_size} pieces, but model.vocab_size is {recipe.model.vocab_size}.",
@@ -201,12 +222,35 @@ def _pack_source(
             workers = recipe.data.workers or os.cpu_count() or 1
             return asdict(pack_corpus(inputs, prefix, run.tokenizer, workers))
 
-        packed[side] = _once(run, f"packing-{side}-{source.name}", key, idx_path(prefix), pack)
+        packed[side] = _once(run, f"packing-{side}-{source.name}", key, _packed_files(prefix), pack)
     return packed
 
 
-def _check_megatron(recipe: Recipe, source: SourceConfig) -> dict[str, Any]:
-    """A corpus packed elsewhere stays where it is; its ids must fit the model."""
+def _packed_files(prefix: Path) -> list[Path]:
+    return [bin_path(prefix), idx_path(prefix), blocks_path(prefix), documents_path(prefix)]
+
+
+def _check_megatron(recipe: Recipe, run: RunDirectory, source: SourceConfig) -> dict[str, Any]:
+    """A corpus packed elsewhere stays where it is; its ids must fit the model. What was checked is kept as digests,
+    until the corpus is written anew."""
+    prefix = Path(source.path).expanduser()
+    blocks = foreign_blocks(run, source.name)
+
+    def check() -> dict[str, Any]:
+        counts = _check_foreign_tokens(recipe, source)
+        digests = {"idx_sha256": sha256_file(idx_path(prefix)), "blocks_sha256": write_blocks(bin_path(prefix), blocks)}
+        table = documents_path(prefix)
+        return counts | digests | ({"documents_sha256": sha256_file(table)} if table.is_file() else {})
+
+    IndexedCorpus(prefix)  # before its times are asked for: says what is wrong with a corpus that is not there
+    written = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (bin_path(prefix), idx_path(prefix))
+    ]
+    key = sha256_json([_FORMAT, recipe.model.vocab_size, written])
+    return _once(run, f"checking-{source.name}", key, [blocks], check)
+
+
+def _check_foreign_tokens(recipe: Recipe, source: SourceConfig) -> dict[str, Any]:
     corpus = Corpus(source.name, Path(source.path).expanduser())
     if corpus.token_count == 0:
         raise InputError("holds no tokens.", where=source.path, do="Give another corpus, or remove the source.")
@@ -221,17 +265,20 @@ def document_files(run: RunDirectory, source: SourceConfig, side: Side) -> list[
     return sorted((run.data / "documents" / side / source.name).glob("*.jsonl"))
 
 
-def _once(run: RunDirectory, step: str, key: str, product: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The record of a step: kept from an earlier run with the same inputs whose product is there, or made now."""
+def _once(
+    run: RunDirectory, step: str, key: str, products: list[Path], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The record of a step: kept from an earlier run with the same inputs whose products are all there, or made now."""
     path = run.data / "steps" / f"{step}.json"
-    if path.is_file() and product.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["inputs"] == key:
-            record: dict[str, Any] = kept["record"]
-            return record
+    if path.is_file() and all(product.exists() for product in products):
+        with suppress(UnfitError):  # a damaged record is made anew
+            kept = read_sealed(path, ("inputs", "record"))
+            if kept["inputs"] == key:
+                record: dict[str, Any] = kept["record"]
+                return record
     path.unlink(missing_ok=True)
     record = make()
-    write_json(path, {"inputs": key, "record": record})
+    write_sealed(path, {"inputs": key, "record": record})
     return record
 
 

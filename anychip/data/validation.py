@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
-from anychip.data.corpora import Corpus, open_corpora, read_summary
-from anychip.data.tokenizer import Tokenizer, load_tokenizer
+from anychip.data.corpora import Corpus, open_corpora, open_tokenizer, read_summary
+from anychip.data.tokenizer import Tokenizer
 from anychip.errors import InputError
 from anychip.recipe.schema import Recipe
 from anychip.rundir import RunDirectory
@@ -28,7 +28,7 @@ def validation_batches(
 
     seq_length = recipe.training.seq_length
     end_id = int(read_summary(run)["tokenizer"]["eos_id"])
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = open_tokenizer(run)
     chosen = _chosen(run, recipe, max_tokens)
     stream = np.concatenate([corpus.document_tokens(document) for corpus, document in chosen])
     ends = np.cumsum([len(corpus.document_tokens(document)) for corpus, document in chosen])
@@ -51,14 +51,14 @@ def validation_batches(
 
 def validation_texts(run: RunDirectory, recipe: Recipe, max_tokens: int) -> Iterator[tuple[str, str]]:
     """(document id, text) of exactly the documents that `validation_batches` scores with the same limit."""
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = open_tokenizer(run)
     for corpus, document in _chosen(run, recipe, max_tokens):
         yield corpus.document_id(document), _text(corpus, document, tokenizer)
 
 
 def training_texts(run: RunDirectory, recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(document id, text) of every training document, for baselines that learn from text."""
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = open_tokenizer(run)
     for corpus in open_corpora(run, recipe, "train"):
         for document in range(corpus.first, corpus.last):
             yield corpus.document_id(document), _text(corpus, document, tokenizer)

@@ -95,6 +95,10 @@ class BadSteps:
             "guard.on_bad_step=rollback, which leaves such batches out.",
         )
 
+    def leave_out(self, step: int, position: int, problem: str, documents: list[str]) -> None:
+        """Write down a batch that is left out because its data is damaged."""
+        self._record(step, problem, "leave_out", {"batch": position, "documents": documents})
+
     def heal(self, step: int, differences: Sequence[Difference], rank: int) -> bool:
         """Write down what copies differed after `step`; those outvoted are right again. Returns whether some were not
         decided, so that all processes must go back to the newest checkpoint. Raises UnfitError when that goes on."""
@@ -121,6 +125,7 @@ class BadSteps:
 
 LOG_NAME = "guard.jsonl"
 _SAID = {
+    "leave_out": "its batch is left out",
     "skip": "the step changes nothing",
     "rollback": "back to the newest checkpoint, and on behind the batches that led here",
     "repair": "its copies replaced it",

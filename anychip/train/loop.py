@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Literal
 
@@ -31,6 +32,7 @@ from anychip.parallel.processes import Processes
 from anychip.progress import Progress, progress
 from anychip.rundir import RunDirectory
 from anychip.train.copies import Copies
+from anychip.train.damaged_data import DamagedData
 from anychip.train.engine import Engine
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.guard import BadSteps, Guard
@@ -84,12 +86,12 @@ def run_training(job: TrainingJob) -> int:
     step, cursor = saves.restore()
     saves.prepare()
     if step >= job.steps:
+        saves.leave()
         return step
 
     is_writer = processes.is_first
     if is_writer:
         cursor.write(RunDirectory(job.directory))
-    if is_writer:
         restored = time.perf_counter()
         print(
             f"start: {processes.layout.describe()} | processes {joined - started:.1f} s | "
@@ -99,6 +101,7 @@ def run_training(job: TrainingJob) -> int:
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
+    damaged = DamagedData(job, bad_steps, processes)
     copies = Copies(saves.state, processes) if job.guard.digest_interval else None
     heartbeat = Heartbeat.of_environment(processes.rank)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
@@ -108,7 +111,13 @@ def run_training(job: TrainingJob) -> int:
         while step < job.steps:
             heartbeat.begin_step(step + 1)
             waited = time.perf_counter()
-            batch = batches.get(step)
+            batch = damaged.checked(partial(batches.get, step), step + 1, cursor.position(step))
+            if batch is None:
+                cursor = cursor.without(cursor.position(step), cursor.position(step) + 1)
+                if is_writer:
+                    cursor.write(RunDirectory(job.directory))
+                batches.restart(step, cursor)
+                continue
             clock.data_seconds += time.perf_counter() - waited
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from anychip.files import atomic_writer
 
@@ -56,13 +58,16 @@ def _duration(seconds: float) -> str:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. Opened at `step`, it forgets what an interrupted run logged later."""
+    """Appends to `metrics.jsonl` and TensorBoard. Opened at `step`, it forgets what an interrupted run logged later.
+
+    While the disk fails, rows are kept in memory, and written when it is back: a full disk does not stop training.
+    """
 
     def __init__(self, directory: Path, tensorboard: Path | None, step: int) -> None:
         self.path = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        _keep_until(self.path, step)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._waiting: list[str] = []
+        self._open(step)
         self._board: Any = None
         if tensorboard is not None:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -71,26 +76,55 @@ class MetricsLog:
             self._board = Writer(str(tensorboard))
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, values["step"])
+        self._waiting.append(json.dumps(values) + "\n")
+        try:
+            self._append()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                said = f"warning: {self.path} cannot be written ({error.strerror}); training goes on, rows are kept"
+                print(said, file=sys.stderr, flush=True)
+        try:
+            self._draw(values)
+        except OSError as error:
+            print(f"warning: no more TensorBoard files ({error.strerror})", file=sys.stderr, flush=True)
+            self._board = None
 
     def write_step(self, metrics: StepMetrics) -> None:
         self.write(asdict(metrics))
 
     def forget_after(self, step: int) -> None:
         """Training went back to `step`: drop the rows of what it undid."""
+        self._append()
         self._file.close()
-        _keep_until(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open(step)
 
     def close(self) -> None:
+        """Raises OSError when rows are left that the disk does not take."""
+        self._append()
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _open(self, step: int) -> None:
+        _keep_until(self.path, step)
+        self._file = self.path.open("ab", buffering=0)
+        self._end = self._file.tell()
+
+    def _append(self) -> None:
+        """Write what is waiting, behind the last whole row."""
+        rows = "".join(self._waiting).encode()
+        self._file.truncate(self._end)  # a full disk may have taken half a row
+        written = self._file.write(rows) if rows else 0
+        if written != len(rows):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += written
+        self._waiting.clear()
+
+    def _draw(self, values: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, values["step"])
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -1,16 +1,24 @@
-"""No changed byte passes: flips, cuts, swaps and losses are found, named, and the checkpoint before is used."""
+"""No changed byte passes: flips, cuts, swaps and losses are found, named, and the checkpoint before is used.
+
+Ten thousand of them: `pytest -s -m slow tests/checkpoint/test_checkpoint_damage.py tests/data/test_integrity.py`."""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
+from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from damages import DAMAGES, rename_another_step
+from rank_pool import run_ranks
 from tiny_state import newest, same, tiny_state
 
-from anychip.errors import AnychipError, UnfitError
+from anychip.errors import UnfitError
 from anychip.train.checkpoint import CheckpointStore
 
 FLIPS = 300
@@ -109,21 +117,71 @@ def test_training_on_after_a_fallback_replaces_the_damaged_step(root: Path) -> N
     assert newest(root)[0] == 2 and same(newest(root)[1], tiny_state(2)) and store.steps() == [1, 2]
 
 
-def test_random_mixtures_of_two_checkpoints_never_load(root: Path) -> None:
-    """Any file of step 1 in the place of step 2's, any block of it, any two blocks exchanged."""
-    chooser = random.Random(0)
-    old, new = root / "step-000001", root / "step-000002"
-    good = {path.name: path.read_bytes() for path in new.iterdir()}
-    for _ in range(100):
-        name = chooser.choice(sorted(good))
-        data, other = bytearray(good[name]), (old / name).read_bytes()
-        start = chooser.randrange(min(len(data), len(other)))
-        end = chooser.randrange(start, min(len(data), len(other))) + 1
-        data[start:end] = other[start:end]
-        (new / name).write_bytes(data)
-        changed = bytes(data) != good[name]
-        try:
-            assert newest(root)[0] == (1 if changed else 2)
-        except AnychipError as error:
-            pytest.fail(str(error))
-        (new / name).write_bytes(good[name])
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FOLDER/{alone,together}-{a,b}: checkpoints of one process and of two, of two runs of the same shape."""
+    folder = tmp_path_factory.mktemp("written")
+    for run, seed in RUNS.items():
+        for step in (1, 2):
+            CheckpointStore(folder / f"alone-{run}").save(step, tiny_state(seed + step), {"n": step})
+    run_ranks(2, _save_together, folder, folder)
+    return folder
+
+
+RUNS = {"a": 0, "b": 50}
+
+
+def _save_together(folder: Path) -> None:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    for run, seed in RUNS.items():
+        store = CheckpointStore(folder / f"together-{run}", group=group)
+        for step in (1, 2):
+            store.save(step, tiny_state(seed + step), {"n": step})
+
+
+def _contents(step: Path) -> dict[str, object]:
+    return {path.name: path.readlink() if path.is_symlink() else path.read_bytes() for path in step.iterdir()}
+
+
+def outcomes(written: Path, work: Path, count: int, seed: int) -> Counter[str]:
+    """Damage step 2 and load. Damages that left every byte as it was are counted apart, and not among `count`."""
+    chance, seen = random.Random(seed), Counter[str]()
+    first, second = tiny_state(1), tiny_state(2)
+    while seen.total() - seen["no byte changed"] < count:
+        shape = chance.choice(("alone", "together"))
+        root = work / "checkpoints"
+        shutil.copytree(written / f"{shape}-a", root)
+        step, damage = root / "step-000002", chance.choice(DAMAGES)
+        older, same_shape = root / "step-000001", written / f"{shape}-b" / step.name
+        other_ranks = written / f"{'together' if shape == 'alone' else 'alone'}-a" / step.name
+        other = older if damage is rename_another_step else chance.choice((older, same_shape, other_ranks))
+        whole = _contents(step)
+        damage(step, other, chance)
+        if _contents(step) == whole:
+            seen["no byte changed"] += 1
+        else:
+            with redirect_stderr(StringIO()) as said:
+                number, state = newest(root)
+            if number == 1 and same(state, first):
+                named = "step 2 is passed over" in said.getvalue() and str(step) in said.getvalue()
+                seen["found, named, and the one before used" if named else "found, not named"] += 1
+            else:
+                unused = number == 2 and same(state, second)
+                seen["only bytes that nothing reads" if unused else f"missed: {damage.__name__}"] += 1
+        shutil.rmtree(root)
+    return seen
+
+
+def test_every_damage_is_found_and_the_checkpoint_before_is_used(written: Path, tmp_path: Path) -> None:
+    seen = outcomes(written, tmp_path, 300, seed=1)
+    assert seen["found, named, and the one before used"] + seen["only bytes that nothing reads"] == 300, seen
+    assert seen["only bytes that nothing reads"] <= 10, seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_ten_thousand_damages_are_found(written: Path, memory: Path) -> None:
+    seen = outcomes(written, memory, 10_000, seed=2)
+    print(dict(seen))
+    assert seen["found, named, and the one before used"] + seen["only bytes that nothing reads"] == 10_000, seen

@@ -215,3 +215,38 @@ def test_saving_at_the_end_of_the_process_is_finished(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=100)
     assert torch.equal(newest(tmp_path)[1]["x"], torch.arange(20_000_000))
+
+
+def test_background_saves_use_one_copy_of_the_state_however_many_there_are(tmp_path: Path) -> None:
+    """The bound on host memory: one staging buffer of this process's part, plus the windows of the writer."""
+    import os
+    import subprocess
+    import sys
+
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from anychip.train.checkpoint import CheckpointStore
+state = {f"model.{n}": torch.ones(2 << 20) for n in range(6)}  # 48 MiB
+size = sum(t.nbytes for t in state.values())
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+store = CheckpointStore(Path(sys.argv[1]), keep=1)
+CheckpointStore(Path(sys.argv[1]) / "warm").save(1, {"x": torch.ones(4 << 20)}, {})
+before = peak()
+store.prepare(state)
+buffer = store._staging._memory.data_ptr()
+growth = []
+for step in range(1, 6):
+    store.save_async(step, state, {})  # the next one waits for it
+    growth.append((peak() - before) / size)
+store.wait()
+assert store._staging._memory.data_ptr() == buffer and store._staging._memory.numel() < size + 64 * len(state) + 1
+print(*growth, (peak() - before) / size)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=250, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    growth = [float(word) for word in run.stdout.split()]
+    assert growth[-1] < 1.5 and growth[-1] - growth[1] < 0.1, growth

@@ -14,7 +14,8 @@ from anychip.data.loader import TrainingData
 from anychip.data.prepare import inspect_data, prepare_data
 from anychip.data.tokenizer import load_tokenizer, train_bpe
 from anychip.data.validation import validation_batches, validation_texts
-from anychip.errors import InputError
+from anychip.errors import InputError, UnfitError
+from anychip.files import write_json
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 
@@ -196,8 +197,12 @@ def test_a_corpus_replaced_after_preparation_is_caught_at_the_batch(tmp_path: Pa
     data = {"tokenizer": {"kind": "json", "path": str(tokenizer_path)}, "validation_fraction": 0.0}
     recipe, run = make_recipe([source], data=data), RunDirectory(tmp_path / "run")
     megatron_format.write(tmp_path / "theirs", [[[1, 2, 3]]], 4)
-    prepare_data(recipe, run)
+    summary = prepare_data(recipe, run)
     for token in (600, -5):
         megatron_format.write(tmp_path / "theirs", [[[1, 2, token]]], 4)
-        with pytest.raises(InputError, match=f"holds token {token}"):
+        with pytest.raises(UnfitError, match="if it was replaced on purpose"):
             TrainingData(run, recipe).batch(0)
+    del summary["seconds"], summary["sources"]["theirs"]["blocks_sha256"]
+    write_json(run.data / "summary.json", summary)  # as an older release did
+    with pytest.raises(InputError, match="holds token -5"):
+        TrainingData(run, recipe).batch(0)

@@ -18,7 +18,7 @@ from anychip.data.pack import counts_path, documents_path, pack_corpus, read_cou
 from anychip.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from anychip.files import sha256_file
 
-SUFFIXES = (".bin", ".idx", ".documents", ".json")
+SUFFIXES = (".bin", ".idx", ".blocks", ".documents", ".json")
 
 
 @pytest.fixture(scope="module")

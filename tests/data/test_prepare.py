@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from tiny_corpus import make_recipe, sentence, write_jsonl
 
 from anychip.data import pipeline, prepare
+from anychip.data.corpora import read_summary
 from anychip.data.prepare import prepare_data
 from anychip.errors import InputError
 from anychip.recipe import Recipe
@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_summary_has_counts_and_digests(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     summary = prepare_data(recipe, run)
-    kept = json.loads((run.data / "summary.json").read_text())
+    kept = read_summary(run)
     assert {key: summary[key] for key in kept} == kept
     train, validation = kept["sources"]["s"]["train"], kept["sources"]["s"]["validation"]
     assert train["documents"] + validation["documents"] == kept["documents"]["kept"] == 30
@@ -79,8 +79,12 @@ def test_steps_are_done_again_only_when_their_inputs_change(
     assert done(make_recipe([source], data={"dedup": {"enabled": False}})) == everything
     write_jsonl(corpus, [sentence(n) for n in range(40)])
     assert done(recipe) == everything
-    (run.data / "train" / "s.idx").unlink()
-    assert done(recipe) == {"pack_corpus"}
+    for kind in ("bin", "idx", "blocks", "documents"):
+        before = (run.data / "train" / f"s.{kind}").read_bytes()
+        (run.data / "train" / f"s.{kind}").unlink()
+        assert not prepare.is_there(recipe, run)
+        assert done(recipe) == {"pack_corpus"}
+        assert (run.data / "train" / f"s.{kind}").read_bytes() == before and prepare.is_there(recipe, run)
 
 
 def test_a_folder_of_text_and_a_source_tree_together(tmp_path: Path) -> None:

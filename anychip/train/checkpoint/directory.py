@@ -38,9 +38,19 @@ def step_name(step: int) -> str:
 
 def complete_steps(root: Path) -> list[int]:
     """Steps whose directory carries its marker, ascending."""
+    return _steps(root, complete=True)
+
+
+def unfinished_steps(root: Path) -> list[int]:
+    """Steps whose directory has no marker, ascending: a process died while it published them, or the marker is lost."""
+    return _steps(root, complete=False)
+
+
+def _steps(root: Path, *, complete: bool) -> list[int]:
     if not root.is_dir():
         return []
-    matches = (_STEP_NAME.fullmatch(entry.name) for entry in root.iterdir() if (entry / MARKER_NAME).exists())
+    entries = (entry for entry in root.iterdir() if (entry / MARKER_NAME).exists() == complete)
+    matches = (_STEP_NAME.fullmatch(entry.name) for entry in entries)
     return sorted(step for match in matches if match and step_name(step := int(match[1])) == match[0])
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,9 +19,16 @@ from torch import Tensor
 
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.progress import progress
-from anychip.train.checkpoint.directory import CheckpointError, complete_steps, read_manifest, retire, step_name
+from anychip.train.checkpoint.directory import (
+    CheckpointError,
+    complete_steps,
+    read_manifest,
+    retire,
+    step_name,
+    unfinished_steps,
+)
 from anychip.train.checkpoint.manifest import Manifest, TensorEntry, checked_extra
-from anychip.train.checkpoint.plan import check_fits, plan_load, plan_save
+from anychip.train.checkpoint.plan import Box, SaveParts, check_fits, plan_load, plan_save
 from anychip.train.checkpoint.ranks import Ranks
 from anychip.train.checkpoint.save import TensorStream, disk_errors, stream_checkpoint, write_checkpoint
 from anychip.train.checkpoint.shard import ShardReader
@@ -106,8 +113,7 @@ class CheckpointStore:
         self._settle()
         values = self._check_new(step, extra)
         parts = plan_save(state, self._ranks)
-        nbytes = write_checkpoint(self._root, step, values, parts, parts.tensor, self._ranks)
-        self._retain(step)
+        nbytes = self._write(step, values, parts, parts.tensor)
         seconds = time.perf_counter() - started
         self._report = SaveReport(step, nbytes, seconds, seconds)
         return self._report
@@ -127,12 +133,11 @@ class CheckpointStore:
 
         def write() -> None:
             try:
-                nbytes = write_checkpoint(self._root, step, values, parts, staged.__getitem__, self._ranks)
-                self._retain(step)
+                nbytes = self._write(step, values, parts, staged.__getitem__)
                 self._report = SaveReport(step, nbytes, time.perf_counter() - started, stall)
             except AnychipError as error:
                 self._failure = error
-            except Exception as error:  # a thread has nobody to raise to
+            except BaseException as error:  # a thread has nobody to raise to
                 self._failure = CheckpointError(f"checkpoint of step {step} failed: {error!r}", where=self._root)
 
         self._report = None
@@ -183,13 +188,16 @@ class CheckpointStore:
         """
         self._join()
         steps = self._ranks.broadcast(complete_steps(self._root))
+        for step in unfinished_steps(self._root) if self._ranks.is_coordinator else ():
+            if step > max(steps, default=-1):
+                self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
         for step in reversed(steps):
             try:
                 info = self.open(step)
             except AnychipError as error:
                 self._damaged.add(step)
                 if self._ranks.is_coordinator:
-                    print(f"warning: checkpoint of step {step} is passed over: {error}", file=sys.stderr, flush=True)
+                    self._pass_over(step, str(error))
             else:
                 self._damaged.discard(step)
                 return info
@@ -197,6 +205,11 @@ class CheckpointStore:
             do = "Restore one from a copy, or remove them to start from the beginning."
             raise UnfitError(f"all {len(steps)} checkpoints are damaged.", where=self._root, do=do)
         return None
+
+    def _pass_over(self, step: int, why: str) -> None:
+        where = self._root / step_name(step)
+        said = why if str(where) in why else f"{where}: {why}"
+        print(f"warning: checkpoint of step {step} is passed over: {said}", file=sys.stderr, flush=True)
 
     def open(self, step: int) -> CheckpointInfo:
         """The checkpoint of a step, verified whole; with a group, each rank verifies its share.
@@ -250,6 +263,15 @@ class CheckpointStore:
 
     # Inside
 
+    def _write(self, step: int, extra: dict[str, Any], parts: SaveParts, tensor: Callable[[Box], Tensor]) -> int:
+        try:
+            nbytes = write_checkpoint(self._root, step, extra, parts, tensor, self._ranks)
+        except CheckpointError:
+            self._make_room()
+            raise
+        self._retain(step)
+        return nbytes
+
     def _join(self) -> None:
         if self._thread:
             self._thread.join()
@@ -290,6 +312,18 @@ class CheckpointStore:
             kept = {*self.steps()[-self._keep :], newest}
             for step in complete_steps(self._root):
                 if step not in kept and step < newest:
+                    retire(self._root / step_name(step))
+
+    def _make_room(self) -> None:
+        """After a failed save: remove what retention would remove anyway, so that the next one finds more room."""
+        if not self._keep or not self._ranks.is_coordinator:
+            return
+        with suppress(OSError, AnychipError):
+            steps = self.steps()
+            if len(steps) > self._keep:
+                newest = self._root / step_name(steps[-1])
+                _verify(newest, read_manifest(newest), Ranks(None))
+                for step in steps[: -self._keep]:
                     retire(self._root / step_name(step))
 
 
