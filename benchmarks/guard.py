@@ -1,6 +1,8 @@
-"""What watching costs: comparing copies, heartbeats and judging, beside the step they belong to.
+"""What watching costs: comparing copies, replays, heartbeats and judging, beside the step they belong to.
 
-Prints a Markdown table of medians. Run it on an idle machine.
+Prints Markdown tables of medians; steps with and without a replay alternate. A step here is one micro-batch, which is
+when a replay costs most: of a step of n micro-batches it is the n-th part. Run it on an idle machine, or with --busy,
+which takes one thread and its CPU time.
 
     python benchmarks/guard.py --interval 10
 """
@@ -15,60 +17,132 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training import SHAPES, anychip_step, model_config
+from training import SHAPES, Shape, model_config
+
+Clock = Callable[[], float]
+REPLAY_INTERVALS = (10, 50, 100, 200, 500, 1000)
 
 
-def median_seconds(work: Callable[[], object], rounds: int) -> float:
-    seconds = []
+def alternate(clock: Clock, rounds: int, *works: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each, taken in turns; the first round warms up."""
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds + 1):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+        for work, kept in zip(works, seconds, strict=True):
+            started = clock()
+            work()
+            kept.append(clock() - started)
+    return [kept[1:] for kept in seconds]
+
+
+def median_seconds(clock: Clock, rounds: int, work: Callable[[], object]) -> float:
+    return statistics.median(alternate(clock, rounds, work)[0])
+
+
+def steps_of(shape: Shape, dtype_name: str):
+    """A whole step of one micro-batch by anychip, with a replay or without, and the state that digests read."""
+    import torch
+
+    from anychip.chips.backend import detect_backend
+    from anychip.data.batch import Batch
+    from anychip.model.init import init_tensor
+    from anychip.parallel.layout import Layout
+    from anychip.parallel.processes import Processes
+    from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig
+    from anychip.train.engine import Engine
+    from anychip.train.guard import Guard
+    from anychip.train.heartbeat import Heartbeat
+    from anychip.train.job import TrainingJob
+    from anychip.train.optimizer import Optimizer
+    from anychip.train.precision import compute_dtype
+    from anychip.train.replay import Replay
+    from anychip.train.step import Checks, train_step
+
+    backend = detect_backend()
+    dtype, config = compute_dtype(dtype_name, backend), model_config(shape)
+    job = TrainingJob(
+        title="guard",
+        directory=Path(),
+        model=config,
+        source=None,
+        initialize=lambda parameters: None,
+        evaluate=None,
+        identity="",
+        steps=1,
+        seq_length=shape.seq,
+        micro_batch_size=shape.batch,
+        global_batch_size=shape.batch,
+        parallel=ParallelConfig(),
+        optimizer=OptimizerConfig(),
+        checkpoint=CheckpointConfig(),
+        log=LogConfig(),
+    )
+    processes = Processes(job.parallel, Layout(), 0, backend.device(0))
+    engine = Engine(job, processes, dtype)
+    for name, parameter in engine.parameters.items():
+        parameter.detach().copy_(init_tensor(name, parameter.shape, config, 0))
+    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+    replay = Replay(GuardConfig(replay_interval=1), "", engine, processes)
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq + 1))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    guard, silent = Guard(GuardConfig()), Heartbeat(None, 0)
+    print(f"compute dtype {dtype}, {torch.get_num_threads()} threads", flush=True)
+
+    def step(replayed: bool) -> None:
+        checks = Checks(lambda batch: replay.forward_backward(1, batch)) if replayed else Checks()
+        done = train_step(engine, optimizer, processes, batch, 3e-4, 1.0, guard, silent, checks)
+        assert not done.problem, done.problem
+
+    state = [*engine.parameters.values(), *optimizer.state().values()]
+    return step, state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--interval", type=int, default=10, help="steps between comparisons")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--busy", action="store_true", help="the machine has other work: one thread, CPU time")
     arguments = parser.parse_args()
 
     import torch
 
-    from anychip.model.decoder import Decoder
-    from anychip.model.init import init_parameters
-    from anychip.recipe.schema import GuardConfig, OptimizerConfig
+    from anychip.recipe.schema import GuardConfig
     from anychip.train.copies import digest
     from anychip.train.guard import Guard
     from anychip.train.heartbeat import PHASES, Heartbeat
-    from anychip.train.optimizer import Optimizer
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    clock = time.process_time if arguments.busy else time.perf_counter
+    torch.set_num_threads(1 if arguments.busy else os.cpu_count() or 1)
     shape = SHAPES[arguments.shape]
-    step = median_seconds(anychip_step(shape, "fp32", False), arguments.rounds)
-    config = model_config(shape)
-    model = Decoder(config)
-    init_parameters(model, config, 0)
-    parameters = dict(model.named_parameters())
-    state = [*parameters.values(), *Optimizer(parameters, OptimizerConfig(), torch.float32).state().values()]
-    digests = median_seconds(lambda: torch.stack([digest(tensor) for tensor in state]), arguments.rounds)
+    make_step, state = steps_of(shape, arguments.dtype)
+    plain, replayed = alternate(clock, arguments.rounds, lambda: make_step(False), lambda: make_step(True))
+    step = statistics.median(plain)
+    replay = statistics.median(b - a for a, b in zip(plain, replayed, strict=True))
+    digests = median_seconds(clock, arguments.rounds, lambda: torch.stack([digest(tensor) for tensor in state]))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         heartbeat = Heartbeat(Path(folder), 0)
-        beats = median_seconds(lambda: [heartbeat.beat(phase) for phase in PHASES], 100)
+        beats = median_seconds(clock, 100, lambda: [heartbeat.beat(phase) for phase in PHASES])
         heartbeat.close()
     guard = Guard(GuardConfig(explosion=5.0))
-    judging = median_seconds(lambda: guard.judge(1.0, 1.0), 200)
+    judging = median_seconds(clock, 200, lambda: guard.judge(1.0, 1.0))
     gigabytes = sum(tensor.nbytes for tensor in state) / 1e9
     print(f"{arguments.shape}: a step takes {step:.2f} s; weights and optimizer state {gigabytes:.2f} GB\n")
     print("| what | seconds | share of training |\n|---|---|---|")
     rows = [
-        (f"digests of all state, every {arguments.interval} steps", digests, digests / arguments.interval),
+        (f"two digests of all state, every {arguments.interval} steps", 2 * digests, 2 * digests / arguments.interval),
         ("heartbeats of a step", beats, beats),
         ("judging a step", judging, judging),
     ]
     for what, seconds, a_step in rows:
         print(f"| {what} | {seconds:.6f} | {a_step / step:.4%} |")
+    print(f"\nreplay of a micro-batch: {replay:.2f} s, {replay / step:.0%} of a step of one\n")
+    print(
+        "| guard.replay_interval | share of training, 1 micro-batch a step | 8 micro-batches | 64 |\n|---|---|---|---|"
+    )
+    for interval in REPLAY_INTERVALS:
+        shares = " | ".join(f"{replay / (n * step * interval):.3%}" for n in (1, 8, 64))
+        print(f"| {interval} | {shares} |")
 
 
 if __name__ == "__main__":

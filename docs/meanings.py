@@ -156,6 +156,8 @@ CHINESE = {
     "guard.patience": "连续多少个坏步或损坏的批次、或一次运行中多少次回退之后停止",
     "guard.on_damaged_data": "读到与打包时不同的词元时怎么办；skip：所有进程一起略过该批次",
     "guard.digest_interval": "每隔多少步比较权重与优化器状态的所有副本；0：从不",
+    "guard.replay_interval": "每隔多少步让每个进程把另一进程的一个微批次重算一遍；0：从不",
+    "guard.replay_tolerance": "重算时梯度相差不超过其范数的这一比例不算错误；0：逐比特相同",
     "training.recompute": "反向时重新计算而不保留的激活；selective：归一化与 SwiGLU；full：整层",
     "log.interval": "两行日志之间的步数",
     "log.tensorboard": "同时写 TensorBoard 文件到 `tb/`",

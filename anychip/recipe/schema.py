@@ -284,6 +284,12 @@ class GuardConfig(Section):
     digest_interval: Annotated[int, Field(ge=0)] = Field(
         0, description="steps between comparisons of all copies of weights and optimizer state; 0: never"
     )
+    replay_interval: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between those in which each process computes a micro-batch of another again; 0: never"
+    )
+    replay_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="difference over a gradient's norm that is no fault in a replay; 0: none, bit for bit"
+    )
 
 
 class LogConfig(Section):

@@ -2,13 +2,15 @@
 or a memory cell that turns over, makes them differ, and nothing else ever shows it.
 
 Every process reduces its tensors to one number each; those that hold the same part exchange them, and the majority is
-right. What all copies share cannot be seen so: a gradient that was wrong before it was summed.
+right. What has no copy is compared with itself: between two updates nothing may write it. What all copies share cannot
+be seen so: a gradient that was wrong before it was summed (replay.py).
 """
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -21,6 +23,7 @@ from anychip.parallel.gradients import COPY_AXES, sharded_axes
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
+_NODE_NAME_BYTES = 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -63,6 +66,41 @@ def _listed(ranks: tuple[int, ...]) -> str:
     return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
 
 
+@dataclass(frozen=True)
+class Flip:
+    """Memory that changed between two updates: `names` on this process, and everywhere the same, the ranks it happened
+    on with the names of their nodes."""
+
+    names: tuple[str, ...]
+    suspects: Mapping[int, str]
+
+    def describe(self) -> str:
+        return f"weights or optimizer state changed in memory between two updates ({list_suspects(self.suspects)})"
+
+    def rows(self, rank: int) -> list[dict[str, object]]:
+        """What this rank has to write down."""
+        return [{"ranks": [rank], "tensor": self.names[0]}] if self.names else []
+
+
+def list_suspects(suspects: Mapping[int, str]) -> str:
+    shown = ", ".join(f"rank {rank} on {node}" for rank, node in list(suspects.items())[:8])
+    return f"{shown} and {len(suspects) - 8} more" if len(suspects) > 8 else shown
+
+
+def share_suspects(mine: Iterable[int], processes: Processes) -> dict[int, str]:
+    """The ranks that any process suspects, with the names of their nodes, the same on all processes."""
+    table = torch.zeros(processes.layout.world_size, 1 + _NODE_NAME_BYTES)
+    table[list(mine), 0] = 1.0
+    node = platform.node().encode()[:_NODE_NAME_BYTES]
+    table[processes.rank, 1 : 1 + len(node)] = torch.tensor(list(node), dtype=table.dtype)
+    rows = processes.sum(table.to(processes.device)).cpu().to(torch.int64).tolist()
+    return {
+        rank: bytes(filter(None, letters)).decode(errors="replace")
+        for rank, (votes, *letters) in enumerate(rows)
+        if votes
+    }
+
+
 class Copies:
     """Compares and repairs what `state` returns: live tensors by name, the same names on every process that shares a
     pipeline stage. All processes call `compare` together."""
@@ -70,20 +108,41 @@ class Copies:
     def __init__(self, state: Callable[[], Mapping[str, Tensor]], processes: Processes) -> None:
         self._state, self._processes = state, processes
         self._groups = _groups(processes, {_copied_on(tensor, processes) for tensor in state().values()})
+        self._latest: dict[str, Tensor] = {}
+        self._watched = False
 
     def compare(self) -> list[Difference]:
         """What differs among the copies that this process holds one of; those with a majority are right afterwards."""
         found = []
         state = self._state()
+        self._latest, self._watched = {name: digest(tensor) for name, tensor in state.items()}, False
         for axes, mesh in self._groups:
             names = [name for name, tensor in state.items() if _copied_on(tensor, self._processes) == axes]
             if names:
                 found += self._compare(names, state, mesh)
         return found
 
+    def watch(self, equal: bool) -> None:
+        """If all copies were equal in the last comparison, nothing may write them from here to `flipped`."""
+        self._watched = equal
+
+    def flipped(self) -> Flip | None:
+        """What is not as it was when `watch` was called, asked before the next update; None when nothing is, on all
+        processes. Flips during the update itself, and between updates that are not watched, go unseen."""
+        if not self._watched:
+            return None
+        self._watched = False
+        state = self._state()
+        now = torch.stack([digest(tensor) for tensor in state.values()])
+        changed = (now != torch.stack([self._latest[name] for name in state])).cpu().tolist()
+        names = tuple(name for name, differs in zip(state, changed, strict=True) if differs)
+        if not self._processes.any(bool(names)):
+            return None
+        return Flip(names, share_suspects([self._processes.rank] if names else [], self._processes))
+
     def _compare(self, names: list[str], state: Mapping[str, Tensor], mesh: DeviceMesh) -> list[Difference]:
         group = mesh.get_group()
-        mine = torch.stack([digest(state[name]) for name in names]).to(self._processes.exchange_device)
+        mine = torch.stack([self._latest[name] for name in names]).to(self._processes.exchange_device)
         rows = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(rows, mine, group=group)
         votes, ranks = torch.stack(rows).cpu(), dist.get_process_group_ranks(group)

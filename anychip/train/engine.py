@@ -7,6 +7,7 @@ divided by the labels of the whole batch before backward, so that gradients are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradi
 from anychip.train.job import TrainingJob
 from anychip.train.loss import head_cross_entropy
 from anychip.train.recompute import apply_recompute
+
+Watch = Callable[[int], AbstractContextManager[object]]
 
 
 class Engine:
@@ -59,25 +62,47 @@ class Engine:
         layout, threads = self._processes.layout.describe(), torch.get_num_threads()
         return f"{layout}, micro-batches of {self._job.micro_batch_size}, {threads} threads a process"
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    @property
+    def pipelined(self) -> bool:
+        return self._pipeline is not None
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step here: one a micro-batch; a pipeline's schedule is one for all."""
+        return 1 if self._pipeline is not None else len(self._rows) // self._job.micro_batch_size
+
+    def forward_backward(self, batch: Batch, watch: Watch = nullcontext) -> Tensor:
         """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token,
-        a scalar), the same on all processes."""
-        self._labels_in_batch = batch.num_labels
-        part = self._my_part(batch, self._rows)
-        self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
-        if self._pipeline is not None:
-            total = self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part), part.documents)
-        else:
-            total = torch.zeros((), device=self._processes.device)
-            for start in range(0, len(self._rows), self._job.micro_batch_size):
-                rows = slice(start, start + self._job.micro_batch_size)
-                documents = None if part.documents is None else part.documents[rows]
-                hidden = self.parts[0](part.input_ids[rows], documents=documents, **self._places(part))
-                loss = self._loss(hidden, part.labels[rows])
-                loss.backward()
-                total += loss.detach()
+        a scalar), the same on all processes. `watch` of a pass's number is entered around that pass."""
+        total = self._run_passes(batch, self._rows, watch)
         self._sum_gradients()
         return self._sum_losses(total)
+
+    def repeat_pass(self, batch: Batch, reader: int, number: int) -> None:
+        """One pass of a reader's step, this one's or another's, here. Its gradients are not summed over copies."""
+        share, mine = len(self._rows), self._processes.layout.reader(self._processes.rank)
+        size = share // self.passes
+        start = self._rows.start + (reader - mine) * share + number * size
+        self._run_passes(batch, range(start, start + size))
+
+    def _run_passes(self, batch: Batch, rows: range, watch: Watch = nullcontext) -> Tensor:
+        """Gradients and summed loss of some rows of a global batch."""
+        self._labels_in_batch = batch.num_labels
+        part = self._my_part(batch, rows)
+        self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
+        if self._pipeline is not None:
+            with watch(0):
+                return self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part), part.documents)
+        total = torch.zeros((), device=self._processes.device)
+        for number, start in enumerate(range(0, len(rows), self._job.micro_batch_size)):
+            here = slice(start, start + self._job.micro_batch_size)
+            documents = None if part.documents is None else part.documents[here]
+            with watch(number):
+                hidden = self.parts[0](part.input_ids[here], documents=documents, **self._places(part))
+                loss = self._loss(hidden, part.labels[here])
+                loss.backward()
+            total += loss.detach()
+        return total
 
     @torch.no_grad()
     def score(self, batch: Batch) -> float:

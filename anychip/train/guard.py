@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,8 @@ from torch import nn
 from anychip.errors import UnfitError
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import GuardConfig
-from anychip.train.copies import Difference
+from anychip.train.copies import Difference, Flip
+from anychip.train.replay import ReplayFault
 
 _FEWEST_NORMS = 8
 
@@ -46,13 +47,14 @@ class Guard:
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """What is wrong with a step, or "": then its norm joins the history."""
-        problem = self._problem(loss, grad_norm)
+        problem = self.problem(loss, grad_norm)
         self.bad_in_a_row = self.bad_in_a_row + 1 if problem else 0
         if not problem:
             self._norms.append(grad_norm)
         return problem
 
-    def _problem(self, loss: float, grad_norm: float) -> str:
+    def problem(self, loss: float, grad_norm: float) -> str:
+        """What is wrong with a step, or "". Changes nothing."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return f"loss is {loss} and grad_norm is {grad_norm}"
         if self._config.explosion and len(self._norms) >= _FEWEST_NORMS:
@@ -74,6 +76,7 @@ class BadSteps:
 
     def __init__(self, config: GuardConfig, log: Path, *, writes: bool) -> None:
         self._config, self._log, self._writes, self._rollbacks = config, log, writes, 0
+        self._strikes: Counter[int] = Counter()
 
     def react(
         self, step: int, position: int, problem: str, bad_tensor: str, documents: list[str], bad_in_a_row: int
@@ -98,6 +101,29 @@ class BadSteps:
     def leave_out(self, step: int, position: int, problem: str, documents: list[str]) -> None:
         """Write down a batch that is left out because its data is damaged."""
         self._record(step, problem, "leave_out", {"batch": position, "documents": documents})
+
+    def passed(self, step: int, problem: str) -> None:
+        """Write down a problem that was gone when the step was computed again."""
+        if self._writes:
+            self._record(step, f"{problem}, and not when computed again", "recompute", {})
+
+    def fault(self, step: int, fault: ReplayFault | Flip, rank: int) -> Literal["recompute", "reload"]:
+        """Write down a fault of a chip and say what it takes: the step again, or the newest checkpoint. Raises
+        UnfitError, on all processes, when a rank is suspected too often."""
+        action: Literal["recompute", "reload"] = "reload" if isinstance(fault, Flip) else "recompute"
+        for row in fault.rows(rank):
+            self._record(step, fault.describe(), action, {**row, "nodes": list(fault.suspects.values())})
+        self._strikes.update(fault.suspects.keys())
+        suspect, strikes = max(self._strikes.items(), key=lambda item: item[1])
+        if strikes >= self._config.patience:
+            raise UnfitError(
+                f"Training stopped: {fault.describe()}; rank {suspect} was suspected {strikes} times. The weights and "
+                "the optimizer are as they were before this step.",
+                do=f"Take the chip out, and run `anychip doctor` on its host; logs/{LOG_NAME} has all cases. If "
+                "ranks change, the kernels may not be deterministic: set training.deterministic=true, or "
+                "guard.replay_tolerance.",
+            )
+        return action
 
     def heal(self, step: int, differences: Sequence[Difference], rank: int) -> bool:
         """Write down what copies differed after `step`; those outvoted are right again. Returns whether some were not
@@ -130,6 +156,7 @@ _SAID = {
     "rollback": "back to the newest checkpoint, and on behind the batches that led here",
     "repair": "its copies replaced it",
     "reload": "back to the newest checkpoint",
+    "recompute": "the step was computed again",
 }
 
 

@@ -41,9 +41,10 @@ from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
 from anychip.train.precision import compute_dtype
+from anychip.train.replay import Replay
 from anychip.train.saves import Saves
 from anychip.train.schedule import lr_share
-from anychip.train.step import StepResult, train_step
+from anychip.train.step import Checks, StepResult, train_step
 
 
 class Stopped(AnychipError):
@@ -102,7 +103,8 @@ def run_training(job: TrainingJob) -> int:
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
     damaged = DamagedData(job, bad_steps, processes)
-    copies = Copies(saves.state, processes) if job.guard.digest_interval else None
+    replay = Replay(job.guard, job.identity, engine, processes) if job.guard.replay_interval else None
+    copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
     heartbeat = Heartbeat.of_environment(processes.rank)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
     with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
@@ -122,11 +124,21 @@ def run_training(job: TrainingJob) -> int:
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             step += 1
-            done = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
+            checks = Checks(
+                partial(replay.forward_backward, step) if replay and replay.due(step) else None,
+                copies.flipped if copies else None,
+            )
+            done = train_step(
+                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks
+            )
             bar.advance()
             heartbeat.beat("log")
             verdict = _compare(copies, bad_steps, step, processes) if done.problem else "equal"
-            if verdict == "repaired":  # a wrong bit, not the data, made the step bad
+            if done.fault and verdict == "equal":
+                verdict = bad_steps.fault(step, done.fault, processes.rank)
+            elif done.passing:
+                bad_steps.passed(step, done.passing)
+            if verdict == "recompute":  # a wrong bit, not the data, made the step bad
                 step -= 1
                 bar.advance(-1)
                 batches.restart(step, cursor)
@@ -159,10 +171,12 @@ def run_training(job: TrainingJob) -> int:
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
             place = saves.due(step, leaving)
-            if copies and verdict == "equal" and (place or step % job.guard.digest_interval == 0):
+            interval = job.guard.digest_interval
+            if copies and interval and verdict == "equal" and (place or step % interval == 0):
                 heartbeat.beat("check")
                 verdict = _compare(copies, bad_steps, step, processes)
-            if verdict == "undecided":
+                copies.watch(verdict == "equal")
+            if verdict == "reload":
                 bar.advance(-step)
                 step, cursor = saves.restore()
                 clock = _go_on_from(job, step, cursor, log, batches, bar)
@@ -188,15 +202,15 @@ def _bar(job: TrainingJob, processes: Processes) -> AbstractContextManager[Progr
 
 def _compare(
     copies: Copies | None, bad_steps: BadSteps, step: int, processes: Processes
-) -> Literal["equal", "repaired", "undecided"]:
+) -> Literal["equal", "recompute", "reload"]:
     """Compare and heal all copies; the worst that any process found, the same on all."""
     if copies is None:
         return "equal"
     differences = copies.compare()
     undecided = bad_steps.heal(step, differences, processes.rank)
     if processes.any(undecided):
-        return "undecided"
-    return "repaired" if processes.any(bool(differences)) else "equal"
+        return "reload"
+    return "recompute" if processes.any(bool(differences)) else "equal"
 
 
 def _go_on_from(

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from anychip.data.batch import Batch
 from anychip.parallel.gradients import gradient_norm, scale_gradients
 from anychip.parallel.processes import Processes
+from anychip.train.copies import Flip
 from anychip.train.engine import Engine
 from anychip.train.guard import Guard, first_bad_tensor
 from anychip.train.heartbeat import Heartbeat
 from anychip.train.optimizer import Optimizer
+from anychip.train.replay import ReplayFault
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What looks for silent faults in a step; both answer the same on all processes whether there was one."""
+
+    replayed: Callable[[Batch], tuple[Tensor, ReplayFault | None]] | None = None
+    flipped: Callable[[], Flip | None] | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Mean loss (nats a token) before the update, and the norm of its gradient before clipping. With a `problem`
-    nothing was updated."""
+    nothing was updated, and with a `fault` it lies in a chip, not in the data. `passing` is a problem that was gone
+    when the step was computed again."""
 
     loss: float
     grad_norm: float
     problem: str = ""
     bad_tensor: str = ""
+    fault: ReplayFault | Flip | None = None
+    passing: str = ""
 
 
 def train_step(
@@ -33,20 +49,43 @@ def train_step(
     grad_clip: float,
     guard: Guard,
     heartbeat: Heartbeat,
+    checks: Checks = Checks(),
 ) -> StepResult:
-    """Gradients of a global batch, judged, clipped and applied: on all processes or on none."""
-    heartbeat.beat("forward_backward")
-    loss = float(engine.forward_backward(batch))
-    heartbeat.beat("reduce")
-    grad_norm = float(gradient_norm(engine.parameters.values(), processes))
+    """Gradients of a global batch, judged, clipped and applied: on all processes or on none.
+
+    Gradients judged bad are computed once more: the data's fault comes back, a passing one of a chip does not
+    (arXiv 2604.00726).
+    """
+    fault: ReplayFault | Flip | None
+    loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks)
+    passing = "" if fault else guard.problem(loss, grad_norm)
+    if passing:
+        _drop_gradients(engine)
+        loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks)
     heartbeat.beat("check")
-    problem, bad_tensor = guard.judge(loss, grad_norm), ""
-    if problem:
-        bad_tensor = first_bad_tensor(engine.parameters)
-    else:
+    if fault is None and checks.flipped is not None:
+        fault = checks.flipped()
+    problem, bad_tensor = fault.describe() if fault else guard.judge(loss, grad_norm), ""
+    if not problem:
         heartbeat.beat("optimizer")
         scale_gradients(engine.parameters.values(), grad_norm, grad_clip)
         optimizer.step(lr)
+    elif not fault:
+        bad_tensor = first_bad_tensor(engine.parameters)
+    _drop_gradients(engine)
+    return StepResult(loss, grad_norm, problem, bad_tensor, fault, "" if problem else passing)
+
+
+def _gradients(
+    engine: Engine, processes: Processes, batch: Batch, heartbeat: Heartbeat, checks: Checks
+) -> tuple[float, float, ReplayFault | None]:
+    """Leaves the gradients; loss, norm and what a replay showed."""
+    heartbeat.beat("forward_backward")
+    loss, fault = checks.replayed(batch) if checks.replayed else (engine.forward_backward(batch), None)
+    heartbeat.beat("reduce")
+    return float(loss), float(gradient_norm(engine.parameters.values(), processes)), fault
+
+
+def _drop_gradients(engine: Engine) -> None:
     for parameter in engine.parameters.values():
         parameter.grad = None
-    return StepResult(loss, grad_norm, problem, bad_tensor)
