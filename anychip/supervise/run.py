@@ -19,7 +19,7 @@ from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import EXIT_STOPPED, Policy, kind_of_exit, listed
-from anychip.supervise.incidents import LOG_NAME, Incident, record
+from anychip.supervise.incidents import LOG_NAME, Incident, record, slow_incident
 from anychip.supervise.processes import Death, Generation, train_command
 from anychip.supervise.watch import Beat, Hang, Watch, read_beat
 
@@ -101,8 +101,7 @@ class _Supervisor:
                 generation.kill()
             if incident is None:
                 return
-            record(self._run.logs / LOG_NAME, incident)
-            print(incident.sentence(), file=sys.stderr, flush=True)
+            self._note(incident)
             if incident.action == "stop":
                 raise _failure(incident)
             if incident.action == "shrink":
@@ -128,8 +127,15 @@ class _Supervisor:
                     return self._died(generation, watch, death)
                 if silence is not None:
                     return self._hung(generation, watch, watch.hang(silence))
+                for slow in watch.stragglers():
+                    pid = generation.processes[slow.rank].pid
+                    self._note(slow_incident(slow, generation.number, pid, platform.node()))
                 self._pass_on_requests(generation)
                 time.sleep(_POLL_SECONDS)
+
+    def _note(self, incident: Incident) -> None:
+        record(self._run.logs / LOG_NAME, incident)
+        print(incident.sentence(), file=sys.stderr, flush=True)
 
     def _pass_on_requests(self, generation: Generation) -> None:
         """The first request lets every process save and leave; a second one ends them."""
@@ -171,6 +177,7 @@ class _Supervisor:
             seconds=round(hang.seconds, 1) if hang else 0.0,
             stack=list(hang.stack) if hang else [],
             detail=_last_lines(generation.logs[beat.rank]),
+            collective=hang.collective if hang else "",
         )
 
 

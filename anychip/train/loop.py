@@ -100,9 +100,14 @@ def run_training(job: TrainingJob) -> int:
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
     copies = Copies(saves.state, processes) if job.guard.digest_interval else None
-    heartbeat = Heartbeat.of_environment(processes.rank)
+    heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, device)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
-    with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
+    with (
+        heartbeat.listening(processes.layout.describe()),
+        _stop_requests() as stop,
+        _Prefetch(job, step, cursor) as batches,
+        _bar(job, processes) as bar,
+    ):
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
         while step < job.steps:
