@@ -23,6 +23,7 @@ _LEAST_SECONDS = 0.5  # lost in fifty steps: what a scheduler does to a process 
 _WARM_UP = 3  # the first steps allocate, compile, open files
 _FEWEST_BEFORE = 10  # steps that tell how a lone process stands to the others
 _HISTORY = 100
+_NORMAL = 1.4826 / 2**0.5  # from the median change between two steps to a normal deviation
 _MANY = 8  # of so many, one does not move the median
 
 
@@ -84,11 +85,17 @@ class Stragglers:
         return self._judge(rows)
 
     def _judge(self, rows: Mapping[int, StepTime]) -> list[Slow]:
-        scatter = 1.4826 * median(self._scatter) if self._scatter else 0.0  # a normal deviation, by the median's
+        scatter = _NORMAL * median(self._scatter) if self._scatter else 0.0
         threshold = max(_LONGER, _SCATTERS * scatter)
         theirs = self._of_fellows(rows)
         judged = [self._compare(rank, rows[rank], theirs[rank], threshold) for rank in range(len(self._ranks))]
-        self._scatter.append(median(abs(one.times - 1.0) for one in judged))
+        changes = [
+            abs(one.times - state.judged[-1].times)
+            for one, state in zip(judged, self._ranks, strict=True)
+            if state.judged
+        ]
+        if changes:
+            self._scatter.append(median(changes))
         return [found for rank, one in enumerate(judged) if (found := self._finding(rank, one)) is not None]
 
     def _of_fellows(self, rows: Mapping[int, StepTime]) -> list[tuple[float, ...]]:

@@ -1,9 +1,9 @@
 """Found on PYTHONPATH by processes that a test trains with: they do what a file INJURIES/rank-N asks for, until it is
 gone.
 
-`loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives the
-interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.3 s, `memory` takes more than
-it may have.
+`loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives
+the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.3 s, `memory` takes more
+than it may have.
 """
 
 from __future__ import annotations
