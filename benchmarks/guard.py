@@ -1,4 +1,4 @@
-"""What watching costs: comparing copies, heartbeats and judging, beside the step they belong to.
+"""What watching costs: comparing copies, heartbeats, listening to collectives and judging, beside the step they belong to.
 
 Prints a Markdown table of medians. Run it on an idle machine.
 
@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from training import SHAPES, anychip_step, model_config
+
+from anychip.train.heartbeat import PHASES, Heartbeat
 
 
 def median_seconds(work: Callable[[], object], rounds: int) -> float:
@@ -27,21 +30,51 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds[1:])
 
 
+def step_of_beats(heartbeat: Heartbeat) -> None:
+    heartbeat.begin_step(1)
+    for phase in PHASES[1:]:
+        heartbeat.beat(phase)
+
+
+def listening_seconds(heartbeat: Heartbeat, calls: int = 2000) -> float:
+    """What is added to one collective that is begun and waited for: here by one process that sends nothing."""
+    import torch.distributed as dist
+
+    class Work:
+        def wait(self) -> None: ...
+
+    class Group:
+        group_desc = "mesh_shard"
+
+        def allreduce(self, tensors: list[torch.Tensor]) -> Work:
+            return Work()
+
+    tensor, group = [torch.ones(1)], Group()
+
+    def talk() -> None:
+        for _ in range(calls):
+            group.allreduce(tensor).wait()
+
+    plain = median_seconds(talk, 9)
+    dist.ProcessGroup, dist.Work = Group, Work  # so that they are heard
+    with heartbeat.listening("one process"):
+        heard = median_seconds(lambda: (heartbeat.begin_step(1), talk()), 9)
+    return (heard - plain) / calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--interval", type=int, default=10, help="steps between comparisons")
+    parser.add_argument("--collectives", type=int, default=100, help="of a step: FSDP2 makes about three a layer")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-
-    import torch
 
     from anychip.model.decoder import Decoder
     from anychip.model.init import init_parameters
     from anychip.recipe.schema import GuardConfig, OptimizerConfig
     from anychip.train.copies import digest
     from anychip.train.guard import Guard
-    from anychip.train.heartbeat import PHASES, Heartbeat
     from anychip.train.optimizer import Optimizer
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -55,7 +88,8 @@ def main() -> None:
     digests = median_seconds(lambda: torch.stack([digest(tensor) for tensor in state]), arguments.rounds)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         heartbeat = Heartbeat(Path(folder), 0)
-        beats = median_seconds(lambda: [heartbeat.beat(phase) for phase in PHASES], 100)
+        beats = median_seconds(lambda: step_of_beats(heartbeat), 200)
+        listening = listening_seconds(heartbeat) * arguments.collectives
         heartbeat.close()
     guard = Guard(GuardConfig(explosion=5.0))
     judging = median_seconds(lambda: guard.judge(1.0, 1.0), 200)
@@ -64,7 +98,8 @@ def main() -> None:
     print("| what | seconds | share of training |\n|---|---|---|")
     rows = [
         (f"digests of all state, every {arguments.interval} steps", digests, digests / arguments.interval),
-        ("heartbeats of a step", beats, beats),
+        ("heartbeats of a step and its own time", beats, beats),
+        (f"listening to {arguments.collectives} collectives of a step", listening, listening),
         ("judging a step", judging, judging),
     ]
     for what, seconds, a_step in rows:

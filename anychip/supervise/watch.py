@@ -38,6 +38,7 @@ class Beat:
     phase: str
     at: float
     stage: int = 0  # of the pipeline
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ def read_beat(path: Path) -> Beat | None:
     """The line that a process keeps; None while there is none."""
     try:
         row = json.loads(path.read_bytes())
-        at, stage = float(row["at"]), int(row.get("stage", 0))
-        return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), at, stage)
+        at, stage, node = float(row["at"]), int(row.get("stage", 0)), str(row.get("node", ""))
+        return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), at, stage, node)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from anychip.train.own_time import OwnTime, clock_of
 
 FOLDER_VARIABLE = "ANYCHIP_HEARTBEATS"
 PHASES = ("data", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save")
-_LINE_BYTES = 256
+_LINE_BYTES, _NODE_CHARACTERS = 256, 64
 
 
 class Heartbeat:
@@ -39,6 +40,7 @@ class Heartbeat:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self._node = platform.node()[:_NODE_CHARACTERS]
         path = folder / f"rank-{rank:05d}"
         self._page = PageWriter(path.with_suffix(".work"))
         self._own_time = OwnTime(clock_of(device or torch.device("cpu")))
@@ -79,6 +81,7 @@ class Heartbeat:
             "phase": phase,
             "at": time.monotonic(),
             "stage": self._stage,
+            "node": self._node,
         }
         os.pwrite(self._descriptor, json.dumps(beat).ljust(_LINE_BYTES - 1).encode() + b"\n", 0)
         self._own_time.begin_phase(phase)
