@@ -1,4 +1,4 @@
-"""What watching costs: comparing copies, heartbeats, listening to collectives and judging, beside the step they belong to.
+"""What watching costs, beside the step it belongs to: comparing copies, heartbeats, listening to collectives, judging.
 
 Prints a Markdown table of medians. Run it on an idle machine.
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--interval", type=int, default=10, help="steps between comparisons")
-    parser.add_argument("--collectives", type=int, default=100, help="of a step: FSDP2 makes about three a layer")
+    parser.add_argument("--collectives", type=int, default=30, help="of a step: FSDP2 makes three a layer")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
 

@@ -27,8 +27,13 @@ class PageWriter:
         with path.open("w+b") as handle:
             handle.truncate(_SIZE)
             self._memory = mmap.mmap(handle.fileno(), _SIZE)
+        self._last: Message | None = None
 
     def write_message(self, message: Message) -> None:
+        if message is self._last:  # begun before, waited for now
+            self._memory[0] = 1
+            return
+        self._last = message
         operation, group = message.operation.encode(), message.group.encode()
         _MESSAGE.pack_into(self._memory, 0, True, message.number, message.bytes, operation, group)
 
