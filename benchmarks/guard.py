@@ -1,4 +1,4 @@
-"""What watching costs: comparing copies, replays, heartbeats and judging, beside the step they belong to.
+"""What watching costs, beside the step it belongs to: comparing copies, replays, heartbeats, listening, judging.
 
 Prints Markdown tables of medians; steps with and without a replay alternate. A step here is one micro-batch, which is
 when a replay costs most: of a step of n micro-batches it is the n-th part. Run it on an idle machine, or with --busy,
@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from training import SHAPES, Shape, model_config
+
+from anychip.train.heartbeat import PHASES, Heartbeat
 
 Clock = Callable[[], float]
 REPLAY_INTERVALS = (10, 50, 100, 200, 500, 1000)
@@ -40,8 +43,6 @@ def median_seconds(clock: Clock, rounds: int, work: Callable[[], object]) -> flo
 
 def steps_of(shape: Shape, dtype_name: str):
     """A whole step of one micro-batch by anychip, with a replay or without, and the state that digests read."""
-    import torch
-
     from anychip.chips.backend import detect_backend
     from anychip.data.batch import Batch
     from anychip.model.init import init_tensor
@@ -50,7 +51,6 @@ def steps_of(shape: Shape, dtype_name: str):
     from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig
     from anychip.train.engine import Engine
     from anychip.train.guard import Guard
-    from anychip.train.heartbeat import Heartbeat
     from anychip.train.job import TrainingJob
     from anychip.train.optimizer import Optimizer
     from anychip.train.precision import compute_dtype
@@ -96,21 +96,51 @@ def steps_of(shape: Shape, dtype_name: str):
     return step, state
 
 
+def step_of_beats(heartbeat: Heartbeat) -> None:
+    heartbeat.begin_step(1)
+    for phase in PHASES[1:]:
+        heartbeat.beat(phase)
+
+
+def listening_seconds(clock: Clock, heartbeat: Heartbeat, calls: int = 2000) -> float:
+    """What is added to one collective that is begun and waited for: here by one process that sends nothing."""
+    import torch.distributed as dist
+
+    class Work:
+        def wait(self) -> None: ...
+
+    class Group:
+        group_desc = "mesh_shard"
+
+        def allreduce(self, tensors: list[torch.Tensor]) -> Work:
+            return Work()
+
+    tensor, group = [torch.ones(1)], Group()
+
+    def talk() -> None:
+        for _ in range(calls):
+            group.allreduce(tensor).wait()
+
+    plain = median_seconds(clock, 9, talk)
+    dist.ProcessGroup, dist.Work = Group, Work  # so that they are heard
+    with heartbeat.listening("one process"):
+        heard = median_seconds(clock, 9, lambda: (heartbeat.begin_step(1), talk()))
+    return (heard - plain) / calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--interval", type=int, default=10, help="steps between comparisons")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--collectives", type=int, default=30, help="of a step: FSDP2 makes three a layer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--busy", action="store_true", help="the machine has other work: one thread, CPU time")
     arguments = parser.parse_args()
 
-    import torch
-
     from anychip.recipe.schema import GuardConfig
     from anychip.train.copies import digest
     from anychip.train.guard import Guard
-    from anychip.train.heartbeat import PHASES, Heartbeat
 
     clock = time.process_time if arguments.busy else time.perf_counter
     torch.set_num_threads(1 if arguments.busy else os.cpu_count() or 1)
@@ -122,7 +152,8 @@ def main() -> None:
     digests = median_seconds(clock, arguments.rounds, lambda: torch.stack([digest(tensor) for tensor in state]))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         heartbeat = Heartbeat(Path(folder), 0)
-        beats = median_seconds(clock, 100, lambda: [heartbeat.beat(phase) for phase in PHASES])
+        beats = median_seconds(clock, 200, lambda: step_of_beats(heartbeat))
+        listening = listening_seconds(clock, heartbeat) * arguments.collectives
         heartbeat.close()
     guard = Guard(GuardConfig(explosion=5.0))
     judging = median_seconds(clock, 200, lambda: guard.judge(1.0, 1.0))
@@ -131,7 +162,8 @@ def main() -> None:
     print("| what | seconds | share of training |\n|---|---|---|")
     rows = [
         (f"two digests of all state, every {arguments.interval} steps", 2 * digests, 2 * digests / arguments.interval),
-        ("heartbeats of a step", beats, beats),
+        ("heartbeats of a step and its own time", beats, beats),
+        (f"listening to {arguments.collectives} collectives of a step", listening, listening),
         ("judging a step", judging, judging),
     ]
     for what, seconds, a_step in rows:

@@ -86,7 +86,7 @@ class Processes:
 
     def new_control_group(self) -> dist.ProcessGroup | None:
         """A gloo group of all processes, for one user alone; None for one process."""
-        return dist.new_group(backend="gloo") if self.layout.world_size > 1 else None
+        return dist.new_group(backend="gloo", group_desc="saving") if self.layout.world_size > 1 else None
 
     def rows(self, global_batch_size: int, micro_batch_size: int, seq_length: int) -> range:
         """Rows of the global batch that this process reads."""

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from anychip.model.decoder import Decoder, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
+from anychip.parallel.messages import telling
 
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 _ROWS = ("self_attn.o_proj", "mlp.down_proj")
@@ -46,9 +47,11 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     """Every process's `part`, put together as `like` is; called by all that share it."""
     if not isinstance(like, DTensor):
         return part
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    ).full_tensor()
+    axes = ", ".join(like.device_mesh.mesh_dim_names or ())
+    with telling("all_gather", axes, part.nbytes):
+        return DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        ).full_tensor()
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:

@@ -12,6 +12,7 @@ EXIT_STOPPED = 130
 _LONGEST_WAIT_SECONDS = 60.0
 _STRIKES, _STRIKE_SECONDS = 3, 600.0
 _SAME_ERROR = 2
+OUT_OF_MEMORY_CODES = (-9, -6, 1)  # killed by the kernel, aborted by C++, ended by an exception
 
 
 def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
@@ -19,9 +20,9 @@ def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
     known = {EXIT_BAD_INPUT: "bad_input", EXIT_UNFIT: "unfit", EXIT_STOPPED: "preempted"}
     if code in known:
         return known[code]
-    if code < 0:
-        return "oom" if code == -9 and out_of_memory else "crash"
-    return "error"
+    if out_of_memory and code in OUT_OF_MEMORY_CODES:
+        return "oom"
+    return "crash" if code < 0 else "error"
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Policy:
         progressed = step > self._best_step
         self._best_step = max(step, self._best_step)
         self._without_progress = 0 if progressed else self._without_progress + 1
-        self._errors = self._errors + 1 if kind == "error" and not progressed else int(kind == "error")
+        repeats = kind in ("error", "oom")  # what comes again without progress would come for ever
+        self._errors = self._errors + 1 if repeats and not progressed else int(repeats)
         if kind in ("bad_input", "unfit", "preempted") or self._errors >= _SAME_ERROR:
             return "stop"
         if self._without_progress > self.budget:

@@ -1,67 +1,142 @@
-"""A run in sentences: how far it came, what went wrong, and what to do now."""
+"""A run in sentences: how far it came, what went wrong, who is slow, and what to do now.
+
+Everything is read as it was left, torn lines and all, by whoever was killed while writing it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
-from anychip.supervise.watch import Beat, process_state, read_beat
+from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
+from anychip.train.heartbeat_page import read_message
 
 _SHOWN = 5
 _LEMON = 3
+_TAIL_BYTES = 1 << 16
+_AGAIN = "Start it again: it goes on from the newest good checkpoint."
+_CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", "connectFullMesh", "Broken pipe")
 
 
 def explain(run: RunDirectory) -> str:
     """Text for a person. Raises InputError when `run` is no run directory."""
-    recipe = run.read_recipe()
+    steps = run.read_recipe().training.steps
+    if _is_done(run):
+        return "\n".join([f"{run.root}: training ended at step {steps} of {steps}.", *_history(run), "Nothing to do."])
     incidents = read_incidents(run.logs / LOG_NAME)
-    parts = [_progress(run, recipe.training.steps), _now(run), *_incidents(incidents), *_guard(run)]
-    return "\n".join([*(part for part in parts if part), _advice(run, incidents, recipe.training.steps)])
+    parts = [_progress(run), *_processes(run, incidents), *_history(run)]
+    return "\n".join([*parts, f"What to do: {_advice(run, incidents)}"])
 
 
-def _progress(run: RunDirectory, steps: int) -> str:
+def _is_done(run: RunDirectory) -> bool:
+    try:
+        return run.finished("train") is not None
+    except (OSError, ValueError):  # a torn marker is none
+        return False
+
+
+def _progress(run: RunDirectory) -> str:
     saved = complete_steps(run.checkpoints)
-    if run.finished("train"):
-        return f"{run.root}: training ended at step {steps} of {steps}."
     newest = f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint"
-    return f"{run.root}: training stands before step {steps}; {newest}."
+    rows = [row for row in _rows(run.logs / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    logged = f"the log ends at step {rows[-1]['step']} ({_written(run.logs / 'metrics.jsonl')})" if rows else "no log"
+    return f"{run.root}: training is not done; {newest}; {logged}."
 
 
-def _now(run: RunDirectory) -> str:
-    """What the newest generation's processes are doing, from the last line of each."""
-    if run.finished("train"):
-        return ""
+def _history(run: RunDirectory) -> list[str]:
+    incidents = read_incidents(run.logs / LOG_NAME)
+    slow = [incident for incident in incidents if incident.kind == "slow"]
+    ends = [incident for incident in incidents if incident.kind != "slow"]
+    return [*_incidents(ends), *_slow(slow), *_guard(run)]
+
+
+def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
+    """What the newest generation's processes are doing, or what they left."""
     folders = sorted((run.logs / "heartbeats").glob("generation-*"))
-    beats = [beat for path in sorted(folders[-1].glob("rank-*")) if (beat := read_beat(path))] if folders else []
+    paths = [path for path in sorted(folders[-1].glob("rank-*")) if not path.suffix] if folders else []
+    beats = {path: beat for path in paths if (beat := read_beat(path)) is not None}
     if not beats:
-        return ""
-    alive = [beat for beat in beats if process_state(beat.pid) not in ("", "Z") and _is_ours(beat)]
-    if not alive:
-        last = max(beats, key=lambda beat: beat.at)
-        return f"No process of it is alive here; the last word was step {last.step}, {last.phase}, of rank {last.rank}."
+        return _ranks_logs(run) if not incidents else []
+    alive = [beat for beat in beats.values() if _is_alive(beat)]
+    if alive:
+        return [_living(alive, len(beats))]
+    number = folders[-1].name.removeprefix("generation-")
+    if any(incident.kind != "slow" and f"{incident.generation:04d}" == number for incident in incidents):
+        return []  # how it ended was written down
+    if all(beat.node not in ("", platform.node()) for beat in beats.values()):
+        nodes = ", ".join(sorted({beat.node for beat in beats.values()})[:_SHOWN])
+        return [f"Its processes are those of {nodes}, not of this host; {_last_word(beats)}."]
+    return [_unwatched_end(beats), *_ranks_logs(run)]
+
+
+def _living(alive: Sequence[Beat], of: int) -> str:
     behind = min(alive, key=lambda beat: (beat.step, beat.at))
     silent = time.monotonic() - max(beat.at for beat in alive)
     return (
-        f"{len(alive)} of {len(beats)} processes are alive; the furthest behind is rank {behind.rank} in step "
+        f"{len(alive)} of {of} processes are alive here; the furthest behind is rank {behind.rank} in step "
         f"{behind.step}, {behind.phase}; the last word came {silent:.0f} s ago."
     )
 
 
-def _is_ours(beat: Beat) -> bool:
-    """Whether the process of this number is still the one that beat, and not a later one of the same number."""
+def _unwatched_end(beats: dict[Path, Beat]) -> str:
+    """All are gone and nobody wrote why: whoever watches them was killed too, or the host went down."""
+    path = min(beats, key=lambda path: (beats[path].step, beats[path].rank))
+    behind, collective = beats[path], describe_last(read_message(path.with_suffix(".work")))
+    return (
+        f"No process of it is alive here, and nobody wrote down why: whoever watched was killed as well, or the host "
+        f"went down; {_last_word(beats)}. The furthest behind was rank {behind.rank}{_on(behind)} in step "
+        f"{behind.step}, {behind.phase}" + (f"; its last collective: {collective}." if collective else ".")
+    )
+
+
+def _last_word(beats: dict[Path, Beat]) -> str:
+    path = max(beats, key=_modified)
+    last = beats[path]
+    return f"the last word is of {_written(path)}: rank {last.rank}{_on(last)} in step {last.step}, {last.phase}"
+
+
+def _on(beat: Beat) -> str:
+    return f" on {beat.node}" if beat.node else ""
+
+
+def _is_alive(beat: Beat) -> bool:
+    """Whether the process that beat is there still, and not a later one of the same number."""
+    if beat.node not in ("", platform.node()) or process_state(beat.pid) in ("", "Z"):
+        return False
     try:
         return b"anychip" in Path(f"/proc/{beat.pid}/cmdline").read_bytes()
     except OSError:
         return False
 
 
-def _incidents(incidents: list[Incident]) -> list[str]:
+def _ranks_logs(run: RunDirectory) -> list[str]:
+    """The last error that a process wrote for itself, rather than for the loss of a fellow."""
+    last = [(path, line) for path in sorted((run.logs / "ranks").glob("rank-*.log")) if (line := _last_error(path))]
+    causes = [(path, line) for path, line in last if not any(word in line for word in _CONSEQUENCES)]
+    if not last:
+        return []
+    path, line = (causes or last)[0]
+    return [f"{path.stem.replace('-', ' ', 1)} wrote last ({_written(path)}): {line}"]
+
+
+def _last_error(path: Path) -> str:
+    """The last line that names an error."""
+    lines = [line.strip() for line in _tail(path).splitlines()]
+    found = [line for line in lines if "Error" in line or line.startswith("anychip: ")]
+    return found[-1][:400] if found else ""
+
+
+def _incidents(incidents: Sequence[Incident]) -> list[str]:
     if not incidents:
         return ["No incident was recorded."]
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(i.kind for i in incidents).most_common())
@@ -71,41 +146,97 @@ def _incidents(incidents: list[Incident]) -> list[str]:
     return [*lines, "  It was here:", *(f"    {frame}" for frame in stack[:6])] if stack else lines
 
 
+def _slow(found: Sequence[Incident]) -> list[str]:
+    """The newest finding about each process that was slow."""
+    newest = {(incident.node, incident.rank): incident for incident in found}
+    return [f"Slow: {incident.sentence()}" for incident in list(newest.values())[-_SHOWN:]]
+
+
 def _guard(run: RunDirectory) -> list[str]:
     rows = _rows(run.logs / "guard.jsonl")
     if not rows:
         return []
     last = rows[-1]
     text = f"{len(rows)} steps were judged bad; the last: step {last.get('step')}, {last.get('problem')}."
-    documents = last.get("documents") or []
-    return [text, f"  Its documents: {', '.join(map(str, documents[:_SHOWN]))}"] if documents else [text]
+    documents = last.get("documents")
+    if not isinstance(documents, list) or not documents:
+        return [text]
+    return [text, f"  Its documents: {', '.join(map(str, documents[:_SHOWN]))}"]
 
 
-def _advice(run: RunDirectory, incidents: list[Incident], steps: int) -> str:
-    if run.finished("train"):
-        return "Nothing is to be done."
+def _advice(run: RunDirectory, incidents: Sequence[Incident]) -> str:
     worst = Counter((i.node, i.rank) for i in incidents if i.kind in ("crash", "hang")).most_common(1)
     if worst and worst[0][1] >= _LEMON:
         (node, rank), count = worst[0]
-        return f"Rank {rank} on {node} failed {count} times: take its chip out and run `anychip doctor` there."
-    last = incidents[-1] if incidents else None
-    if last and last.kind in ("bad_input", "unfit", "error"):
-        detail = last.detail[-1] if last.detail else "see logs/ranks"
-        return f"Mend this before the next start: {detail}"
-    if last and last.kind == "oom":
-        return "Lower training.micro_batch_size, or set training.recompute=full."
-    return "Start it again: it goes on from the newest good checkpoint."
+        return f"rank {rank} on {node} failed {count} times: take its chip out and run `anychip doctor` there."
+    ends = [incident for incident in incidents if incident.kind != "slow"]
+    if ends and (advise := _ADVICE.get(ends[-1].kind)):
+        return advise(ends[-1])
+    slow = [incident for incident in incidents if incident.kind == "slow"]
+    if slow and not ends:
+        return f"look at {slow[-1].node}: `anychip doctor`, its clock and temperature, what else runs there. {_AGAIN}"
+    bad = _rows(run.logs / "guard.jsonl")
+    if bad and bad[-1].get("action") == "stop":
+        return "look at the documents above; start again with a lower learning rate or guard.on_bad_step=rollback."
+    return _AGAIN
+
+
+def _of_hang(incident: Incident) -> str:
+    if incident.state == "D":
+        return f"look at the disk and the device driver of {incident.node} (`dmesg`), for which it waited. {_AGAIN}"
+    if incident.phase == "data":
+        return f"see whether {incident.node} can still read the corpus. {_AGAIN}"
+    return _AGAIN
+
+
+def _of_crash(incident: Incident) -> str:
+    if incident.code == -9:
+        return f"find out who killed it (`dmesg` on {incident.node}, the scheduler's log). {_AGAIN}"
+    return f"run `anychip doctor` on {incident.node}. {_AGAIN}"
+
+
+def _of_mistake(incident: Incident) -> str:
+    return f"mend this before the next start: {incident.detail[-1] if incident.detail else 'see logs/ranks'}"
+
+
+_ADVICE: dict[str, Callable[[Incident], str]] = {
+    "hang": _of_hang,
+    "crash": _of_crash,
+    "bad_input": _of_mistake,
+    "unfit": _of_mistake,
+    "error": _of_mistake,
+    "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
+}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+    """The whole lines of JSON at the end of a file."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _tail(path).splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return handle.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _written(path: Path) -> str:
+    return datetime.fromtimestamp(_modified(path), timezone.utc).isoformat(timespec="seconds")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from anychip.supervise.stragglers import Slow
 
 LOG_NAME = "incidents.jsonl"
 
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, error, bad_input, unfit or preempted. `action`: restart, shrink or stop."""
+    """`kind`: crash, oom, hang, slow, error, bad_input, unfit or preempted. `action`: restart, shrink, stop or none.
+
+    `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
+    `since`, and the others wait for it for a share `lost` of the time.
+    """
 
     kind: str
     generation: int
@@ -30,24 +37,59 @@ class Incident:
     seconds: float = 0.0
     stack: list[str] = field(default_factory=list)
     detail: list[str] = field(default_factory=list)
+    collective: str = ""
+    since: int = 0
+    times: float = 0.0
+    lost: float = 0.0
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
-        return f"{self.time}: {place} {self._what()} {when}. {_DONE.get(self.action, self.action)}"
+        last = f" Its last collective: {self.collective}." if self.collective else ""
+        return f"{self.time}: {place} {self._what()} {when}.{last} {_DONE.get(self.action, self.action)}".strip()
 
     def _what(self) -> str:
         if self.kind == "hang":
             state = _STATES.get(self.state, "was running")
             return f"held up the others for {self.seconds:.0f} s; it {state}"
+        if self.kind == "slow":
+            return (
+                f"is slow: since step {self.since} it has taken {self.times:.1f} times as long as its fellows, who "
+                f"waited for it for {self.lost:.0%} of the time; seen"
+            )
         if self.kind == "oom":
-            return "was killed by the system for want of memory"
+            return f"ran out of memory{' and was killed by the system' if self.code == -signal.SIGKILL else ''}"
         if self.code is not None and self.code < 0:
-            return f"was killed by {signal.Signals(-self.code).name}"
+            return f"was killed by {_signal_name(-self.code)}"
         last = self.detail[-1] if self.detail else "no message"
         return f"ended with exit code {self.code} ({last})"
+
+
+def slow_incident(slow: Slow, generation: int, pid: int, node: str) -> Incident:
+    """Nothing follows from it: training goes on."""
+    return Incident(
+        kind="slow",
+        generation=generation,
+        rank=slow.rank,
+        pid=pid,
+        node=node,
+        step=slow.step,
+        phase=slow.phase,
+        code=None,
+        action="none",
+        since=slow.since,
+        times=round(slow.times, 2),
+        lost=round(slow.lost, 3),
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 _STATES = {
@@ -61,6 +103,7 @@ _DONE = {
     "restart": "All processes were started again from the newest checkpoint.",
     "shrink": "Its chip is left out; training went on with fewer processes.",
     "stop": "The run was stopped: starting again would not help.",
+    "none": "Training goes on.",
 }
 
 
@@ -73,14 +116,48 @@ def record(path: Path, incident: Incident) -> None:
 
 
 def read_incidents(path: Path) -> list[Incident]:
-    """All whole lines; a torn or foreign one is left out."""
+    """All whole lines; a torn or foreign one is left out, and so is what a newer release says beside."""
     if not path.is_file():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row: dict[str, Any] = json.loads(line)
-            found.append(Incident(**row))
-        except (ValueError, TypeError):
-            continue
-    return found
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [incident for line in lines if (incident := _read(line)) is not None]
+
+
+def _read(line: str) -> Incident | None:
+    try:
+        row: Any = json.loads(line)
+        known = {name: row[name] for name in _FIELDS if name in row}
+        incident = Incident(**known)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return incident if all(_FIELDS[name](value) for name, value in known.items()) else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_lines(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_code(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
+_KINDS_OF_VALUES = {
+    "str": _is_text,
+    "int": _is_count,
+    "float": _is_number,
+    "list[str]": _is_lines,
+    "int | None": _is_code,
+}
+_FIELDS = {field.name: _KINDS_OF_VALUES[str(field.type)] for field in fields(Incident)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import sys
@@ -19,7 +18,8 @@ from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import EXIT_STOPPED, Policy, kind_of_exit, listed
-from anychip.supervise.incidents import LOG_NAME, Incident, record
+from anychip.supervise.incidents import LOG_NAME, Incident, record, slow_incident
+from anychip.supervise.out_of_memory import MemoryKills
 from anychip.supervise.processes import Death, Generation, train_command
 from anychip.supervise.watch import Beat, Hang, Watch, read_beat
 
@@ -84,6 +84,7 @@ class _Supervisor:
             lambda count: _possible(recipe, count),
         )
         self._passed_on = 0
+        self._memory = MemoryKills()
 
     def run(self) -> None:
         number = _next_number(self._run)
@@ -101,8 +102,7 @@ class _Supervisor:
                 generation.kill()
             if incident is None:
                 return
-            record(self._run.logs / LOG_NAME, incident)
-            print(incident.sentence(), file=sys.stderr, flush=True)
+            self._note(incident)
             if incident.action == "stop":
                 raise _failure(incident)
             if incident.action == "shrink":
@@ -128,8 +128,15 @@ class _Supervisor:
                     return self._died(generation, watch, death)
                 if silence is not None:
                     return self._hung(generation, watch, watch.hang(silence))
+                for slow in watch.stragglers():
+                    pid = generation.processes[slow.rank].pid
+                    self._note(slow_incident(slow, generation.number, pid, platform.node()))
                 self._pass_on_requests(generation)
                 time.sleep(_POLL_SECONDS)
+
+    def _note(self, incident: Incident) -> None:
+        record(self._run.logs / LOG_NAME, incident)
+        print(incident.sentence(), file=sys.stderr, flush=True)
 
     def _pass_on_requests(self, generation: Generation) -> None:
         """The first request lets every process save and leave; a second one ends them."""
@@ -145,7 +152,8 @@ class _Supervisor:
             raise RunFailed("Stopped between two starts.", EXIT_STOPPED, do="Run it again to continue.")
 
     def _died(self, generation: Generation, watch: Watch, death: Death) -> Incident:
-        kind = kind_of_exit(death.code, out_of_memory=_was_out_of_memory(death.pid))
+        lines = _last_lines(generation.logs[death.rank])
+        kind = kind_of_exit(death.code, out_of_memory=self._memory.ran_out(death.pid, death.code, lines))
         if self._stop.requests and death.code < 0:
             kind = "preempted"
         beat = read_beat(generation.heartbeats / f"rank-{death.rank:05d}")
@@ -171,6 +179,7 @@ class _Supervisor:
             seconds=round(hang.seconds, 1) if hang else 0.0,
             stack=list(hang.stack) if hang else [],
             detail=_last_lines(generation.logs[beat.rank]),
+            collective=hang.collective if hang else "",
         )
 
 
@@ -201,23 +210,6 @@ def _last_lines(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     begun = max((at for at, line in enumerate(lines) if line.startswith("--- generation ")), default=-1)
     return [line for line in lines[begun + 1 :] if line.strip()][-_LAST_LINES:]
-
-
-def _was_out_of_memory(pid: int) -> bool:
-    """Whether the kernel says in its log that it killed this process for want of memory; unknown counts as no."""
-    try:
-        log = Path("/dev/kmsg").open("rb", buffering=0)  # noqa: SIM115
-    except OSError:
-        return False
-    with log:
-        os.set_blocking(log.fileno(), False)
-        try:
-            while line := log.read(8192):
-                if b"Killed process %d " % pid in line:
-                    return True
-        except OSError:
-            pass
-    return False
 
 
 @contextmanager

@@ -6,12 +6,15 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anychip.parallel.messages import Message
 from anychip.supervise.processes import Generation
+from anychip.supervise.stragglers import Slow, Stragglers
 from anychip.train.heartbeat import PHASES
+from anychip.train.heartbeat_page import read_message, read_steps
 
 # A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
 _LEAST_SECONDS, _STEPS = 4.0, 3.0
@@ -19,6 +22,10 @@ _START_SECONDS = 600.0  # until the first step is made: imports, compilation, re
 _LONG_PHASES, _LONG_SECONDS = ("evaluate", "save"), 120.0
 _STACK_SECONDS, _POLL_SECONDS = 0.8, 0.05
 _RECENT_STEPS = 100
+_FRAMES = 40
+_INNERMOST = 3  # frames that tell what a thread is doing, rather than why
+_COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
+_WAITED_FOR = "which the training thread waits for:"
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,20 @@ class Beat:
     step: int
     phase: str
     at: float
+    stage: int = 0  # of the pipeline
+    node: str = ""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """Silence of `seconds`; `beat` is the last of the process that caused it, `state` its state by the kernel."""
+    """Silence of `seconds`; `beat` is the last of the process that caused it, `state` its state by the kernel,
+    `collective` the last one it began, in words."""
 
     beat: Beat
     state: str
     seconds: float
     stack: tuple[str, ...]
+    collective: str = ""
 
 
 class Watch:
@@ -50,11 +61,13 @@ class Watch:
         self._newest = time.monotonic()
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_began = (0, 0.0)
+        self._stragglers: Stragglers | None = None
+        self._steps_read = [0] * len(generation.processes)
         self.step = 0
 
     def beats(self) -> list[Beat]:
-        paths = [self._generation.heartbeats / f"rank-{rank:05d}" for rank in range(len(self._generation.processes))]
-        return [beat for path in paths if (beat := read_beat(path)) is not None]
+        ranks = range(len(self._generation.processes))
+        return [beat for rank in ranks if (beat := read_beat(self._path(rank))) is not None]
 
     def silence(self) -> float | None:
         """Seconds since any process said anything, when that is too long."""
@@ -81,49 +94,82 @@ class Watch:
         limit = max(_LEAST_SECONDS, _STEPS * usual)
         return max(limit, _LONG_SECONDS) if any(beat.phase in _LONG_PHASES for beat in beats) else limit
 
+    def stragglers(self) -> list[Slow]:
+        """Processes found to be slower than their fellows since the last call."""
+        if self._stragglers is None:
+            beats = self.beats()
+            if len(beats) < len(self._generation.processes):
+                return []
+            self._stragglers = Stragglers([beat.stage for beat in beats])
+        found = []
+        for rank, after in enumerate(self._steps_read):
+            for row in read_steps(self._path(rank, ".work"), after):
+                self._steps_read[rank] = row.number
+                found += self._stragglers.take(rank, row)
+        return found
+
+    def _path(self, rank: int, suffix: str = "") -> Path:
+        return self._generation.heartbeats / f"rank-{rank:05d}{suffix}"
+
     def hang(self, seconds: float) -> Hang:
         """Find the cause of a silence. Processes write their stacks, for which stopped ones are woken."""
         beats = self.beats()
         states = {beat.rank: process_state(beat.pid) for beat in beats}
+        messages = {beat.rank: read_message(self._path(beat.rank, ".work")) for beat in beats}
+        dumped = {beat.rank: _size(self._path(beat.rank, ".stack")) for beat in beats}
         self._generation.signal(signal.SIGUSR1)
         self._generation.signal(signal.SIGCONT)
-        stacks = self._stacks([beat.rank for beat in beats])
+        stacks = self._stacks(dumped)
         missing = [rank for rank in range(len(self._generation.processes)) if rank not in states]
         if missing:  # one that never came to training
             pid = self._generation.processes[missing[0]].pid
             return Hang(Beat(missing[0], pid, 0, "start", 0.0), process_state(pid), seconds, ())
-        cause = culprit(beats, states, stacks)
-        return Hang(cause, states[cause.rank], seconds, tuple(stacks[cause.rank]))
+        waits = {rank: waits_for_others(messages[rank], stacks[rank]) for rank in states}
+        cause = culprit(beats, states, waits)
+        stack, collective = tuple(stacks[cause.rank]), describe_last(messages[cause.rank])
+        return Hang(cause, states[cause.rank], seconds, stack, collective)
 
-    def _stacks(self, ranks: Sequence[int]) -> dict[int, list[str]]:
-        """What each process wrote; one that cannot write leaves an empty list when the time is over."""
+    def _stacks(self, dumped: Mapping[int, int]) -> dict[int, list[str]]:
+        """What each process wrote after so many bytes; one that cannot write leaves an empty list when the time is
+        over."""
         deadline = time.monotonic() + _STACK_SECONDS
         while True:
-            folder = self._generation.heartbeats
-            stacks = {rank: training_stack(folder / f"rank-{rank:05d}.stack") for rank in ranks}
+            stacks = {rank: training_stack(self._path(rank, ".stack"), after) for rank, after in dumped.items()}
             if all(stacks.values()) or time.monotonic() > deadline:
                 return stacks
             time.sleep(_POLL_SECONDS)
 
 
-def culprit(beats: Sequence[Beat], states: dict[int, str], stacks: dict[int, list[str]]) -> Beat:
+def culprit(beats: Sequence[Beat], states: Mapping[int, str], waits: Mapping[int, bool]) -> Beat:
     """The process that the others wait for: one that the kernel holds, else one that waits for nobody, else the one
     furthest behind."""
 
     def key(beat: Beat) -> tuple[bool, bool, int, int, int]:
-        waits = any("torch/distributed" in frame for frame in stacks[beat.rank])
         phase = PHASES.index(beat.phase) if beat.phase in PHASES else 0
-        return states[beat.rank] not in ("T", "t", "D", "Z", ""), waits, beat.step, phase, beat.rank
+        return states[beat.rank] not in ("T", "t", "D", "Z", ""), waits[beat.rank], beat.step, phase, beat.rank
 
     return min(beats, key=key)
+
+
+def waits_for_others(message: tuple[Message, bool] | None, stack: Sequence[str]) -> bool:
+    """Whether a process is inside a collective: it says so, or its innermost frames are PyTorch's for that."""
+    return bool(message and message[1]) or any(file in frame for frame in stack[:_INNERMOST] for file in _COLLECTIVES)
+
+
+def describe_last(message: tuple[Message, bool] | None) -> str:
+    """The last collective of a process in words; "" when there was none."""
+    if message is None:
+        return ""
+    return f"{message[0].describe()}, {'which it was in' if message[1] else 'which was over for it'}"
 
 
 def read_beat(path: Path) -> Beat | None:
     """The line that a process keeps; None while there is none."""
     try:
         row = json.loads(path.read_bytes())
-        return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), float(row["at"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        at, stage, node = float(row["at"]), int(row.get("stage", 0)), str(row.get("node", ""))
+        return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), at, stage, node)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -135,11 +181,16 @@ def process_state(pid: int) -> str:
         return ""
 
 
-def training_stack(path: Path, frames: int = 40) -> list[str]:
-    """The frames, innermost first, of the thread that trains, in the newest dump of faulthandler: threads are listed
-    newest first, so the one that trains is the last of them that knows this package."""
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def training_stack(path: Path, after: int = 0) -> list[str]:
+    """The frames, innermost first, of the thread that trains, in the newest dump of faulthandler that begins `after` so
+    many bytes: threads are listed newest first, so the one that trains is the last of them that knows this package.
+    Where it waits for the thread that reads data, the frames of that one come first."""
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_bytes()[after:].decode("utf-8", "replace")
     except OSError:
         return []
     threads: list[list[str]] = []
@@ -148,5 +199,17 @@ def training_stack(path: Path, frames: int = 40) -> list[str]:
             threads.append([])
         elif line.startswith("File ") and threads:
             threads[-1].append(line)
-    ours = [stack for stack in threads if any("run_training" in frame for frame in stack)]
-    return (ours or threads or [[]])[-1][:frames]
+    ours = [at for at, stack in enumerate(threads) if any("run_training" in frame for frame in stack)]
+    if not threads:
+        return []
+    trains = ours[-1] if ours else len(threads) - 1
+    stack = threads[trains]
+    if any("concurrent/futures" in frame for frame in stack[:_INNERMOST]):
+        stack = _reader(threads[:trains]) + stack
+    return stack[:_FRAMES]
+
+
+def _reader(threads: Sequence[Sequence[str]]) -> list[str]:
+    """The frames of the newest thread that is at work on a batch."""
+    at_work = [stack for stack in threads if any("anychip/data/" in frame for frame in stack)]
+    return [*at_work[-1], _WAITED_FOR] if at_work else []

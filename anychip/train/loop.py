@@ -105,9 +105,14 @@ def run_training(job: TrainingJob) -> int:
     damaged = DamagedData(job, bad_steps, processes)
     replay = Replay(job.guard, job.identity, engine, processes) if job.guard.replay_interval else None
     copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
-    heartbeat = Heartbeat.of_environment(processes.rank)
+    heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, device)
     peak = measure_matmul_flops(device, dtype) if is_writer else None
-    with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
+    with (
+        heartbeat.listening(processes.layout.describe()),
+        _stop_requests() as stop,
+        _Prefetch(job, step, cursor) as batches,
+        _bar(job, processes) as bar,
+    ):
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
         while step < job.steps:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anychip.parallel.messages import Message
 from anychip.supervise.decide import Policy, kind_of_exit
 from anychip.supervise.incidents import Incident, read_incidents, record
-from anychip.supervise.watch import Beat, culprit, read_beat, training_stack
+from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
 
 def policy(budget: int = 20, processes: int = 4, fewest: int = 4) -> Policy:
@@ -85,23 +86,32 @@ def beat(rank: int, step: int, phase: str) -> Beat:
     return Beat(rank, 100 + rank, step, phase, 0.0)
 
 
-WAITS = ['File "site-packages/torch/distributed/distributed_c10d.py", line 3 in all_reduce']
-
-
 def test_a_stopped_process_is_the_culprit() -> None:
     beats = [beat(0, 5, "reduce"), beat(1, 5, "reduce"), beat(2, 5, "reduce")]
-    stacks = {0: WAITS, 1: WAITS, 2: WAITS}
-    assert culprit(beats, {0: "S", 1: "S", 2: "T"}, stacks).rank == 2
+    assert culprit(beats, {0: "S", 1: "S", 2: "T"}, dict.fromkeys(range(3), True)).rank == 2
+    assert culprit(beats, {0: "D", 1: "S", 2: "S"}, dict.fromkeys(range(3), True)).rank == 0
 
 
 def test_else_the_one_that_does_not_wait_for_others() -> None:
     beats = [beat(0, 5, "forward_backward"), beat(1, 5, "forward_backward")]
-    assert culprit(beats, {0: "S", 1: "R"}, {0: WAITS, 1: ['File "model.py", line 9 in forward']}).rank == 1
+    assert culprit(beats, {0: "S", 1: "R"}, {0: True, 1: False}).rank == 1
 
 
 def test_else_the_one_furthest_behind() -> None:
     beats = [beat(0, 5, "reduce"), beat(1, 5, "data"), beat(2, 6, "data")]
-    assert culprit(beats, {0: "S", 1: "S", 2: "S"}, {0: WAITS, 1: WAITS, 2: WAITS}).rank == 1
+    assert culprit(beats, {0: "S", 1: "S", 2: "S"}, dict.fromkeys(range(3), True)).rank == 1
+
+
+def test_a_process_waits_when_it_says_so_or_when_its_innermost_frames_do() -> None:
+    message = Message(3, "all_reduce", "tensor", 4)
+    waits = 'File "site-packages/torch/distributed/distributed_c10d.py", line 3 in all_reduce'
+    computes = 'File "model.py", line 9 in forward'
+    schedule = 'File "site-packages/torch/distributed/pipelining/schedules.py", line 5 in step'
+    assert waits_for_others((message, True), [computes])
+    assert waits_for_others(None, [waits, computes])
+    assert not waits_for_others((message, False), [computes, schedule])  # a stage is called by its schedule
+    assert describe_last(None) == ""
+    assert describe_last((message, True)) == "all_reduce number 3 over tensor, 4 bytes, which it was in"
 
 
 @given(st.binary(max_size=400))

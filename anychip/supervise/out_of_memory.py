@@ -1,0 +1,66 @@
+"""Whether a process ended for want of memory: by the kernel's word, its control group's, or its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+# MemoryError and std::bad_alloc of the host; what PyTorch says of the host's and of a device's memory.
+_SAID = re.compile(r"\bMemoryError\b|OutOfMemoryError|std::bad_alloc|[Oo]ut of memory|[Cc]an(?:'t|not) allocate memory")
+_CGROUPS = Path("/sys/fs/cgroup")
+_RECORD_BYTES = 8192
+
+
+class MemoryKills:
+    """Remembers what the control group has counted so far, so that a new kill is told from an old one."""
+
+    def __init__(self, events: Path | None = None, kernel_log: Path = Path("/dev/kmsg")) -> None:
+        self._events, self._kernel_log = events or own_events(), kernel_log
+        self._count = kills(self._events)
+
+    def ran_out(self, pid: int, code: int, lines: Iterable[str]) -> bool:
+        """`lines` are the last ones that the process wrote. Unknown counts as no."""
+        if code != -signal.SIGKILL:
+            return any(_SAID.search(line) for line in lines)
+        before, self._count = self._count, kills(self._events)
+        return self._count > before or killed_by_kernel(pid, self._kernel_log)
+
+
+def own_events(membership: Path = Path("/proc/self/cgroup")) -> Path | None:
+    """The file in which the control group (version 2) of this process counts what its memory limit did."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    group = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    return None if group is None else _CGROUPS / group / "memory.events"
+
+
+def kills(events: Path | None) -> int:
+    """Processes of a control group that were killed at its memory limit; 0 where nobody counts."""
+    try:
+        lines = events.read_text().splitlines() if events else []
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
+    return int(found[0]) if found and found[0].isdigit() else 0
+
+
+def killed_by_kernel(pid: int, log: Path) -> bool:
+    """Whether the kernel's log, where it may be read, says that it killed this process."""
+    try:
+        descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        while record := os.read(descriptor, _RECORD_BYTES):  # one record each time
+            if re.search(rb"Killed process %d\b" % pid, record):
+                return True
+    except OSError:  # no more for now, or records that were overwritten meanwhile
+        pass
+    finally:
+        os.close(descriptor)
+    return False

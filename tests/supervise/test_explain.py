@@ -1,0 +1,197 @@
+"""What is left of a run becomes sentences: which rank, which node, what, since when, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_run import write_tiny_recipe
+
+from anychip.parallel.messages import Message
+from anychip.recipe import load_recipe
+from anychip.rundir import RunDirectory
+from anychip.supervise.explain import explain
+from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents, record, slow_incident
+from anychip.supervise.stragglers import Slow
+from anychip.train.heartbeat_page import PageWriter
+
+DEAD = 2**22 - 3  # no process has this number here
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run of which only its recipe and its log are left."""
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    run.write_recipe(load_recipe(write_tiny_recipe(tmp_path)))
+    run.logs.mkdir(parents=True)
+    rows = [{"step": step, "loss": 2.0} for step in range(1, 8)]
+    (run.logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "lo')
+    return run
+
+
+def incident(kind: str, **more: Any) -> Incident:
+    values = {
+        "generation": 3,
+        "rank": 5,
+        "pid": DEAD,
+        "node": "node-7",
+        "step": 41,
+        "phase": "reduce",
+        "code": None,
+        "action": "stop",
+        "time": "2026-03-01T10:00:00+00:00",
+    }
+    return Incident(kind, **{**values, **more})
+
+
+def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> None:
+    folder = run.logs / "heartbeats" / "generation-0003"
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {"rank": rank, "pid": DEAD, "step": step, "phase": phase, "at": time.monotonic(), "node": platform.node()}
+    (folder / f"rank-{rank:05d}").write_text(json.dumps({**row, **more}))
+
+
+@pytest.mark.parametrize(
+    ("left", "sentence", "advice"),
+    [
+        (
+            incident("hang", state="T", seconds=4.2, collective="all_reduce number 9 over tensor, which it was in"),
+            "rank 5 (process 4194301 on node-7) held up the others for 4 s; it was stopped by a signal in step 41, "
+            "phase reduce. Its last collective: all_reduce number 9 over tensor, which it was in.",
+            "Start it again",
+        ),
+        (incident("hang", state="D"), "it was waiting for a disk or a device", "device driver of node-7"),
+        (incident("hang", state="S", phase="data"), "phase data", "whether node-7 can still read the corpus"),
+        (incident("crash", code=-9), "was killed by SIGKILL", "who killed it"),
+        (incident("crash", code=-11), "was killed by SIGSEGV", "`anychip doctor` on node-7"),
+        (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
+        (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
+        (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
+        (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
+        (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
+        (incident("of tomorrow"), "rank 5", "Start it again"),
+    ],
+)
+def test_every_kind_of_incident_has_a_sentence(run: RunDirectory, left: Incident, sentence: str, advice: str) -> None:
+    record(run.logs / LOG_NAME, left)
+    text = explain(run)
+    assert "2026-03-01T10:00:00+00:00" in text and "node-7" in text
+    assert sentence in text
+    assert advice in text.splitlines()[-1]
+    assert text.splitlines()[-1].startswith("What to do: ")
+
+
+def test_one_that_fails_again_and_again_is_to_be_taken_out(run: RunDirectory) -> None:
+    for _ in range(3):
+        record(run.logs / LOG_NAME, incident("crash", code=-11))
+    assert "rank 5 on node-7 failed 3 times: take its chip out" in explain(run)
+
+
+def test_a_run_under_torchrun_is_explained_by_its_logs(run: RunDirectory) -> None:
+    (run.logs / "ranks").mkdir()
+    (run.logs / "ranks" / "rank-00000.log").write_text("RuntimeError: Connection reset by peer\n")
+    (run.logs / "ranks" / "rank-00001.log").write_text("Traceback\nValueError: it was this\nlast words\n")
+    text = explain(run)
+    assert "the log ends at step 7" in text
+    assert "rank 00001 wrote last" in text and "ValueError: it was this" in text
+    assert "No incident was recorded" in text
+
+
+def test_a_run_whose_supervisor_was_killed_is_explained_by_heartbeats(run: RunDirectory) -> None:
+    record(run.logs / LOG_NAME, incident("crash", generation=2, code=-9, action="restart"))
+    beat(run, 0, 50, "reduce")
+    beat(run, 1, 49, "optimizer")
+    writer = PageWriter(run.logs / "heartbeats" / "generation-0003" / "rank-00001.work")
+    writer.write_message(Message(77, "all_gather", "shard", 512))
+    writer.close()
+    text = explain(run)
+    assert "nobody wrote down why" in text
+    assert f"The furthest behind was rank 1 on {platform.node()} in step 49, optimizer" in text
+    assert "all_gather number 77 over shard, 512 bytes, which it was in" in text
+
+
+def test_processes_of_other_hosts_are_not_called_dead(run: RunDirectory) -> None:
+    beat(run, 0, 50, "reduce", node="elsewhere")
+    text = explain(run)
+    assert "those of elsewhere, not of this host" in text
+    assert "rank 0 on elsewhere in step 50, reduce" in text
+
+
+def test_living_processes_are_told_from_dead_ones(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat(run, 0, 50, "reduce", pid=os.getpid())
+    beat(run, 1, 50, "data")
+    monkeypatch.setattr("anychip.supervise.explain._is_alive", lambda beat: beat.pid == os.getpid())
+    assert "1 of 2 processes are alive here" in explain(run)
+
+
+def test_slow_processes_are_told_beside_what_ended_the_run(run: RunDirectory) -> None:
+    record(run.logs / LOG_NAME, slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
+    alone = explain(run)
+    assert "Slow: " in alone and "2.5 times as long as its fellows" in alone
+    assert "look at node-2" in alone.splitlines()[-1]
+    record(run.logs / LOG_NAME, incident("crash", code=-9))
+    assert "who killed it" in explain(run).splitlines()[-1]
+
+
+def test_a_stop_by_the_guard_names_documents(run: RunDirectory) -> None:
+    row = {"step": 9, "problem": "loss is nan", "action": "stop", "documents": ["words/3", "words/8"]}
+    (run.logs / "guard.jsonl").write_text(json.dumps(row) + "\n")
+    text = explain(run)
+    assert "step 9, loss is nan" in text and "words/3, words/8" in text
+    assert "look at the documents" in text.splitlines()[-1]
+
+
+def test_a_run_that_ended_needs_nothing(run: RunDirectory) -> None:
+    run.finish("train", {"steps": 12})
+    assert "training ended at step 12 of 12" in explain(run)
+    run.stage_marker("train").write_text('{"ste')
+    assert "training is not done" in explain(run)
+
+
+FILES = (
+    f"logs/{LOG_NAME}",
+    "logs/metrics.jsonl",
+    "logs/guard.jsonl",
+    "logs/ranks/rank-00000.log",
+    "logs/heartbeats/generation-0003/rank-00000",
+    "logs/heartbeats/generation-0003/rank-00000.work",
+    "stages/train.json",
+    "checkpoints/step-3/COMPLETE",
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(
+    ["kind", "rank", "pid", "step", "phase", "at", "node", "stage", "detail", "stack", "code", "documents", "problem"]
+)
+ROWS = st.dictionaries(NAMES, JSON, max_size=8).map(lambda row: json.dumps(row).encode())
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.dictionaries(st.sampled_from(FILES), st.binary(max_size=200) | ROWS, max_size=5))
+def test_whatever_is_left_there_is_a_text(run: RunDirectory, left: dict[str, bytes]) -> None:
+    for name in FILES:
+        path = run.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if name in left:
+            path.write_bytes(left[name])
+    assert str(run.root) in explain(run)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.dictionaries(NAMES, JSON, max_size=8))
+def test_a_line_with_anything_in_it_is_an_incident_or_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
+    whole = json.loads(json.dumps(vars(incident("crash"))))
+    path = tmp_path / "incidents.jsonl"
+    path.write_text(json.dumps({**whole, **more}))
+    assert all(isinstance(found.sentence(), str) for found in read_incidents(path))

@@ -1,0 +1,92 @@
+"""A process that ran out of memory is told from one that was killed, and not started again for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import finish, start, write_tiny_recipe
+
+from anychip.supervise.decide import Policy, kind_of_exit
+from anychip.supervise.out_of_memory import MemoryKills, kills, own_events
+
+
+def test_the_control_group_counts_kills(tmp_path: Path) -> None:
+    events, log = tmp_path / "memory.events", tmp_path / "kmsg"
+    events.write_text("low 0\nhigh 0\nmax 7\noom 2\noom_kill 2\noom_group_kill 0\n")
+    memory = MemoryKills(events, log)
+    assert not memory.ran_out(10, -9, [])
+    events.write_text("oom 3\noom_kill 3\n")
+    assert memory.ran_out(10, -9, [])
+    assert not memory.ran_out(10, -9, [])  # that kill is known
+
+
+def test_the_kernel_names_whom_it_killed(tmp_path: Path) -> None:
+    log = tmp_path / "kmsg"
+    log.write_text("3,1,2,-;Out of memory: Killed process 1234 (python) total-vm:9kB\n")
+    memory = MemoryKills(tmp_path / "none", log)
+    assert memory.ran_out(1234, -9, [])
+    assert not memory.ran_out(123, -9, [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "MemoryError",
+        "numpy.core._exceptions._ArrayMemoryError: Unable to allocate 8 GiB: Cannot allocate memory",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: ...",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "  what():  std::bad_alloc",
+    ],
+)
+def test_a_process_says_that_it_ran_out(tmp_path: Path, line: str) -> None:
+    memory = MemoryKills(tmp_path / "none", tmp_path / "none")
+    assert memory.ran_out(1, 1, ["Traceback", line])
+    assert not memory.ran_out(1, 1, ["ValueError: no memory of that"])
+
+
+def test_files_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "events").write_text("oom_kill many\n")
+    assert kills(tmp_path / "events") == kills(tmp_path / "none") == kills(None) == 0
+    (tmp_path / "cgroup").write_text("12:memory:/old\n0::/job.slice\n")
+    assert own_events(tmp_path / "cgroup") == Path("/sys/fs/cgroup/job.slice/memory.events")
+    (tmp_path / "cgroup").write_text("12:memory:/old\n")
+    assert own_events(tmp_path / "cgroup") is None
+
+
+def test_an_end_without_memory_has_a_kind_of_its_own() -> None:
+    assert [kind_of_exit(code, out_of_memory=True) for code in (-9, -6, 1, -11, 2)] == [
+        "oom",
+        "oom",
+        "oom",
+        "crash",
+        "bad_input",
+    ]
+
+
+def test_it_is_not_tried_for_ever() -> None:
+    decide = Policy(20, [0, 1], 2, lambda count: True)
+    assert [decide.after("oom", 0, 7, 0.0), decide.after("oom", 0, 7, 1.0)] == ["restart", "stop"]
+    assert decide.after("oom", 0, 9, 2.0) == "restart"  # it came further
+
+
+def test_a_real_one_is_named_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = Path(__file__).with_name("injuries")
+    monkeypatch.setenv("PYTHONPATH", f"{hooks}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("INJURIES", str(tmp_path))
+    write_tiny_recipe(tmp_path)
+    finish(tmp_path, "data", "prepare", "tiny.yaml")
+    (tmp_path / "rank-1").write_text("memory")
+    process = start(tmp_path, "supervise", "tiny.yaml", "--processes", "2", "--restarts", "0")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run / "logs" / "incidents.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["rank"]) for row in rows] == [("oom", 1)] * len(rows)
+    assert rows[-1]["action"] == "stop" and len(rows) <= 2
+    text = finish(tmp_path, "explain", str(run))
+    assert "rank 1" in text and "ran out of memory" in text and "training.micro_batch_size" in text
+    shutil.rmtree(run)
