@@ -15,18 +15,17 @@ _RECORD_BYTES = 8192
 
 
 class MemoryKills:
-    """Remembers what the control group has counted so far, so that a new kill is told from an old one."""
+    """Remembers what the control group had counted before, so that a new kill is told from an old one."""
 
     def __init__(self, events: Path | None = None, kernel_log: Path = Path("/dev/kmsg")) -> None:
         self._events, self._kernel_log = events or own_events(), kernel_log
-        self._count = kills(self._events)
+        self._before = kills(self._events)
 
     def ran_out(self, pid: int, code: int, lines: Iterable[str]) -> bool:
         """`lines` are the last ones that the process wrote. Unknown counts as no."""
         if code != -signal.SIGKILL:
             return any(_SAID.search(line) for line in lines)
-        before, self._count = self._count, kills(self._events)
-        return self._count > before or killed_by_kernel(pid, self._kernel_log)
+        return kills(self._events) > self._before or killed_by_kernel(pid, self._kernel_log)
 
 
 def own_events(membership: Path = Path("/proc/self/cgroup")) -> Path | None:

@@ -84,11 +84,11 @@ class _Supervisor:
             lambda count: _possible(recipe, count),
         )
         self._passed_on = 0
-        self._memory = MemoryKills()
 
     def run(self) -> None:
         number = _next_number(self._run)
         while True:
+            self._memory = MemoryKills()
             generation = Generation(
                 number,
                 self._policy.slots,

@@ -2,7 +2,7 @@
 gone.
 
 `loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives
-the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.3 s, `memory` takes more
+the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.6 s, `memory` takes more
 than it may have.
 """
 
@@ -53,7 +53,7 @@ def _injure(path: Path) -> None:
         elif wish == "loop":
             _loop(path)
         elif wish == "sleep":
-            time.sleep(0.3)
+            time.sleep(0.6)
         elif wish == "memory":
             _take_memory()
         return loss(self, *inputs)
