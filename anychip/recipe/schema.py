@@ -275,7 +275,9 @@ class GuardConfig(Section):
         0.0, description="a gradient norm this many times its median of the last `window` steps is bad; 0: off"
     )
     window: Annotated[int, Field(ge=8)] = 100
-    patience: Positive = Field(10, description="bad steps in a row, or rollbacks in a run, after which it stops")
+    patience: Positive = Field(
+        10, description="bad steps in a row, rollbacks, or faults of one rank, after which a run stops"
+    )
     digest_interval: Annotated[int, Field(ge=0)] = Field(
         0, description="steps between comparisons of all copies of weights and optimizer state; 0: never"
     )
