@@ -101,9 +101,10 @@ def run_training(job: TrainingJob) -> int:
     board = job.directory / "tb" if job.log.tensorboard else None
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
-    replay = Replay(job.guard, job.identity, engine, processes) if job.guard.replay_interval else None
-    copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
     heartbeat = Heartbeat.of_environment(processes.rank)
+    beat = partial(heartbeat.beat, "forward_backward")
+    replay = Replay(job.guard, job.identity, engine, processes, beat) if job.guard.replay_interval else None
+    copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
     peak = measure_matmul_flops(device, dtype) if is_writer else None
     with _stop_requests() as stop, _Prefetch(job, step, cursor) as batches, _bar(job, processes) as bar:
         bar.advance(step)

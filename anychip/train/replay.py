@@ -10,7 +10,7 @@ optimizer changed anything, which is all the repair there needs to be (arXiv 260
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -84,9 +84,17 @@ class ReplayFault:
 
 
 class Replay:
-    """Repeats passes of other readers here. All processes call `forward_backward` of a step together."""
+    """Repeats passes of other readers here. All processes call `forward_backward` of a step together. `beat` is called
+    after each repetition: this step takes longer than others."""
 
-    def __init__(self, config: GuardConfig, key: str, engine: Engine, processes: Processes) -> None:
+    def __init__(
+        self,
+        config: GuardConfig,
+        key: str,
+        engine: Engine,
+        processes: Processes,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         layout = processes.layout
         if layout.pipeline > 1 and layout.shard > 1:
             raise InputError(
@@ -95,7 +103,7 @@ class Replay:
                 do="Set guard.replay_interval=0, or one of these degrees to 1.",
             )
         self._config, self._key, self._engine, self._processes = config, key, engine, processes
-        self._printer = Printer(engine, processes.device)
+        self._printer, self._beat = Printer(engine, processes.device), beat
         self._group = processes.group("replicate", "shard")
         self._readers, self._reader = layout.readers, layout.reader(processes.rank)
         self._ranks = [processes.rank] if self._group is None else dist.get_process_group_ranks(self._group)
@@ -145,6 +153,7 @@ class Replay:
         with self._printer.watch():
             self._engine.repeat_pass(batch, (self._reader + shift) % self._readers, number)
         self._drop_gradients()
+        self._beat()
         return self._printer.take()
 
     def _drop_gradients(self) -> None:
