@@ -153,7 +153,7 @@ CHINESE = {
     "guard.on_bad_step": "损失或梯度范数不再有限、或范数暴涨时怎么办；rollback：退回最新检查点，跳过引发问题的批次继续",
     "guard.explosion": "梯度范数达到最近 `window` 步中位数的多少倍算坏步；0：关闭",
     "guard.window": "用多少步的梯度范数判断什么是正常",
-    "guard.patience": "连续多少个坏步或损坏的批次、或一次运行中多少次回退之后停止",
+    "guard.patience": "连续多少个坏步或损坏的批次、一次运行中多少次回退、或一个 rank 的多少次错误之后停止",
     "guard.on_damaged_data": "读到与打包时不同的词元时怎么办；skip：所有进程一起略过该批次",
     "guard.digest_interval": "每隔多少步比较权重与优化器状态的所有副本；0：从不",
     "guard.replay_interval": "每隔多少步让每个进程把另一进程的一个微批次重算一遍；0：从不",

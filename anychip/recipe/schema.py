@@ -276,7 +276,8 @@ class GuardConfig(Section):
     )
     window: Annotated[int, Field(ge=8)] = 100
     patience: Positive = Field(
-        10, description="bad steps or damaged batches in a row, or rollbacks in a run, after which it stops"
+        10,
+        description="bad steps or damaged batches in a row, rollbacks, or faults of one rank, after which a run stops",
     )
     on_damaged_data: Literal["stop", "skip"] = Field(
         "stop", description="skip: a batch with tokens that are not what was packed is left out, on all processes"

@@ -103,9 +103,10 @@ def run_training(job: TrainingJob) -> int:
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
     damaged = DamagedData(job, bad_steps, processes)
-    replay = Replay(job.guard, job.identity, engine, processes) if job.guard.replay_interval else None
-    copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
     heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, device)
+    beat = partial(heartbeat.beat, "forward_backward")
+    replay = Replay(job.guard, job.identity, engine, processes, beat) if job.guard.replay_interval else None
+    copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
     peak = measure_matmul_flops(device, dtype) if is_writer else None
     with (
         heartbeat.listening(processes.layout.describe()),

@@ -47,11 +47,14 @@ class Print:
         bits = self.digests != other.digests
         return bits & (self.distances(other) > tolerance) if tolerance else bits
 
+    def summary(self) -> Tensor:
+        """One number for all digests, int64 [1]: another whenever one of them is."""
+        odd = 2 * torch.arange(len(self.digests)) + 1
+        return (self.digests * odd).sum().reshape(1)
+
     def gather(self, group: dist.ProcessGroup | None, device: torch.device) -> list[Print]:
         """Everyone's, in the order of ranks; its own alone without a group."""
-        if group is None:
-            return [self]
-        digests, sketches = (_gather(x, group, device) for x in (self.digests, self.sketches))
+        digests, sketches = (gather_rows(x, group, device) for x in (self.digests, self.sketches))
         return [Print(*pair) for pair in zip(digests, sketches, strict=True)]
 
 
@@ -59,7 +62,10 @@ def _is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _gather(mine: Tensor, group: dist.ProcessGroup, device: torch.device) -> list[Tensor]:
+def gather_rows(mine: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> list[Tensor]:
+    """Everyone's tensor on the CPU, in the order of ranks."""
+    if group is None:
+        return [mine]
     sent = mine.to(device)
     rows = [torch.empty_like(sent) for _ in range(group.size())]
     dist.all_gather(rows, sent, group=group)
