@@ -23,6 +23,7 @@ from anychip.train.checkpoint import CheckpointStore
 from anychip.train.loop import run_training
 from anychip.train.replay import draw
 
+pytestmark = pytest.mark.timeout(600)  # twenty runs in one start of processes, seconds on an idle machine
 WIDER = MODEL.model_copy(update={"num_key_value_heads": 2, "num_hidden_layers": 2})
 NAME = "layers.0.mlp.down_proj.weight"
 STEPS = 12
@@ -138,7 +139,7 @@ FOUR = {
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    run_ranks(4, train_all, (folder, FOUR), folder)
+    run_ranks(4, train_all, (folder, FOUR), folder, timeout=500)
     return folder
 
 
@@ -211,7 +212,7 @@ BOTH = {
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(2, train_all, (folder, BOTH), folder)
+    run_ranks(2, train_all, (folder, BOTH), folder, timeout=500)
     return folder
 
 
