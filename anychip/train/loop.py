@@ -149,8 +149,8 @@ def run_training(job: TrainingJob) -> int:
                     log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
-            place = saves.due(step, leaving)
-            if copies and verdict == "equal" and (place or step % job.guard.digest_interval == 0):
+            due = saves.due(step, leaving)
+            if copies and verdict == "equal" and (due or step % job.guard.digest_interval == 0):
                 heartbeat.beat("check")
                 verdict = _compare(copies, bad_steps, step, processes)
             if verdict == "undecided":
@@ -158,9 +158,9 @@ def run_training(job: TrainingJob) -> int:
                 step, cursor = saves.restore()
                 clock = _go_on_from(job, step, cursor, log, batches, bar)
                 continue
-            if place:
+            if due:
                 heartbeat.beat("save")
-                saves.save(place, step, cursor, last=leaving)
+                saves.save(step, cursor, last=leaving)
             if leaving:
                 break
     processes.barrier()
