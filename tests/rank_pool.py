@@ -9,6 +9,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_pool_imports"])
+    _start_server()
     store = folder / f"rendezvous-{uuid.uuid4().hex}"
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, work, argument, store, dict(environment or {})))
@@ -49,6 +51,20 @@ def run_ranks(
             process.join()
     errors = [path.read_text() for path in sorted(folder.glob(f"{store.name}.error-*"))]
     assert not errors and codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(errors)
+
+
+def _start_server() -> None:
+    """Start the server that ranks are forked from, once. It looks for what to import in PYTHONPATH alone: without this
+    folder there, every rank would import everything by itself."""
+    paths = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), paths]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if paths is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = paths
 
 
 def _rank(

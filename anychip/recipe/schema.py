@@ -260,7 +260,10 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=0)] = Field(2, description="newest checkpoints kept; 0: all")
     asynchronous: bool = True
     memory_interval: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps between copies in the host's memory, which outlive the processes; 0: none. One host only"
+        0, description="steps between copies in the hosts' memory, which outlive the processes; 0: none"
+    )
+    memory_peers: Annotated[int, Field(ge=0)] = Field(
+        1, description="other hosts that keep what a host copies, as far as there are others; 0: it dies with its host"
     )
 
 

@@ -176,9 +176,9 @@ def run_training(job: TrainingJob) -> int:
                     log.write({"step": step, **values})
                 clock.started += time.perf_counter() - started
             leaving = processes.any(stop.requested) or step == job.steps
-            place = saves.due(step, leaving)
+            due = saves.due(step, leaving)
             interval = job.guard.digest_interval
-            if copies and interval and verdict == "equal" and (place or step % interval == 0):
+            if copies and interval and verdict == "equal" and (due or step % interval == 0):
                 heartbeat.beat("check")
                 verdict = _compare(copies, bad_steps, step, processes)
                 copies.watch(verdict == "equal")
@@ -187,9 +187,9 @@ def run_training(job: TrainingJob) -> int:
                 step, cursor = saves.restore()
                 clock = _go_on_from(job, step, cursor, log, batches, bar)
                 continue
-            if place:
+            if due:
                 heartbeat.beat("save")
-                saves.save(place, step, cursor, last=leaving)
+                saves.save(step, cursor, last=leaving)
             if leaving:
                 break
     processes.barrier()

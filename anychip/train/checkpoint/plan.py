@@ -60,6 +60,12 @@ class SaveParts:
     def nbytes(self) -> int:
         return sum(box.nbytes for box in self.boxes)
 
+    def of(self, state: Mapping[str, Tensor]) -> SaveParts:
+        """The same parts of a later state of the same names, shapes and layouts; no rank needs to be asked."""
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(state))
+        return SaveParts(planner, self.boxes, self.every_box)
+
     def tensor(self, box: Box) -> Tensor:
         """The live local tensor of a box: not a copy, any strides, any device."""
         return self._planner.lookup_object(MetadataIndex(box.name, box.offsets)).detach()

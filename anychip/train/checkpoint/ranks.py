@@ -51,6 +51,10 @@ class Ranks:
         dist.broadcast(payload, group=self._group, group_src=0)
         return _from_bytes(payload)
 
+    def exchange(self, value: Any) -> list[Any]:
+        """Everyone's value, in the order of ranks, everywhere."""
+        return list(self.broadcast(self.gather(value)))
+
 
 def _to_bytes(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
