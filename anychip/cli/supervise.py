@@ -20,12 +20,13 @@ def supervise(
 ) -> None:
     """Train in several processes of this host, and start again after what can be survived."""
     from anychip.stages import open_run
-    from anychip.supervise.run import Limits, supervise
+    from anychip.supervise.one_host import supervise
+    from anychip.supervise.run import Limits
 
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
     arguments = [str(recipe), "--runs", str(runs), *words]
-    supervise(loaded, run, arguments, processes, Limits(restarts, min_processes))
+    supervise(loaded, run, arguments, processes, Limits(restarts), min_processes)
 
 
 def explain(run_directory: RunArgument) -> None:

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from anychip.supervise.processes import Generation
 from anychip.train.heartbeat import PHASES
 
 # A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
@@ -42,28 +42,37 @@ class Hang:
     stack: tuple[str, ...]
 
 
+class Watched(Protocol):
+    """Processes on this host or on many. `beats` are by this host's clock; `stack` is what SIGUSR1 made it write."""
+
+    @property
+    def size(self) -> int: ...
+    def beats(self) -> list[Beat]: ...
+    def states(self) -> dict[int, str]: ...
+    def pid(self, rank: int) -> int: ...
+    def stack(self, rank: int) -> list[str]: ...
+    def signal(self, number: int) -> None: ...
+    def pause(self, seconds: float) -> None: ...
+
+
 class Watch:
     """Follows one generation."""
 
-    def __init__(self, generation: Generation, start_seconds: float = _START_SECONDS) -> None:
+    def __init__(self, generation: Watched, start_seconds: float = _START_SECONDS) -> None:
         self._generation, self._start_seconds = generation, start_seconds
         self._newest = time.monotonic()
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_began = (0, 0.0)
         self.step = 0
 
-    def beats(self) -> list[Beat]:
-        paths = [self._generation.heartbeats / f"rank-{rank:05d}" for rank in range(len(self._generation.processes))]
-        return [beat for path in paths if (beat := read_beat(path)) is not None]
-
     def silence(self) -> float | None:
         """Seconds since any process said anything, when that is too long."""
-        beats, now = self.beats(), time.monotonic()
+        beats, now = self._generation.beats(), time.monotonic()
         if beats:
             self._newest = max(self._newest, *(beat.at for beat in beats))
             self._measure(max(beats, key=lambda beat: (beat.step, beat.at)))
         silent = now - self._newest
-        stopped = silent > _LEAST_SECONDS and any(process_state(p.pid) == "T" for p in self._generation.processes)
+        stopped = silent > _LEAST_SECONDS and "T" in self._generation.states().values()
         return silent if stopped or silent > self._limit(beats) else None
 
     def _measure(self, beat: Beat) -> None:
@@ -75,7 +84,7 @@ class Watch:
             self._step_began = (beat.step, beat.at)
 
     def _limit(self, beats: Sequence[Beat]) -> float:
-        if not self._steps or len(beats) < len(self._generation.processes):
+        if not self._steps or len(beats) < self._generation.size:
             return self._start_seconds
         usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))]
         limit = max(_LEAST_SECONDS, _STEPS * usual)
@@ -83,27 +92,25 @@ class Watch:
 
     def hang(self, seconds: float) -> Hang:
         """Find the cause of a silence. Processes write their stacks, for which stopped ones are woken."""
-        beats = self.beats()
-        states = {beat.rank: process_state(beat.pid) for beat in beats}
+        beats, states = self._generation.beats(), self._generation.states()
         self._generation.signal(signal.SIGUSR1)
         self._generation.signal(signal.SIGCONT)
         stacks = self._stacks([beat.rank for beat in beats])
-        missing = [rank for rank in range(len(self._generation.processes)) if rank not in states]
+        missing = sorted(set(range(self._generation.size)) - {beat.rank for beat in beats})
         if missing:  # one that never came to training
-            pid = self._generation.processes[missing[0]].pid
-            return Hang(Beat(missing[0], pid, 0, "start", 0.0), process_state(pid), seconds, ())
+            beat = Beat(missing[0], self._generation.pid(missing[0]), 0, "start", 0.0)
+            return Hang(beat, states.get(beat.rank, ""), seconds, ())
         cause = culprit(beats, states, stacks)
-        return Hang(cause, states[cause.rank], seconds, tuple(stacks[cause.rank]))
+        return Hang(cause, states.get(cause.rank, ""), seconds, tuple(stacks[cause.rank]))
 
     def _stacks(self, ranks: Sequence[int]) -> dict[int, list[str]]:
         """What each process wrote; one that cannot write leaves an empty list when the time is over."""
         deadline = time.monotonic() + _STACK_SECONDS
         while True:
-            folder = self._generation.heartbeats
-            stacks = {rank: training_stack(folder / f"rank-{rank:05d}.stack") for rank in ranks}
+            stacks = {rank: self._generation.stack(rank) for rank in ranks}
             if all(stacks.values()) or time.monotonic() > deadline:
                 return stacks
-            time.sleep(_POLL_SECONDS)
+            self._generation.pause(_POLL_SECONDS)
 
 
 def culprit(beats: Sequence[Beat], states: dict[int, str], stacks: dict[int, list[str]]) -> Beat:
@@ -113,17 +120,28 @@ def culprit(beats: Sequence[Beat], states: dict[int, str], stacks: dict[int, lis
     def key(beat: Beat) -> tuple[bool, bool, int, int, int]:
         waits = any("torch/distributed" in frame for frame in stacks[beat.rank])
         phase = PHASES.index(beat.phase) if beat.phase in PHASES else 0
-        return states[beat.rank] not in ("T", "t", "D", "Z", ""), waits, beat.step, phase, beat.rank
+        return states.get(beat.rank, "") not in ("T", "t", "D", "Z", ""), waits, beat.step, phase, beat.rank
 
     return min(beats, key=key)
 
 
 def read_beat(path: Path) -> Beat | None:
     """The line that a process keeps; None while there is none."""
+    return beat_of(read_row(path))
+
+
+def read_row(path: Path) -> Any:
+    """The line as it stands there, for another host to judge; None while there is none."""
     try:
-        row = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def beat_of(row: Any) -> Beat | None:
+    try:
         return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), float(row["at"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
