@@ -15,7 +15,8 @@ LOG_NAME = "incidents.jsonl"
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, error, bad_input, unfit or preempted. `action`: restart, shrink or stop."""
+    """`kind`: crash, oom, hang, error, bad_input, unfit, preempted or lost (a host).
+    `action`: restart, shrink, replace or stop."""
 
     kind: str
     generation: int
@@ -35,6 +36,8 @@ class Incident:
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
+        if self.kind == "lost":
+            place = f"host {self.node} (of rank {self.rank} on)"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
         return f"{self.time}: {place} {self._what()} {when}. {_DONE.get(self.action, self.action)}"
 
@@ -42,6 +45,8 @@ class Incident:
         if self.kind == "hang":
             state = _STATES.get(self.state, "was running")
             return f"held up the others for {self.seconds:.0f} s; it {state}"
+        if self.kind == "lost":
+            return "could not be reached any more, or its agent died,"
         if self.kind == "oom":
             return "was killed by the system for want of memory"
         if self.code is not None and self.code < 0:
@@ -59,7 +64,8 @@ _STATES = {
 }
 _DONE = {
     "restart": "All processes were started again from the newest checkpoint.",
-    "shrink": "Its chip is left out; training went on with fewer processes.",
+    "shrink": "It is left out; training went on with fewer processes.",
+    "replace": "It is left out; a spare host took its place.",
     "stop": "The run was stopped: starting again would not help.",
 }
 

@@ -52,6 +52,9 @@ class Running(Watched, Protocol):
 
     def finished(self) -> bool: ...
     def death(self) -> Death | None: ...
+    def unreachable(self) -> Death | None:
+        """A host that has said nothing for too long to be asked why training stands still."""
+
     def kill(self) -> None:
         """End every process, stopped ones too, and wait until none can be alive."""
 
@@ -144,7 +147,10 @@ class Generation:
         return [beat for path in paths if (beat := read_beat(path)) is not None]
 
     def states(self) -> dict[int, str]:
-        return {rank: process_state(process.pid) for rank, process in self._processes.items()}
+        return {rank: self.state(rank) for rank in self.ranks}
+
+    def state(self, rank: int) -> str:
+        return process_state(self.pid(rank))
 
     def stack(self, rank: int) -> list[str]:
         return training_stack(self.heartbeats / f"rank-{rank:05d}.stack")
@@ -171,6 +177,9 @@ class Generation:
             return None
         self.pause(_GRACE_SECONDS)
         return first_death([death for rank in self.ranks if (death := self.death_of(rank)) is not None])
+
+    def unreachable(self) -> Death | None:
+        return None
 
     def death_of(self, rank: int) -> Death | None:
         """How this process failed; None while it runs and when it ended well."""

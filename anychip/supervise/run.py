@@ -125,7 +125,7 @@ class Supervisor:
             if generation.finished():
                 return "done"
             silence = watch.silence()
-            death = generation.death()
+            death = generation.death() or (generation.unreachable() if silence is not None else None)
             if death is not None:
                 return "regroup" if regroup_since and not self._stop.requests else self._died(generation, watch, death)
             if silence is not None:

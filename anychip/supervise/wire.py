@@ -107,8 +107,8 @@ class Server:
     def poll(self, seconds: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
         """Wait so long for something to happen; what came, and from whom."""
         self._drop()
-        for connection in [*self._strangers, *self._friends]:
-            connection.watch(self._selector)
+        for known in [*self._strangers, *self._friends]:
+            known.watch(self._selector)
         for key, events in self._selector.select(seconds):
             if key.data is None:
                 self._accept()
@@ -166,6 +166,11 @@ class Client:
     @property
     def ready(self) -> bool:
         return self._connection is not None and self._connection.ready
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since anything came through the connection there is; 0 without one."""
+        return time.monotonic() - self._connection.heard if self._connection is not None and self.ready else 0.0
 
     def send(self, message: dict[str, Any]) -> None:
         if self._connection is not None and self._connection.ready:
