@@ -13,10 +13,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from anychip.parallel.layout import AXES, Layout, check_batch, resolve_layout
+from anychip.parallel.layout import AXES, PREFIX_VARIABLE, Layout, check_batch, resolve_layout
 from anychip.recipe.schema import ParallelConfig
-
-PREFIX_VARIABLE = "ANYCHIP_STORE_PREFIX"  # of the keys under which processes of one start find each other
 
 
 def group_backends(device: torch.device, collective_backend: str) -> str:

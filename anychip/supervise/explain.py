@@ -10,6 +10,7 @@ from typing import Any
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
 
@@ -21,7 +22,7 @@ def explain(run: RunDirectory) -> str:
     """Text for a person. Raises InputError when `run` is no run directory."""
     recipe = run.read_recipe()
     incidents = read_incidents(run.logs / LOG_NAME)
-    parts = [_progress(run, recipe.training.steps), _now(run), *_incidents(incidents), *_guard(run)]
+    parts = [_progress(run, recipe.training.steps), _now(run), *_incidents(incidents), *_left_out(run), *_guard(run)]
     return "\n".join([*(part for part in parts if part), _advice(run, incidents, recipe.training.steps)])
 
 
@@ -69,6 +70,10 @@ def _incidents(incidents: list[Incident]) -> list[str]:
     lines = [f"{len(incidents)} incidents ({kinds}); the last:", *shown]
     stack = incidents[-1].stack
     return [*lines, "  It was here:", *(f"    {frame}" for frame in stack[:6])] if stack else lines
+
+
+def _left_out(run: RunDirectory) -> list[str]:
+    return [f"{name} is in quarantine: {why}." for name, why in quarantined(run).items()]
 
 
 def _guard(run: RunDirectory) -> list[str]:

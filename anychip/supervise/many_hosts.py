@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anychip.errors import AnychipError, InputError
-from anychip.launch.rendezvous import interface_address
+from anychip.launch.sockets import interface_address
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.agent import Agent, Host
@@ -82,6 +82,10 @@ def serve_host(
     job = job_id(recipe, run)
     print(f"{host.name} ({address}) takes part with {processes} processes", file=sys.stderr, flush=True)
     with stop_signals() as stop:
+        if coordinator is not None:
+            coordinator.keep_alive(is_there=False)
+        import torch.distributed  # noqa: F401  # for stores; it takes seconds, in which no lease could be kept
+
         Agent(host, run, train_command(arguments), client, job, stop, coordinator, terms.patience_seconds).run()
 
 

@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from anychip.launch.rendezvous import listen
-from anychip.parallel.processes import PREFIX_VARIABLE
+from anychip.launch.sockets import listen
+from anychip.parallel.layout import PREFIX_VARIABLE
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import kind_of_exit
 from anychip.supervise.watch import Beat, Watched, process_state, read_beat, training_stack

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from anychip.launch.rendezvous import listen
+from anychip.launch.sockets import listen
 from anychip.supervise.channel import ChannelError, Session
 
 _GREETING_SECONDS = 5.0  # to prove the token in
