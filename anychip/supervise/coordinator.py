@@ -172,16 +172,23 @@ class Hosts:
             )
         names = ", ".join(share.name for share in shares)
         print(f"generation {number}: {size} processes on {names}", file=sys.stderr, flush=True)
-        for name in self._members.available():
-            if all(share.name != name for share in shares):
-                self._links[name].send({"kind": "note", "text": f"{name} is a spare of generation {number}"})
-        return self._follow(number, shares)
+        generation = self._follow(number, shares)
+        for link in self._links.values():
+            self._tell_spare(link)
+        return generation
 
     def _follow(self, number: int, shares: Sequence[Share]) -> FarGeneration:
         links = {share.name: self._links[share.name] for share in shares}
         self._running = FarGeneration(number, shares, links, self.pause, self._terms.lease_seconds, self._all_ended)
         self._more_since, self._one_left = None, False
         return self._running
+
+    def _tell_spare(self, link: Link) -> None:
+        if self._running is None or link.name in {share.name for share in self._running.shares}:
+            return
+        why = self._members.quarantined.get(link.name)
+        text = f"is left out: {why}" if why else f"is a spare of generation {self._running.number}"
+        link.send({"kind": "note", "text": f"{link.name} {text}"})
 
     def _all_ended(self) -> None:
         self._running = None
@@ -260,8 +267,7 @@ class Hosts:
         if link.generation and (self._running is None or link.generation != self._running.number):
             link.send({"kind": "end", "generation": link.generation})
         self._members.came(name, str(message["address"]), int(message["slots"]))
-        if name in self._members.quarantined:
-            link.send({"kind": "note", "text": f"{name} is left out: {self._members.quarantined[name]}"})
+        self._tell_spare(link)
         self._answer(link, message)
         if message["leaving"]:
             self._let_leave(link)

@@ -48,6 +48,11 @@ class Link:
         if self._connection is not None and self.unheard_seconds > self._wait_seconds:
             self._connection.close()
 
+    def drop_if_deaf(self, since: float) -> None:
+        """One that speaks but has not obeyed since then must come anew, and be given no lease until it does."""
+        if self._connection is not None and time.monotonic() - since > self._wait_seconds:
+            self._connection.close()
+
     def send(self, message: dict[str, Any]) -> None:
         if self._connection is not None and self._connection.is_open:
             self._connection.send(message)
@@ -171,12 +176,13 @@ class FarGeneration:
 
     def kill(self) -> None:
         """Returns when every host said that it has ended its processes, or was silent for longer than its lease."""
-        told = -math.inf
+        began, told = time.monotonic(), -math.inf
         while alive := [link for link in self._links.values() if not link.has_ended(self.number)]:
             if time.monotonic() - told > _END_AGAIN_SECONDS:
                 told = time.monotonic()
                 for link in alive:
                     link.send({"kind": "end", "generation": self.number})
+                    link.drop_if_deaf(began)
             self.pause(0.02)
         self._ended()
 
