@@ -12,7 +12,7 @@ from tiny_run import finish, write_tiny_recipe
 
 from anychip.train.checkpoint import CheckpointStore
 
-STEPS = 1000
+STEPS = 500
 SETTINGS = [
     f"training.steps={STEPS}",
     "training.global_batch_size=12",
@@ -26,6 +26,7 @@ LOSS_TOLERANCE = 0.02  # nats; from one step to the next the loss changes by abo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_four_two_three_four_hosts_see_what_four_would(tmp_path: Path) -> None:
     write_tiny_recipe(tmp_path)
     finish(tmp_path, "data", "prepare", "tiny.yaml")
