@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import platform
 import socket
 import sys
@@ -39,13 +40,12 @@ class Place:
 def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, limits: Limits) -> None:
     """Be the coordinator until the run is over. Raises RunFailed when it failed, InputError for what cannot work."""
     token, job = read_token(place.token_file), job_id(recipe, run)
-    address = socket.gethostbyname(place.coordinator[0])
+    address, port = own_address(place), place.coordinator[1]
     with only_coordinator(run), stop_signals() as stop:
         try:
-            server = Server(place.bind or address, place.coordinator[1], token)
+            server = Server(address, port, token)
         except OSError as error:
-            where = f"{place.bind or address}:{place.coordinator[1]}"
-            raise InputError(f"cannot be listened on ({error.strerror}).", where=where) from None
+            raise InputError(f"cannot be listened on ({error.strerror}).", where=f"{address}:{port}") from None
         hosts = Hosts(recipe, run, server, token, job, terms, stop)
         code, text = 1, "The coordinator failed."
         try:
@@ -76,9 +76,11 @@ def serve_host(
     _check_some_size(recipe, processes, terms)
     token, address = read_token(place.token_file), own_address(place)
     host = Host(place.name or platform.node(), address, processes, place.interface)
-    is_home = socket.gethostbyname(place.coordinator[0]) == address
-    coordinator = CoordinatorProcess(*place.coordinator, options) if is_home else None
-    client = Client(*place.coordinator, token, bind=address)
+    name, port = place.coordinator
+    coordinator, client = None, Client(name, port, token, bind=address)
+    if _is_own(name, address):
+        coordinator = CoordinatorProcess(address, port, [*options, "--bind", address])
+        client = Client(address, port, token, bind=address)
     job = job_id(recipe, run)
     print(f"{host.name} ({address}) takes part with {processes} processes", file=sys.stderr, flush=True)
     with stop_signals() as stop:
@@ -87,6 +89,15 @@ def serve_host(
         import torch.distributed  # noqa: F401  # for stores; it takes seconds, in which no lease could be kept
 
         Agent(host, run, train_command(arguments), client, job, stop, coordinator, terms.patience_seconds).run()
+
+
+def _is_own(host: str, address: str) -> bool:
+    """Whether a host is this one. Some systems give their own name a loopback address."""
+    try:
+        found = socket.gethostbyname(host)
+    except OSError as error:
+        raise InputError(f"is not known here ({error.strerror}).", where=host) from None
+    return found == address or (found != host != "localhost" and ipaddress.ip_address(found).is_loopback)
 
 
 def own_address(place: Place) -> str:
