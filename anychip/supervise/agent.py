@@ -73,6 +73,7 @@ class Agent:
         self._with_stacks = False
         self._answered = time.monotonic()
         self._passed_on = 0
+        self._note = ""
 
     def run(self) -> None:
         """Raises RunFailed when the run failed, or no coordinator was there for too long."""
@@ -122,9 +123,9 @@ class Agent:
 
     def _obey(self, message: Mapping[str, Any]) -> bool:
         """True when there is nothing more to do."""
-        self._answered = time.monotonic()
         kind = message.get("kind")
         if kind == "answer":
+            self._answered = time.monotonic()
             self._lease_until = float(message["sent"]) + float(message["lease"])
             renew_lease(self._lease, self._lease_until)
         elif kind == "prepare" and message["generation"] > self._newest:
@@ -140,13 +141,18 @@ class Agent:
             self._end()
             self._client.send({"kind": "ended", "generation": message["generation"]})
         elif kind == "note":
-            print(message["text"], file=sys.stderr, flush=True)
+            self._print_once(str(message["text"]))
         elif kind == "over":
             self._end()
             if message["code"]:
                 raise RunFailed(str(message["text"]), int(message["code"]))
             return True
         return False
+
+    def _print_once(self, note: str) -> None:
+        if note != self._note:
+            print(note, file=sys.stderr, flush=True)
+        self._note = note
 
     def _start(self, message: Mapping[str, Any]) -> None:
         store, self._store = self._store, None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -161,6 +162,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _text(greeting: dict[str, Any], key: str) -> str:
     value = greeting.get(key)
-    if not isinstance(value, str) or not value.isascii():
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32,64}", value):
         raise ChannelError(f"a greeting without {key}")
     return value

@@ -258,8 +258,9 @@ class Hosts:
             connection.send({"kind": "over", "code": 2, "text": text})
             return
         if link.connected and link.start != start:
-            text = f"There is a host of the name {name}; give this one another --node-name."
-            connection.send({"kind": "over", "code": 2, "text": text})
+            text = f"there is a host of the name {name}; while it is, this one waits (or give it another --node-name)"
+            connection.send({"kind": "note", "text": text})
+            connection.close()  # it comes again, and it may be that the other's end was not noticed yet
             return
         self._names = {known: other for known, other in self._names.items() if known.is_open and other != name}
         self._names[connection] = name
