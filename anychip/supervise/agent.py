@@ -87,6 +87,8 @@ class Agent:
                 self._report()
                 self._pass_on_requests()
                 self._keep_connection()
+                if self._has_missed_the_end():
+                    return
         finally:
             self._end()
             self._client.close()
@@ -101,6 +103,11 @@ class Agent:
             raise RunFailed(f"No coordinator answered for {self._patience:.0f} s.", 1, do=do)
         if self._client.silent_seconds > _SILENT_SECONDS:
             self._client.close()  # it may be cut one way: try anew
+
+    def _has_missed_the_end(self) -> bool:
+        """Whether training ended while this host was cut off."""
+        silent = time.monotonic() - self._answered
+        return silent > _SILENT_SECONDS and not self._client.ready and self._run.finished("train") is not None
 
     def _join(self) -> None:
         """Say who this is on every new connection."""

@@ -99,7 +99,9 @@ class Hosts:
         action = self._members.leave_out(name, why, [share.name for share in self._record.shares])
         if action is not None:
             self._record.write()
-            text = f"{name} is left out: {why}; it may take part again when its entry in coordinator.json is gone"
+            text = (
+                f"{name} is left out: {why}; remove its entry in coordinator.json before the next start to have it back"
+            )
             print(text, file=sys.stderr, flush=True)
             self._links[name].send({"kind": "note", "text": text})
         return action
