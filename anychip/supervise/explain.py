@@ -17,6 +17,7 @@ from typing import Any
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
 from anychip.train.heartbeat_page import read_message
@@ -34,7 +35,7 @@ def explain(run: RunDirectory) -> str:
     if _is_done(run):
         return "\n".join([f"{run.root}: training ended at step {steps} of {steps}.", *_history(run), "Nothing to do."])
     incidents = read_incidents(run.logs / LOG_NAME)
-    parts = [_progress(run), *_processes(run, incidents), *_history(run)]
+    parts = [_progress(run), *_processes(run, incidents), *_left_out(run), *_history(run)]
     return "\n".join([*parts, f"What to do: {_advice(run, incidents)}"])
 
 
@@ -150,6 +151,10 @@ def _slow(found: Sequence[Incident]) -> list[str]:
     """The newest finding about each process that was slow."""
     newest = {(incident.node, incident.rank): incident for incident in found}
     return [f"Slow: {incident.sentence()}" for incident in list(newest.values())[-_SHOWN:]]
+
+
+def _left_out(run: RunDirectory) -> list[str]:
+    return [f"{name} is in quarantine: {why}." for name, why in quarantined(run).items()]
 
 
 def _guard(run: RunDirectory) -> list[str]:

@@ -34,6 +34,7 @@ from anychip.rundir import RunDirectory
 from anychip.train.copies import Copies
 from anychip.train.damaged_data import DamagedData
 from anychip.train.engine import Engine
+from anychip.train.fence import fence
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.guard import BadSteps, Guard
 from anychip.train.heartbeat import Heartbeat
@@ -137,6 +138,7 @@ def run_training(job: TrainingJob) -> int:
             done = train_step(
                 engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks
             )
+            fence().check_lease()
             bar.advance()
             heartbeat.beat("log")
             verdict = _compare(copies, bad_steps, step, processes) if done.problem else "equal"
