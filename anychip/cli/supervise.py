@@ -16,16 +16,47 @@ def supervise(
     overrides: SetOption = None,
     runs: RunsOption = RUNS,
     restarts: Annotated[int, typer.Option(min=0, help="Starts without progress between them before giving up.")] = 20,
-    min_processes: Annotated[int, typer.Option(min=0, help="Go on with as few when a chip keeps failing.")] = 0,
+    min_processes: Annotated[
+        int, typer.Option(min=0, help="One host: go on with as few when a chip keeps failing.")
+    ] = 0,
+    nodes: Annotated[str | None, typer.Option(help="Several hosts: MIN:MAX of them, or one number.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Several hosts: HOST:PORT. The host of this address keeps the coordinator alive.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Several hosts: a file with the job's secret.")] = None,
+    interface: Annotated[str | None, typer.Option(help="The network interface to listen on.")] = None,
+    bind: Annotated[str | None, typer.Option(help="The address to listen on, instead of an interface.")] = None,
+    node_name: Annotated[str | None, typer.Option(help="This host's name; default: what the system says.")] = None,
+    lease: Annotated[float, typer.Option(min=1, help="Seconds without the coordinator until a host gives up.")] = 5.0,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds to wait for more hosts than are needed.")] = 5.0,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds to wait for hosts that are needed.")] = 600.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to save in when a host leaves or comes.")] = 60.0,
+    coordinate: Annotated[bool, typer.Option("--coordinate", help="Only coordinate; no training here.")] = False,
 ) -> None:
-    """Train in several processes of this host, and start again after what can be survived."""
+    """Train in several processes of this host, or of many, and start again after what can be survived."""
+    from anychip.errors import InputError
     from anychip.stages import open_run
-    from anychip.supervise.run import Limits, supervise
+    from anychip.supervise import many_hosts, one_host
+    from anychip.supervise.coordinator import Terms
+    from anychip.supervise.run import Limits
 
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
-    arguments = [str(recipe), "--runs", str(runs), *words]
-    supervise(loaded, run, arguments, processes, Limits(restarts, min_processes))
+    arguments, limits = [str(recipe), "--runs", str(runs), *words], Limits(restarts, grace_seconds=grace)
+    if nodes is None and coordinator is None and not coordinate:
+        one_host.supervise(loaded, run, arguments, processes, limits, min_processes)
+        return
+    if nodes is None or coordinator is None or token_file is None:
+        raise InputError("several hosts need --nodes, --coordinator and --token-file.", do="Give all three.")
+    place = many_hosts.Place(many_hosts.parse_place(coordinator), token_file, interface, bind, node_name)
+    terms = Terms(*many_hosts.parse_nodes(nodes), lease, settle, patience)
+    if coordinate:
+        many_hosts.coordinate(loaded, run, place, terms, limits)
+        return
+    numbers = {"restarts": restarts, "lease": lease, "settle": settle, "patience": patience, "grace": grace}
+    options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+    options += ["--nodes", nodes, "--coordinator", coordinator, "--token-file", str(token_file), "--coordinate"]
+    many_hosts.serve_host(loaded, run, arguments, [*arguments, *options], processes, place, terms)
 
 
 def explain(run_directory: RunArgument) -> None:

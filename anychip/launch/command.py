@@ -36,6 +36,23 @@ def torchrun_line(
     return " \\\n    ".join(words)
 
 
+def supervise_line(job: Job, *, node: str, processes: str, coordinator: str, recipe: str, token: str, bind: str) -> str:
+    """The same under `anychip supervise`, which recovers. Shell words as above; `bind` is "" where the interface or the
+    way to the coordinator tells the address."""
+    own = f" --interface {job.launch.network_interface}" if job.launch.network_interface is not None else bind
+    words = [
+        f"{shlex.quote(job.python)} -m anychip supervise {recipe}",
+        f"--nodes {job.least_hosts}:{job.nodes} --processes {processes}",
+        f"--coordinator {coordinator} --token-file {token} --node-name {node}{own}",
+    ]
+    return " \\\n    ".join(words)
+
+
+def make_token(path: str) -> str:
+    """A shell line that makes a file with a secret unless it is there."""
+    return f"[ -s {path} ] || (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' >{path})"
+
+
 def exports(settings: Sequence[Setting]) -> str:
     """Shell lines that set each variable unless it is set already, with the reason."""
     return "\n".join(

@@ -38,6 +38,7 @@ class Job:
     launch: LaunchConfig
     groups: tuple[Nodes, ...]
     facts: VendorFacts
+    least_hosts: int = 0  # to go on with under `anychip supervise`; 0: torchrun starts the processes
 
     @property
     def name(self) -> str:
@@ -59,10 +60,10 @@ class Job:
         return sum(group.count * group.processes for group in self.groups)
 
 
-def job_of(recipe: Recipe, cluster: Cluster) -> Job:
+def job_of(recipe: Recipe, cluster: Cluster, least_hosts: int = 0) -> Job:
     """Raises InputError when this recipe cannot be started on this cluster, with the nearest that can."""
     groups = tuple(_nodes(group) for group in cluster.groups)
-    job = Job(recipe, cluster.launch, groups, _facts(groups[0]))
+    job = Job(recipe, cluster.launch, groups, _facts(groups[0]), least_hosts)
     _check_chips(job)
     _check_layout(job, cluster)
     _check_launcher(job)
@@ -155,6 +156,12 @@ def _fitting_nodes(count: int, processes: int, others: int, unit: int) -> list[i
 
 def _check_launcher(job: Job) -> None:
     launch = job.launch
+    if job.least_hosts > job.nodes or (job.least_hosts and launch.kind in IN_CONTAINERS):
+        raise InputError(
+            f"{launch.kind} with {job.nodes} nodes cannot recover by itself with {job.least_hosts} hosts.",
+            where="--supervise",
+            do="Give at most the number of nodes, and torchrun or slurm as launch.kind.",
+        )
     if len(job.groups) > 1 and launch.kind in ONE_GROUP:
         raise InputError(
             f"{launch.kind} starts nodes of one kind; the cluster has {len(job.groups)} groups.",

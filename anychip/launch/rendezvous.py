@@ -2,7 +2,8 @@
 
 torchrun's own rendezvous listens on every interface and serves whoever connects, without any credential. This one is a
 `static` rendezvous (every node knows its number; no elections among a thousand nodes) whose store is bound to the named
-interface. Two starts of a job never mix: keys carry the rendezvous id, which is new for every start.
+interface. Two starts of a job never mix: keys carry the rendezvous id, which is new for every start. Nor do attempts of
+one start (torchrun's --max-restarts): each has its own keys, and its processes a store of their own.
 
     torchrun --rdzv-backend=anychip --rdzv-endpoint=HOST:PORT --rdzv-id=ID
              --rdzv-conf=rank=N[,interface=NAME][,bind=ADDRESS][,timeout=SECONDS]
@@ -12,10 +13,8 @@ torchrun finds it through entry.py, an entry point of group `torchrun.handlers`.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import socket
-import struct
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -27,8 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
-_BACKLOG = 4096
+from anychip.launch.sockets import interface_address, listen
 
 
 class BoundRendezvous(RendezvousHandler):
@@ -38,6 +36,8 @@ class BoundRendezvous(RendezvousHandler):
         self._host, self._port, self._rank, self._nodes = host, port, rank, nodes
         self._run_id, self._bind, self._timeout = run_id, bind, timeout
         self._store: TCPStore | None = None
+        self._attempt = 0
+        self._attempts_store: TCPStore | None = None
 
     def get_backend(self) -> str:
         return "anychip"
@@ -47,16 +47,23 @@ class BoundRendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Blocks until all nodes are here, or raises when `timeout` has passed."""
+        """Blocks until all nodes are here, or raises when `timeout` has passed. torchrun calls it for every attempt, on
+        every node."""
         address = self._bind if self._rank == 0 else self._host
         if self._store is None:
-            self._store = self._hold_store() if self._rank == 0 else self._reach_store()
-        return RendezvousInfo(
-            PrefixStore(self._run_id, self._store),
-            self._rank,
-            self._nodes,
-            RendezvousStoreInfo(address, self._port),
-        )
+            self._store = self._hold_store(self._port) if self._rank == 0 else self._reach_store()
+        keys = PrefixStore(f"{self._run_id}/{self._attempt}", self._store)
+        port = self._port if self._attempt == 0 else self._port_of_attempt(keys)
+        self._attempt += 1
+        return RendezvousInfo(keys, self._rank, self._nodes, RendezvousStoreInfo(address, port))
+
+    def _port_of_attempt(self, keys: PrefixStore) -> int:
+        """Processes use the store as it is, without a prefix, and would read what those before them wrote: later
+        attempts get a new one, on a port that the system chooses."""
+        if self._rank == 0:
+            self._attempts_store = self._hold_store(0)
+            keys.set("port", str(self._attempts_store.port))
+        return int(keys.get("port"))
 
     def is_closed(self) -> bool:
         return False
@@ -73,9 +80,11 @@ class BoundRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         return True
 
-    def _hold_store(self) -> TCPStore:
-        listener = listen(self._bind, self._port)
-        return TCPStore(self._bind, self._port, self._nodes, True, self._timeout, master_listen_fd=listener.detach())
+    def _hold_store(self, port: int) -> TCPStore:
+        listener = listen(self._bind, port)
+        port = int(listener.getsockname()[1])
+        waits = port == self._port  # for all nodes
+        return TCPStore(self._bind, port, self._nodes, True, self._timeout, waits, master_listen_fd=listener.detach())
 
     def _reach_store(self) -> TCPStore:
         return TCPStore(self._host, self._port, self._nodes, False, self._timeout)
@@ -92,28 +101,6 @@ def create(parameters: RendezvousParameters) -> BoundRendezvous:
         bind = interface_address(interface) if interface else _address_of(host, alone=nodes == 1)
     timeout = timedelta(seconds=parameters.get_as_int("timeout", 900) or 900)
     return BoundRendezvous(host, port, rank, nodes, parameters.run_id, bind or host, timeout)
-
-
-def listen(address: str, port: int) -> socket.socket:
-    """A socket that accepts connections to this address alone."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(_BACKLOG)
-    return listener
-
-
-def interface_address(name: str) -> str:
-    """The IPv4 address of a network interface of this machine."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("256s", name.encode()[:15])
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-        except OSError as error:
-            here = ", ".join(found for _, found in socket.if_nameindex())
-            raise ValueError(f"interface {name} has no IPv4 address ({error.strerror}); here are: {here}") from None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _address_of(host: str, *, alone: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from anychip.launch.command import exports, torchrun_line
+from anychip.launch.command import exports, make_token, supervise_line, torchrun_line
 from anychip.launch.environment import variables
 from anychip.launch.job import Job
 
@@ -25,10 +25,20 @@ def script(job: Job, recipe: Path) -> str:
         "open-mode": "append",
     }
     directives = "\n".join(f"#SBATCH --{name}={value}" for name, value in options.items() if value)
-    line = torchrun_line(
-        job, node='"$SLURM_NODEID"', processes=str(group.processes), endpoint=f'"$head:{launch.port}"',
-        generation='"$generation"', recipe=shlex.quote(str(recipe)),
-    )  # fmt: skip
+    endpoint, token = f'"$head:{launch.port}"', shlex.quote(str(recipe.parent / "token"))
+    if job.least_hosts:
+        # A task that ends does not end the others, and one of them is enough to keep the job.
+        step = f"{make_token(token)}\nexec srun --kill-on-bad-exit=0 --no-kill --label"
+        line = supervise_line(
+            job, node='"$SLURMD_NODENAME"', processes=str(group.processes), coordinator=endpoint,
+            recipe=shlex.quote(str(recipe)), token=token, bind="",
+        )  # fmt: skip
+    else:
+        step = "exec srun --kill-on-bad-exit=1 --label"
+        line = torchrun_line(
+            job, node='"$SLURM_NODEID"', processes=str(group.processes), endpoint=endpoint,
+            generation='"$generation"', recipe=shlex.quote(str(recipe)),
+        )  # fmt: skip
     return f"""#!/usr/bin/env bash
 # {job.recipe.name}: {job.world_size} processes on {job.nodes} nodes. Written by `anychip launch`.
 {directives}
@@ -41,7 +51,7 @@ cd {shlex.quote(launch.working_directory or str(Path.cwd()))}
 export generation=$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}
 {_head(job)}
 export head
-exec srun --kill-on-bad-exit=1 --label bash -c {shlex.quote("exec " + line)}
+{step} bash -c {shlex.quote("exec " + line)}
 """
 
 

@@ -7,7 +7,7 @@ import shlex
 from itertools import accumulate
 from pathlib import Path
 
-from anychip.launch.command import exports, torchrun_line
+from anychip.launch.command import exports, make_token, supervise_line, torchrun_line
 from anychip.launch.environment import variables
 from anychip.launch.job import Job
 
@@ -29,10 +29,12 @@ def is_local(host: str) -> bool:
 
 def _node_script(job: Job) -> str:
     endpoint = f"{_bracketed(job.launch.hosts[0])}:{job.launch.port}"
+    recipe = f'"$here/{RECIPE}"'
+    if job.least_hosts:
+        return _supervised_node_script(job, endpoint, recipe)
     line = torchrun_line(
-        job, node='"$node"', processes='"$processes"', endpoint=endpoint, generation='"$generation"',
-        recipe=f'"$here/{RECIPE}"',
-    )  # fmt: skip
+        job, node='"$node"', processes='"$processes"', endpoint=endpoint, generation='"$generation"', recipe=recipe
+    )
     return f"""#!/usr/bin/env bash
 # One node of {job.recipe.name}: {job.world_size} processes on {job.nodes} nodes. Written by `anychip launch`.
 # usage: node.sh NODE GENERATION, with NODE from 0 in the order of start.sh's hosts, and a GENERATION that is new for
@@ -48,6 +50,42 @@ exec {line}
 """
 
 
+def _supervised_node_script(job: Job, endpoint: str, recipe: str) -> str:
+    hosts = job.launch.hosts
+    here = shlex.join(hosts) if all(map(is_local, hosts)) else ""  # they cannot be told apart by the way to the first
+    line = supervise_line(
+        job, node='"node$node"', processes='"$processes"', coordinator=endpoint, recipe=recipe,
+        token='"$here/token"', bind=' --bind "${hosts[$node]}"' if here else "",
+    )  # fmt: skip
+    return f"""#!/usr/bin/env bash
+# One node of {job.recipe.name} under `anychip supervise`. Written by `anychip launch`.
+# usage: node.sh NODE, with NODE from 0 in the order of start.sh's hosts. An agent that was killed is started again; one
+# that ended, for whatever reason, is not.
+set -euo pipefail
+here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
+node=${{1:?usage: node.sh NODE}}
+hosts=({here})
+{_processes(job)}
+cd {shlex.quote(job.launch.working_directory or str(Path.cwd()))}
+{exports(variables(job))}
+agent= stopping=
+trap 'stopping=1; kill -TERM $agent 2>/dev/null || true' INT TERM HUP
+while [ -z "$stopping" ]; do
+    {line} &
+    agent=$!
+    code=0
+    wait "$agent" || code=$?
+    while kill -0 "$agent" 2>/dev/null; do
+        code=0
+        wait "$agent" || code=$?
+    done
+    [ "$code" -eq 137 ] || exit "$code"
+    sleep 1
+done
+exit 130
+"""
+
+
 def _processes(job: Job) -> str:
     """Groups differ in how many processes a node runs; nodes are numbered through the groups in order."""
     *first, last = zip(job.groups, accumulate(group.count for group in job.groups), strict=True)
@@ -57,9 +95,11 @@ def _processes(job: Job) -> str:
 
 def _start_script(job: Job) -> str:
     hosts = "\n".join(f"    {shlex.quote(host)}" for host in job.launch.hosts)
+    token = make_token('"$here/token"') + "\n" if job.least_hosts else ""
+    ends = "this" if job.least_hosts else "one fails, or this"
     return f"""#!/usr/bin/env bash
 # Starts {job.recipe.name} on all nodes: here for loopback addresses, over ssh elsewhere. Ends when all have ended;
-# when one fails, or this script is stopped, it stops the others. Written by `anychip launch`.
+# when {ends} script is stopped, it stops the others. Written by `anychip launch`.
 # The same without this script: pdsh -w HOSTS "bash $PWD/node.sh %n GENERATION"
 set -uo pipefail
 here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
@@ -67,7 +107,7 @@ generation=${{1:-$(date +%s)-$$}}
 hosts=(
 {hosts}
 )
-started=()
+{token}started=()
 stop() {{
     trap - EXIT INT TERM
     kill "${{started[@]}}" 2>/dev/null
@@ -84,9 +124,18 @@ for node in "${{!hosts[@]}}"; do
     esac
     started+=("$!")
 done
-for _ in "${{started[@]}}"; do
+{_WAIT_FOR_ALL if job.least_hosts else _WAIT_FOR_FIRST}"""
+
+
+_WAIT_FOR_FIRST = """for _ in "${started[@]}"; do
     wait -n || exit
 done
+"""
+_WAIT_FOR_ALL = """code=0
+for one in "${started[@]}"; do
+    wait "$one" || code=$?
+done
+exit "$code"
 """
 
 

@@ -32,9 +32,12 @@ class Written:
     command: tuple[str, ...]
 
 
-def write(recipe: Path, cluster: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Written:
-    """Write the job's files to `out`, by default launch/NAME. Raises InputError for what cannot be started."""
-    job = job_of(load_recipe(recipe, overrides), load_cluster(cluster))
+def write(
+    recipe: Path, cluster: Path, overrides: Sequence[str] = (), out: Path | None = None, least_hosts: int = 0
+) -> Written:
+    """Write the job's files to `out`, by default launch/NAME. With `least_hosts`, `anychip supervise` runs the job and
+    goes on with as few. Raises InputError for what cannot be started."""
+    job = job_of(load_recipe(recipe, overrides), load_cluster(cluster), least_hosts)
     folder = (out or Path("launch") / job.recipe.name).resolve()
     texts, command = _texts(job, folder)
     texts = {torchrun.RECIPE: dump_recipe(job.recipe), **texts}

@@ -14,6 +14,7 @@ from math import prod
 from anychip.errors import InputError
 from anychip.recipe.schema import TWO_STAGE_SCHEDULES, ModelConfig, ParallelConfig
 
+PREFIX_VARIABLE = "ANYCHIP_STORE_PREFIX"  # of the keys under which processes of one start find each other
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 
 

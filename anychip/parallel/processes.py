@@ -8,9 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
-from anychip.parallel.layout import AXES, Layout, check_batch, resolve_layout
+from anychip.parallel.layout import AXES, PREFIX_VARIABLE, Layout, check_batch, resolve_layout
 from anychip.recipe.schema import ParallelConfig
 
 
@@ -50,7 +53,13 @@ class Processes:
         layout = resolve_layout(config, world_size)
         if world_size > 1 and not dist.is_initialized():
             backends = "gloo" if config.host_transfers else group_backends(device, collective_backend)
-            dist.init_process_group(backends, timeout=timeout)
+            prefix = os.environ.get(PREFIX_VARIABLE)
+            if prefix is None:
+                dist.init_process_group(backends, timeout=timeout)
+            else:
+                store, _, _ = next(rendezvous("env://", timeout=timeout or default_pg_timeout))
+                store = PrefixStore(prefix, store)
+                dist.init_process_group(backends, timeout=timeout, store=store, rank=rank, world_size=world_size)
         return cls(config, layout, rank, device)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anychip.errors import EXIT_BAD_INPUT, EXIT_UNFIT
@@ -27,19 +27,19 @@ def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
 
 @dataclass
 class Policy:
-    """Decides after every incident. `budget` restarts without a step of progress between them end the run."""
+    """Decides after every incident. `budget` restarts without a step of progress between them end the run.
+
+    A unit is what can be left out: a chip on one host, a host on many.
+    """
 
     budget: int
-    slots: list[int]
-    min_processes: int
-    possible: Callable[[int], bool]  # whether the layout works with so many processes
     _without_progress: int = 0
     _best_step: int = 0
     _errors: int = 0
-    _strikes: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _strikes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def after(self, kind: str, rank: int, step: int, now: float) -> str:
-        """restart, shrink (then `slots` are fewer) or stop."""
+    def after(self, kind: str, unit: str, step: int, now: float) -> str:
+        """restart, leave_out (restart without the unit, which failed again and again) or stop."""
         progressed = step > self._best_step
         self._best_step = max(step, self._best_step)
         self._without_progress = 0 if progressed else self._without_progress + 1
@@ -49,11 +49,9 @@ class Policy:
             return "stop"
         if self._without_progress > self.budget:
             return "stop"
-        strikes = [at for at in self._strikes[self.slots[rank]] if now - at < _STRIKE_SECONDS] + [now]
-        self._strikes[self.slots[rank]] = strikes
-        if kind != "error" and len(strikes) >= _STRIKES and self._shrink(rank):
-            return "shrink"
-        return "restart"
+        strikes = [at for at in self._strikes[unit] if now - at < _STRIKE_SECONDS] + [now]
+        self._strikes[unit] = strikes
+        return "leave_out" if kind != "error" and len(strikes) >= _STRIKES else "restart"
 
     @property
     def wait_seconds(self) -> float:
@@ -62,15 +60,20 @@ class Policy:
             return 0.0
         return float(min(2 ** (self._without_progress - 1), _LONGEST_WAIT_SECONDS))
 
-    def _shrink(self, rank: int) -> bool:
-        """Leave out the chip that failed again and again, if the layout works with fewer."""
+
+@dataclass
+class Chips:
+    """The chips of one host that take part: `slots`, one process each."""
+
+    slots: list[int]
+    min_processes: int
+    possible: Callable[[int], bool]  # whether the layout works with so many processes
+
+    def leave_out(self, rank: int) -> bool:
+        """Go on without the chip of this rank, if the layout works with fewer."""
         fewer = [slot for at, slot in enumerate(self.slots) if at != rank]
         for count in range(len(fewer), self.min_processes - 1, -1):
             if count and self.possible(count):
                 self.slots = fewer[:count]
                 return True
         return False
-
-
-def listed(slots: Sequence[int]) -> str:
-    return ", ".join(map(str, slots))

@@ -17,6 +17,7 @@ from typing import Any
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
 from anychip.train.heartbeat_page import read_message
@@ -57,7 +58,7 @@ def _history(run: RunDirectory) -> list[str]:
     incidents = read_incidents(run.logs / LOG_NAME)
     slow = [incident for incident in incidents if incident.kind == "slow"]
     ends = [incident for incident in incidents if incident.kind != "slow"]
-    return [*_incidents(ends), *_slow(slow), *_guard(run)]
+    return [*_incidents(ends), *_slow(slow), *_left_out(run), *_guard(run)]
 
 
 def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
@@ -152,6 +153,10 @@ def _slow(found: Sequence[Incident]) -> list[str]:
     return [f"Slow: {incident.sentence()}" for incident in list(newest.values())[-_SHOWN:]]
 
 
+def _left_out(run: RunDirectory) -> list[str]:
+    return [f"{name} is in quarantine: {why}." for name, why in quarantined(run).items()]
+
+
 def _guard(run: RunDirectory) -> list[str]:
     rows = _rows(run.logs / "guard.jsonl")
     if not rows:
@@ -205,6 +210,7 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     "bad_input": _of_mistake,
     "unfit": _of_mistake,
     "error": _of_mistake,
+    "lost": lambda incident: f"see whether {incident.node} is up and reached by the others. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
 }
 

@@ -18,7 +18,8 @@ LOG_NAME = "incidents.jsonl"
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, slow, error, bad_input, unfit or preempted. `action`: restart, shrink, stop or none.
+    """`kind`: crash, oom, hang, slow, error, bad_input, unfit, preempted or lost (a host). `action`: restart, shrink,
+    replace, stop or none.
 
     `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
     `since`, and the others wait for it for a share `lost` of the time.
@@ -46,6 +47,8 @@ class Incident:
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
+        if self.kind == "lost":
+            place = f"host {self.node} (of rank {self.rank} on)"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
         last = f" Its last collective: {self.collective}." if self.collective else ""
         return f"{self.time}: {place} {self._what()} {when}.{last} {_DONE.get(self.action, self.action)}".strip()
@@ -59,6 +62,8 @@ class Incident:
                 f"is slow: since step {self.since} it has taken {self.times:.1f} times as long as its fellows, who "
                 f"waited for it for {self.lost:.0%} of the time; seen"
             )
+        if self.kind == "lost":
+            return "could not be reached any more, or its agent died,"
         if self.kind == "oom":
             return f"ran out of memory{' and was killed by the system' if self.code == -signal.SIGKILL else ''}"
         if self.code is not None and self.code < 0:
@@ -101,7 +106,8 @@ _STATES = {
 }
 _DONE = {
     "restart": "All processes were started again from the newest checkpoint.",
-    "shrink": "Its chip is left out; training went on with fewer processes.",
+    "shrink": "It is left out; training went on with fewer processes.",
+    "replace": "It is left out; a spare host took its place.",
     "stop": "The run was stopped: starting again would not help.",
     "none": "Training goes on.",
 }

@@ -1,71 +1,128 @@
-"""One generation of a job's processes: started together, killed together, never orphaned."""
+"""The processes of one generation on one host: started together, killed together, never orphaned."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from anychip.launch.rendezvous import listen
+from anychip.launch.sockets import listen
+from anychip.parallel.layout import PREFIX_VARIABLE
+from anychip.parallel.messages import Message
+from anychip.rundir import RunDirectory
+from anychip.supervise.decide import kind_of_exit
+from anychip.supervise.out_of_memory import MemoryKills
+from anychip.supervise.watch import Beat, Watched, process_state, read_beat, training_stack
 from anychip.train.heartbeat import FOLDER_VARIABLE
+from anychip.train.heartbeat_page import read_message, read_steps
+from anychip.train.own_time import StepTime
 
-_HOST = "127.0.0.1"
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 0.3
+_LAST_LINES = 15
 
 
 @dataclass(frozen=True)
 class Death:
-    """How the first process of a generation failed. A negative code is a signal."""
+    """How the first process of a generation failed, or which host was lost. A negative code is a signal."""
 
     rank: int
     pid: int
-    code: int
+    code: int | None
+    kind: str  # of kind_of_exit, or lost
+
+
+class Running(Watched, Protocol):
+    """A generation that was started, on this host or on many."""
+
+    number: int
+
+    def node(self, rank: int) -> str: ...
+    def last_lines(self, rank: int) -> list[str]: ...
+    def show(self) -> None:
+        """Pass on what the first process has written since the last call, if it is for this process to do."""
+
+    def finished(self) -> bool: ...
+    def death(self) -> Death | None: ...
+    def unreachable(self) -> Death | None:
+        """A host that has said nothing for too long to be asked why training stands still."""
+
+    def kill(self) -> None:
+        """End every process, stopped ones too, and wait until none can be alive."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a host's processes stand in the job, and where all of them meet."""
+
+    slots: Sequence[int]  # the chips to use, one process each
+    first_rank: int
+    world_size: int
+    host_number: int
+    hosts: int
+    address: str
+    port: int
+    prefix: str  # of all keys in the store: who does not know it meets no one
+    more: Mapping[str, str] = field(default_factory=dict)  # further variables
 
 
 class Generation:
-    """Processes that found each other through a store of their own, on loopback, which ends with them: what an earlier
-    generation wrote cannot reach this one."""
+    """This host's processes of one generation. They find each other through a store that ends with the generation: what
+    an earlier one wrote cannot reach this one."""
 
-    def __init__(self, number: int, slots: Sequence[int], command: Sequence[str], logs: Path, heartbeats: Path) -> None:
-        """`slots` are the chips of this host to use, one process each."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        self.number, self.heartbeats = number, heartbeats
+    def __init__(
+        self, number: int, place: Place, command: Sequence[str], run: RunDirectory, files: Sequence[int] = ()
+    ) -> None:
+        """`files` are open files for the processes to inherit."""
+        self.number, self._place, self._files = number, place, files
+        self.ranks = range(place.first_rank, place.first_rank + len(place.slots))
+        self.heartbeats, logs = heartbeat_folder(run, number), run.logs / "ranks"
         logs.mkdir(parents=True, exist_ok=True)
-        heartbeats.mkdir(parents=True, exist_ok=True)
-        listener = listen(_HOST, 0)
-        port = listener.getsockname()[1]
-        self._store = TCPStore(
-            _HOST, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        self.logs = [logs / f"rank-{rank:05d}.log" for rank in range(len(slots))]
-        self.processes = [self._start(rank, slot, len(slots), port, command) for rank, slot in enumerate(slots)]
+        self.heartbeats.mkdir(parents=True, exist_ok=True)
+        self._logs = {rank: logs / f"rank-{rank:05d}.log" for rank in self.ranks}
+        self._processes = {
+            rank: self._start(rank, slot, command) for rank, slot in zip(self.ranks, place.slots, strict=True)
+        }
+        self._memory = MemoryKills()
+        self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
+        self._steps_read = dict.fromkeys(self.ranks, 0)
+        self._shown: BinaryIO | None = None
+        if 0 in self._logs:
+            self._shown = self._logs[0].open("rb")
+            self._shown.seek(0, os.SEEK_END)
 
-    def _start(
-        self, rank: int, slot: int, world_size: int, port: int, command: Sequence[str]
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, slot: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        place = self._place
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(slot),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": _HOST,
-            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(place.world_size),
+            "LOCAL_WORLD_SIZE": str(len(place.slots)),
+            "GROUP_RANK": str(place.host_number),
+            "GROUP_WORLD_SIZE": str(place.hosts),
+            "MASTER_ADDR": place.address,
+            "MASTER_PORT": str(place.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(self.number),
+            PREFIX_VARIABLE: place.prefix,
             FOLDER_VARIABLE: str(self.heartbeats),
+            **place.more,
         }
-        if world_size > 1:
+        if place.world_size > 1:
             environment.setdefault("OMP_NUM_THREADS", "1")
-        with self.logs[rank].open("ab") as log:
+        with self._logs[rank].open("ab") as log:
             log.write(f"--- generation {self.number}\n".encode())
             log.flush()
             return subprocess.Popen(
@@ -74,40 +131,131 @@ class Generation:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=self._files,
                 start_new_session=True,  # a terminal's interrupt reaches the supervisor alone, which passes it on
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
 
+    @property
+    def size(self) -> int:
+        return len(self._processes)
+
+    def node(self, rank: int) -> str:
+        return platform.node()
+
+    def pid(self, rank: int) -> int:
+        return self._processes[rank].pid
+
+    def code(self, rank: int) -> int | None:
+        return self._processes[rank].poll()
+
+    def beats(self) -> list[Beat]:
+        paths = [self.heartbeats / f"rank-{rank:05d}" for rank in self.ranks]
+        return [beat for path in paths if (beat := read_beat(path)) is not None]
+
+    def states(self) -> dict[int, str]:
+        return {rank: self.state(rank) for rank in self.ranks}
+
+    def state(self, rank: int) -> str:
+        return process_state(self.pid(rank))
+
+    def stack(self, rank: int) -> list[str]:
+        return training_stack(self._path(rank, ".stack"), self._dumped[rank])
+
+    def message(self, rank: int) -> tuple[Message, bool] | None:
+        return read_message(self._path(rank, ".work"))
+
+    def new_steps(self) -> list[tuple[int, StepTime]]:
+        read = {rank: read_steps(self._path(rank, ".work"), after) for rank, after in self._steps_read.items()}
+        self._steps_read |= {rank: rows[-1].number for rank, rows in read.items() if rows}
+        return [(rank, row) for rank, rows in read.items() for row in rows]
+
+    def _path(self, rank: int, suffix: str) -> Path:
+        return self.heartbeats / f"rank-{rank:05d}{suffix}"
+
+    def last_lines(self, rank: int) -> list[str]:
+        lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
+        begun = max((at for at, line in enumerate(lines) if line.startswith("--- generation ")), default=-1)
+        return [line for line in lines[begun + 1 :] if line.strip()][-_LAST_LINES:]
+
+    def show(self) -> None:
+        if self._shown and (text := self._shown.read()):
+            sys.stdout.write(text.decode("utf-8", "replace"))
+            sys.stdout.flush()
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def finished(self) -> bool:
-        return all(process.poll() == 0 for process in self.processes)
+        return all(process.poll() == 0 for process in self._processes.values())
 
     def death(self) -> Death | None:
         """The process that failed first, as far as codes tell: its fellows, which lost it, fail a moment later."""
-        if not any(process.poll() not in (None, 0) for process in self.processes):
+        if not any(self.code(rank) not in (None, 0) for rank in self.ranks):
             return None
-        time.sleep(_GRACE_SECONDS)
-        ended = [(rank, p.pid, p.poll()) for rank, p in enumerate(self.processes)]
-        failed = [Death(rank, pid, code) for rank, pid, code in ended if code]
-        return min(failed, key=lambda death: (_severity(death.code), death.rank))
+        self.pause(_GRACE_SECONDS)
+        return first_death([death for rank in self.ranks if (death := self.death_of(rank)) is not None])
+
+    def unreachable(self) -> Death | None:
+        return None
+
+    def death_of(self, rank: int) -> Death | None:
+        """How this process failed; None while it runs and when it ended well."""
+        code, pid = self.code(rank), self.pid(rank)
+        if not code:
+            return None
+        out_of_memory = self._memory.ran_out(pid, code, self.last_lines(rank))
+        return Death(rank, pid, code, kind_of_exit(code, out_of_memory=out_of_memory))
 
     def signal(self, number: int) -> None:
-        for process in self.processes:
+        if number == signal.SIGUSR1:
+            paths = {rank: self._path(rank, ".stack") for rank in self.ranks}
+            self._dumped = {rank: path.stat().st_size if path.is_file() else 0 for rank, path in paths.items()}
+        for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(number)
 
     def kill(self) -> None:
-        """End every process, stopped ones too, and wait for it."""
         self.signal(signal.SIGKILL)
-        for process in self.processes:
+        for process in self._processes.values():
             process.wait()
+        self.show()
+        if self._shown:
+            self._shown.close()
+            self._shown = None
 
 
-def _severity(code: int) -> int:
-    """Which of several exit codes tells the cause: a signal, then a refusal, then any other error."""
-    return 0 if code < 0 else 1 if code in (2, 3) else 2
+def first_death(deaths: Sequence[Death]) -> Death:
+    """The one of several deaths, of about the same time, that tells the cause: a lost host, a signal, a refusal, then
+    any other error, which may be but the loss of a fellow."""
+    order = {"lost": 0, "oom": 1, "crash": 1, "bad_input": 2, "unfit": 2}
+    return min(deaths, key=lambda death: (order.get(death.kind, 3), death.rank))
 
 
-def _die_with(parent: int):  # type: ignore[no-untyped-def]
+def heartbeat_folder(run: RunDirectory, generation: int) -> Path:
+    return run.logs / "heartbeats" / f"generation-{generation:04d}"
+
+
+def next_number(run: RunDirectory) -> int:
+    """Generations are numbered through all starts of a run, so that no heartbeat is taken for a newer one's."""
+    names = (path.name for path in (run.logs / "heartbeats").glob("generation-*"))
+    numbers = [int(name.removeprefix("generation-")) for name in names if name.removeprefix("generation-").isdigit()]
+    return max(numbers, default=0) + 1
+
+
+def open_store(address: str) -> tuple[TCPStore, int]:
+    """A store for one generation, on one address and a port that the system chooses; returns it and the port."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    listener = listen(address, 0)
+    port = int(listener.getsockname()[1])
+    timeout = timedelta(seconds=60)
+    return TCPStore(
+        address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    ), port
+
+
+def die_with(parent: int):  # type: ignore[no-untyped-def]
     """What a child runs before its program: the kernel kills it when the parent dies, however that dies."""
     libc = ctypes.CDLL(None)
 

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from anychip.parallel.messages import Message
-from anychip.supervise.processes import Generation
 from anychip.supervise.stragglers import Slow, Stragglers
 from anychip.train.heartbeat import PHASES
-from anychip.train.heartbeat_page import read_message, read_steps
+from anychip.train.own_time import StepTime
 
 # A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
 _LEAST_SECONDS, _STEPS = 4.0, 3.0
@@ -53,30 +53,42 @@ class Hang:
     collective: str = ""
 
 
+class Watched(Protocol):
+    """Processes on this host or on many. `beats` are by this host's clock; `stack` is what SIGUSR1 made it write;
+    `message` is its last collective, and whether it is inside; `new_steps` are times told since the last call, by
+    rank."""
+
+    @property
+    def size(self) -> int: ...
+    def beats(self) -> list[Beat]: ...
+    def states(self) -> dict[int, str]: ...
+    def pid(self, rank: int) -> int: ...
+    def stack(self, rank: int) -> list[str]: ...
+    def message(self, rank: int) -> tuple[Message, bool] | None: ...
+    def new_steps(self) -> list[tuple[int, StepTime]]: ...
+    def signal(self, number: int) -> None: ...
+    def pause(self, seconds: float) -> None: ...
+
+
 class Watch:
     """Follows one generation."""
 
-    def __init__(self, generation: Generation, start_seconds: float = _START_SECONDS) -> None:
+    def __init__(self, generation: Watched, start_seconds: float = _START_SECONDS) -> None:
         self._generation, self._start_seconds = generation, start_seconds
         self._newest = time.monotonic()
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_began = (0, 0.0)
         self._stragglers: Stragglers | None = None
-        self._steps_read = [0] * len(generation.processes)
         self.step = 0
-
-    def beats(self) -> list[Beat]:
-        ranks = range(len(self._generation.processes))
-        return [beat for rank in ranks if (beat := read_beat(self._path(rank))) is not None]
 
     def silence(self) -> float | None:
         """Seconds since any process said anything, when that is too long."""
-        beats, now = self.beats(), time.monotonic()
+        beats, now = self._generation.beats(), time.monotonic()
         if beats:
             self._newest = max(self._newest, *(beat.at for beat in beats))
             self._measure(max(beats, key=lambda beat: (beat.step, beat.at)))
         silent = now - self._newest
-        stopped = silent > _LEAST_SECONDS and any(process_state(p.pid) == "T" for p in self._generation.processes)
+        stopped = silent > _LEAST_SECONDS and "T" in self._generation.states().values()
         return silent if stopped or silent > self._limit(beats) else None
 
     def _measure(self, beat: Beat) -> None:
@@ -88,7 +100,7 @@ class Watch:
             self._step_began = (beat.step, beat.at)
 
     def _limit(self, beats: Sequence[Beat]) -> float:
-        if not self._steps or len(beats) < len(self._generation.processes):
+        if not self._steps or len(beats) < self._generation.size:
             return self._start_seconds
         usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))]
         limit = max(_LEAST_SECONDS, _STEPS * usual)
@@ -97,47 +109,36 @@ class Watch:
     def stragglers(self) -> list[Slow]:
         """Processes found to be slower than their fellows since the last call."""
         if self._stragglers is None:
-            beats = self.beats()
-            if len(beats) < len(self._generation.processes):
+            beats = self._generation.beats()
+            if len(beats) < self._generation.size:
                 return []
-            self._stragglers = Stragglers([beat.stage for beat in beats])
-        found = []
-        for rank, after in enumerate(self._steps_read):
-            for row in read_steps(self._path(rank, ".work"), after):
-                self._steps_read[rank] = row.number
-                found += self._stragglers.take(rank, row)
-        return found
-
-    def _path(self, rank: int, suffix: str = "") -> Path:
-        return self._generation.heartbeats / f"rank-{rank:05d}{suffix}"
+            self._stragglers = Stragglers([beat.stage for beat in sorted(beats, key=lambda beat: beat.rank)])
+        return [slow for rank, row in self._generation.new_steps() for slow in self._stragglers.take(rank, row)]
 
     def hang(self, seconds: float) -> Hang:
         """Find the cause of a silence. Processes write their stacks, for which stopped ones are woken."""
-        beats = self.beats()
-        states = {beat.rank: process_state(beat.pid) for beat in beats}
-        messages = {beat.rank: read_message(self._path(beat.rank, ".work")) for beat in beats}
-        dumped = {beat.rank: _size(self._path(beat.rank, ".stack")) for beat in beats}
+        beats, states = self._generation.beats(), self._generation.states()
+        messages = {beat.rank: self._generation.message(beat.rank) for beat in beats}
         self._generation.signal(signal.SIGUSR1)
         self._generation.signal(signal.SIGCONT)
-        stacks = self._stacks(dumped)
-        missing = [rank for rank in range(len(self._generation.processes)) if rank not in states]
+        stacks = self._stacks([beat.rank for beat in beats])
+        missing = sorted(set(range(self._generation.size)) - messages.keys())
         if missing:  # one that never came to training
-            pid = self._generation.processes[missing[0]].pid
-            return Hang(Beat(missing[0], pid, 0, "start", 0.0), process_state(pid), seconds, ())
-        waits = {rank: waits_for_others(messages[rank], stacks[rank]) for rank in states}
+            beat = Beat(missing[0], self._generation.pid(missing[0]), 0, "start", 0.0)
+            return Hang(beat, states.get(beat.rank, ""), seconds, ())
+        waits = {rank: waits_for_others(message, stacks[rank]) for rank, message in messages.items()}
         cause = culprit(beats, states, waits)
         stack, collective = tuple(stacks[cause.rank]), describe_last(messages[cause.rank])
-        return Hang(cause, states[cause.rank], seconds, stack, collective)
+        return Hang(cause, states.get(cause.rank, ""), seconds, stack, collective)
 
-    def _stacks(self, dumped: Mapping[int, int]) -> dict[int, list[str]]:
-        """What each process wrote after so many bytes; one that cannot write leaves an empty list when the time is
-        over."""
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, list[str]]:
+        """What each process wrote; one that cannot write leaves an empty list when the time is over."""
         deadline = time.monotonic() + _STACK_SECONDS
         while True:
-            stacks = {rank: training_stack(self._path(rank, ".stack"), after) for rank, after in dumped.items()}
+            stacks = {rank: self._generation.stack(rank) for rank in ranks}
             if all(stacks.values()) or time.monotonic() > deadline:
                 return stacks
-            time.sleep(_POLL_SECONDS)
+            self._generation.pause(_POLL_SECONDS)
 
 
 def culprit(beats: Sequence[Beat], states: Mapping[int, str], waits: Mapping[int, bool]) -> Beat:
@@ -146,7 +147,7 @@ def culprit(beats: Sequence[Beat], states: Mapping[int, str], waits: Mapping[int
 
     def key(beat: Beat) -> tuple[bool, bool, int, int, int]:
         phase = PHASES.index(beat.phase) if beat.phase in PHASES else 0
-        return states[beat.rank] not in ("T", "t", "D", "Z", ""), waits[beat.rank], beat.step, phase, beat.rank
+        return states.get(beat.rank, "") not in ("T", "t", "D", "Z", ""), waits[beat.rank], beat.step, phase, beat.rank
 
     return min(beats, key=key)
 
@@ -165,11 +166,22 @@ def describe_last(message: tuple[Message, bool] | None) -> str:
 
 def read_beat(path: Path) -> Beat | None:
     """The line that a process keeps; None while there is none."""
+    return beat_of(read_row(path))
+
+
+def read_row(path: Path) -> Any:
+    """The line as it stands there, for another host to judge; None while there is none."""
     try:
-        row = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def beat_of(row: Any) -> Beat | None:
+    try:
         at, stage, node = float(row["at"]), int(row.get("stage", 0)), str(row.get("node", ""))
         return Beat(int(row["rank"]), int(row["pid"]), int(row["step"]), str(row["phase"]), at, stage, node)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
@@ -179,10 +191,6 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def training_stack(path: Path, after: int = 0) -> list[str]:

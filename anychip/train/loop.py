@@ -32,6 +32,7 @@ from anychip.progress import Progress, progress
 from anychip.rundir import RunDirectory
 from anychip.train.copies import Copies
 from anychip.train.engine import Engine
+from anychip.train.fence import fence
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.guard import BadSteps, Guard
 from anychip.train.heartbeat import Heartbeat
@@ -119,6 +120,7 @@ def run_training(job: TrainingJob) -> int:
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             step += 1
             done = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
+            fence().check_lease()
             bar.advance()
             heartbeat.beat("log")
             verdict = _compare(copies, bad_steps, step, processes) if done.problem else "equal"

@@ -58,6 +58,16 @@ def test_two_loopback_hosts_train(trained_on_loopback: list[float]) -> None:
     assert trained_on_loopback[-1] < trained_on_loopback[0]
 
 
+@pytest.mark.slow
+def test_two_supervised_loopback_hosts_train_the_same(
+    folder: Path, trained_on_loopback: list[float], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_cluster(copy, kind="torchrun", hosts=HOSTS, port=free_port())
+    command = ["launch", "tiny.yaml", "--cluster", "cluster.yaml", "--supervise", "1", "--submit"]
+    assert start_training(copy, [sys.executable, "-m", "anychip", *command]) == trained_on_loopback
+
+
 def test_two_hosts_with_networks_of_their_own_train_the_same(
     folder: Path, trained_on_loopback: list[float], tmp_path: Path
 ) -> None:

@@ -8,10 +8,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from anychip.launch.rendezvous import create, interface_address, listen
+from anychip.launch.rendezvous import create
+from anychip.launch.sockets import interface_address, listen
 
 
 def free_port() -> int:
@@ -85,6 +87,29 @@ def test_keys_of_another_start_are_not_seen() -> None:
     late = stale.next_rendezvous().store
     late.set_timeout(timedelta(milliseconds=200))
     assert not late.check(["from"]) and first.store.check(["from"])
+
+
+def test_attempts_of_one_start_share_no_key() -> None:
+    port = free_port()
+    nodes = meet(parameters(port, 0), parameters(port, 1))
+    first = [info for _, info in nodes]
+    first[0].store.set("place", "of the first attempt")
+    again: dict[int, Any] = {}
+
+    def node(number: int) -> None:
+        again[number] = nodes[number][0].next_rendezvous()
+
+    threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    ports = {again[number].bootstrap_store_info.master_port for number in range(2)}
+    assert len(ports) == 1 and port not in ports
+    assert not again[1].store.check(["place"])
+    processes = TCPStore("127.0.0.2", ports.pop(), is_master=False, timeout=timedelta(seconds=5))
+    assert processes.num_keys() <= 1  # a store of its own, for what processes write without a prefix
+    assert (again[0].rank, again[1].rank, again[1].world_size) == (0, 1, 2)
 
 
 def test_torchrun_finds_it_by_name() -> None:

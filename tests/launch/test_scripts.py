@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import documents, job, large_recipe, write_cluster
+from jobs import cluster, documents, job, large_recipe, write_cluster
 from tiny_run import write_tiny_recipe
 
 from anychip.cli import main
 from anychip.errors import AnychipError, InputError
 from anychip.launch import slurm, torchrun
+from anychip.launch.command import make_token
 from anychip.launch.job import job_of
 from anychip.launch.submit import submit
 from anychip.launch.write import MANIFESTS, Written, write
 from anychip.recipe.cluster import Cluster
+from anychip.supervise.channel import read_token
 
 ODD = {
     "python": "/opt/my env/bin/python $HOME",
@@ -186,3 +190,33 @@ def test_a_recipe_that_does_not_fit_ends_with_one_paragraph(
     assert ended.value.code == 2 and error.count("\n") == 1
     assert "needs a multiple of 4 devices; cluster two has 2. Give group cpu 4 nodes, or choose" in error
     assert not (tmp_path / "job").exists()
+
+
+def test_supervised_scripts_are_shell_and_what_the_verb_takes(tmp_path: Path) -> None:
+    large = large_recipe()
+    for kind in ("torchrun", "slurm"):
+        shape = job(kind, network_interface="enp1")
+        supervised = replace(shape, recipe=large, least_hosts=6)
+        texts = (
+            torchrun.scripts(supervised) if kind == "torchrun" else {"": slurm.script(supervised, tmp_path / "r.yaml")}
+        )
+        for text in texts.values():
+            done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        text = "".join(texts.values())
+        assert "anychip supervise" in text
+        assert "--nodes 6:8 --processes" in text
+        assert "--interface enp1" in text
+        assert "torch.distributed.run" not in text
+    token = tmp_path / "it's a token"
+    for _ in range(2):  # the second time it stays as it is
+        before = token.read_bytes() if token.exists() else None
+        subprocess.run(["bash", "-c", make_token(shlex.quote(str(token)))], check=True)
+        assert before in (None, token.read_bytes())
+    assert len(read_token(token)) == 64
+
+
+def test_supervised_by_more_hosts_than_there_are_or_in_pods_is_refused() -> None:
+    for kind, least in (("torchrun", 9), ("volcano", 2)):
+        with pytest.raises(InputError, match="--supervise"):
+            job_of(large_recipe(), cluster(kind), least)

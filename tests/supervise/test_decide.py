@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anychip.parallel.messages import Message
-from anychip.supervise.decide import Policy, kind_of_exit
+from anychip.supervise.decide import Chips, Policy, kind_of_exit
 from anychip.supervise.incidents import Incident, read_incidents, record
 from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
 
-def policy(budget: int = 20, processes: int = 4, fewest: int = 4) -> Policy:
-    return Policy(budget, list(range(processes)), fewest, lambda count: count != 3)
+def policy(budget: int = 20) -> Policy:
+    return Policy(budget)
 
 
 @pytest.mark.parametrize(
@@ -33,53 +33,60 @@ def test_only_a_kill_can_be_for_want_of_memory() -> None:
 
 @pytest.mark.parametrize("kind", ["bad_input", "unfit", "preempted"])
 def test_what_no_start_can_mend_is_not_started_again(kind: str) -> None:
-    assert policy().after(kind, 0, 5, 0.0) == "stop"
+    assert policy().after(kind, "0", 5, 0.0) == "stop"
 
 
 def test_the_same_error_without_progress_is_a_bug() -> None:
     decide = policy()
-    assert [decide.after("error", 0, 7, 0.0), decide.after("error", 0, 7, 1.0)] == ["restart", "stop"]
+    assert [decide.after("error", "0", 7, 0.0), decide.after("error", "0", 7, 1.0)] == ["restart", "stop"]
 
 
 def test_errors_with_progress_between_them_go_on() -> None:
     decide = policy()
-    assert all(decide.after("error", 0, step, float(step)) == "restart" for step in range(1, 50))
+    assert all(decide.after("error", "0", step, float(step)) == "restart" for step in range(1, 50))
 
 
 def test_waits_grow_without_progress_and_vanish_with_it() -> None:
-    decide = policy(processes=1, fewest=1)
+    decide = policy()
     waits = []
     for number in range(9):
-        decide.after("crash", 0, 1, 1000.0 * number)
+        decide.after("crash", "0", 1, 1000.0 * number)
         waits.append(decide.wait_seconds)
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-    decide.after("crash", 0, 2, 10_000.0)
+    decide.after("crash", "0", 2, 10_000.0)
     assert decide.wait_seconds == 0.0
 
 
 @given(st.lists(st.integers(0, 5), max_size=80))
 def test_a_run_without_progress_always_ends_and_one_with_progress_never_does(steps: list[int]) -> None:
     stuck = policy(budget=5)
-    assert "stop" in [stuck.after("crash", at % 4, 0, 1000.0 * at) for at in range(7)]
+    assert "stop" in [stuck.after("crash", str(at % 4), 0, 1000.0 * at) for at in range(7)]
     decide, best, since = policy(budget=5), 0, 0
     for at, step in enumerate(steps):
         since = 0 if step > best else since + 1
         best = max(best, step)
-        assert (decide.after("crash", at % 4, step, 1000.0 * at) == "stop") == (since > 5)
+        assert (decide.after("crash", str(at % 4), step, 1000.0 * at) == "stop") == (since > 5)
         if since > 5:
             break
 
 
-def test_a_chip_that_fails_three_times_in_ten_minutes_is_left_out() -> None:
-    decide = policy(fewest=2)
-    assert [decide.after("crash", 1, step, 60.0 * step) for step in (1, 2, 3)] == ["restart", "restart", "shrink"]
-    assert decide.slots == [0, 2]  # three processes are impossible, so one more than the bad one is left out
+def test_what_fails_three_times_in_ten_minutes_is_left_out() -> None:
+    decide = policy()
+    assert [decide.after("crash", "1", at, 60.0 * at) for at in (1, 2, 3)] == ["restart", "restart", "leave_out"]
 
 
-def test_failures_far_apart_or_of_several_chips_leave_none_out() -> None:
-    decide = policy(fewest=1)
-    assert all(decide.after("crash", 1, step, 601.0 * step) == "restart" for step in range(1, 9))
-    assert all(decide.after("crash", step % 4, step, 6000.0 + step) == "restart" for step in range(9, 17))
+def test_failures_far_apart_or_of_several_units_leave_none_out() -> None:
+    decide = policy()
+    assert all(decide.after("crash", "1", step, 601.0 * step) == "restart" for step in range(1, 9))
+    assert all(decide.after("crash", str(step % 4), step, 6000.0 + step) == "restart" for step in range(9, 17))
+
+
+def test_as_many_chips_go_on_as_the_layout_works_with() -> None:
+    chips = Chips([0, 1, 2, 3], 2, lambda count: count != 3)
+    assert chips.leave_out(1)
+    assert chips.slots == [0, 2]  # three processes are impossible, so one more than the bad one is left out
+    assert not chips.leave_out(0)
+    assert chips.slots == [0, 2]
 
 
 def beat(rank: int, step: int, phase: str) -> Beat:

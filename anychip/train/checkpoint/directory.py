@@ -21,6 +21,7 @@ from pathlib import Path
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.files import atomic_writer, fsync_directory
 from anychip.train.checkpoint.manifest import LARGEST_MANIFEST_BYTES, MANIFEST_NAME, Manifest, parse_manifest
+from anychip.train.fence import fence
 
 MARKER_NAME = "COMPLETE"
 _MARKER_BYTES = 256
@@ -118,10 +119,12 @@ def publish(directory: Path, manifest: Manifest) -> Path:
         raise UnfitError("reads back differently from what was written.", where=directory / MANIFEST_NAME)
     fsync_directory(directory)
     final = directory.parent / step_name(manifest.step)
+    fence().check()
     if final.exists():  # only a damaged one: the store refuses to save over a good one
         retire(final)
     directory.rename(final)
     fsync_directory(final.parent)
+    fence().check()
     _write(final / MARKER_NAME, _marker(text))
     return final
 

@@ -1,0 +1,96 @@
+"""What the coordinator keeps in the run directory, so that one that is started again goes on: RUN/coordinator.json."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from anychip.errors import InputError
+from anychip.files import write_json
+from anychip.rundir import RunDirectory
+from anychip.supervise.members import Share
+
+_NAME, _LOCK = "coordinator.json", "coordinator.lock"
+GENERATIONS_LOG = "generations.jsonl"
+
+
+class Record:
+    """The number of the newest generation, its hosts while it runs, and who is in quarantine, why.
+
+    `generation` never goes back: processes compare it with their own before they publish a checkpoint.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Raises InputError when the file makes no sense."""
+        self._path, self._log = run.root / _NAME, run.logs / GENERATIONS_LOG
+        self.generation, self.shares, self.quarantined = 0, tuple[Share, ...](), dict[str, str]()
+        if not self._path.is_file():
+            return
+        try:
+            row: dict[str, Any] = json.loads(self._path.read_bytes())
+            self.generation = int(row["generation"])
+            self.shares = tuple(Share(**share) for share in row["shares"])
+            self.quarantined = {str(name): str(why) for name, why in row["quarantined"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            do = "Remove it when no process of this run is alive anywhere."
+            raise InputError(f"makes no sense ({error}).", where=self._path, do=do) from None
+
+    def begin(self, number: int, shares: list[Share]) -> None:
+        """A new generation, before any of its processes is started."""
+        assert number > self.generation
+        self.generation, self.shares = number, tuple(shares)
+        self.write()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = {"generation": number, "time": time, "hosts": {share.name: share.slots for share in shares}}
+        with self._log.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+    def ended(self) -> None:
+        """None of the newest generation's processes is alive."""
+        self.shares = ()
+        self.write()
+
+    def write(self) -> None:
+        shares = [asdict(share) for share in self.shares]
+        write_json(self._path, {"generation": self.generation, "shares": shares, "quarantined": dict(self.quarantined)})
+
+
+def quarantined(run: RunDirectory) -> dict[str, str]:
+    """Hosts that were left out, and why; none where the record makes no sense."""
+    try:
+        return Record(run).quarantined
+    except InputError:
+        return {}
+
+
+def fence_of(run: RunDirectory, generation: int) -> str:
+    """What processes of this generation compare themselves with (see anychip/train/fence.py)."""
+    return f"{generation}:{(run.root / _NAME).resolve()}"
+
+
+@contextmanager
+def only_coordinator(run: RunDirectory) -> Iterator[None]:
+    """Hold the run. Raises InputError while another coordinator does, where the file system has locks."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    path: Path = run.root / _LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "another coordinator holds this run.", where=path, do="One run, one coordinator."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
