@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from anychip.rundir import RunDirectory
@@ -25,6 +25,7 @@ from anychip.supervise.run import RunFailed, Stop
 from anychip.supervise.watch import read_row
 from anychip.supervise.wire import Client
 from anychip.train.fence import GENERATION_VARIABLE, LEASE_VARIABLE, open_lease, renew_lease
+from anychip.train.own_time import StepTime
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -70,7 +71,7 @@ class Agent:
         self._joined = 0
         self._reported = 0.0
         self._told: dict[int, int | None] = {}
-        self._steps_told: dict[int, int] = {}
+        self._steps: list[tuple[int, StepTime]] = []
         self._with_stacks = False
         self._answered = time.monotonic()
         self._passed_on = 0
@@ -208,6 +209,7 @@ class Agent:
         if generation is not None:
             generation.show()
         self._reported, self._told = now, codes
+        self._steps = generation.new_steps() if generation else []
         ranks = [self._about(generation, rank) for rank in generation.ranks] if generation else []
         number = generation.number if generation else 0
         self._client.send({"kind": "report", "sent": time.monotonic(), "generation": number, "ranks": ranks})
@@ -227,8 +229,8 @@ class Agent:
             "beat": None,
             "age": 0.0,
             "stack": generation.stack(rank) if self._with_stacks else [],
-            "message": [*message[0], message[1]] if message else None,
-            "steps": [[step.number, step.step, step.seconds, *step.own] for step in steps],
+            "message": generation.message(rank),
+            "steps": [asdict(row) for of, row in self._steps[-_MOST_STEPS:] if of == rank],
         }
         row = read_row(generation.path(rank))
         if isinstance(row, dict) and isinstance(row.get("at"), float):
@@ -249,3 +251,4 @@ class Agent:
 
 
 _LONGEST_LINE = 2000
+_MOST_STEPS = 512  # of all processes, told in one report: quicker ones are not watched step by step

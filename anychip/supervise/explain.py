@@ -35,7 +35,7 @@ def explain(run: RunDirectory) -> str:
     if _is_done(run):
         return "\n".join([f"{run.root}: training ended at step {steps} of {steps}.", *_history(run), "Nothing to do."])
     incidents = read_incidents(run.logs / LOG_NAME)
-    parts = [_progress(run), *_processes(run, incidents), *_left_out(run), *_history(run)]
+    parts = [_progress(run), *_processes(run, incidents), *_history(run)]
     return "\n".join([*parts, f"What to do: {_advice(run, incidents)}"])
 
 
@@ -58,7 +58,7 @@ def _history(run: RunDirectory) -> list[str]:
     incidents = read_incidents(run.logs / LOG_NAME)
     slow = [incident for incident in incidents if incident.kind == "slow"]
     ends = [incident for incident in incidents if incident.kind != "slow"]
-    return [*_incidents(ends), *_slow(slow), *_guard(run)]
+    return [*_incidents(ends), *_slow(slow), *_left_out(run), *_guard(run)]
 
 
 def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
@@ -210,6 +210,7 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     "bad_input": _of_mistake,
     "unfit": _of_mistake,
     "error": _of_mistake,
+    "lost": lambda incident: f"see whether {incident.node} is up and reached by the others. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
 }
 

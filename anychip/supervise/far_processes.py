@@ -34,7 +34,7 @@ class Link:
         self.store_port: int | None = None
         self.generation = 0  # what it ran when it joined or reported last
         self.ranks: dict[int, dict[str, Any]] = {}
-        self.steps: dict[int, deque[StepTime]] = {}
+        self.steps: list[tuple[int, StepTime]] = []  # that nobody asked for yet
         self._connection: Connection | None = None
         self._heard = time.monotonic()
         self._begun = self._ended = 0  # generations: the newest that it was told to start, up to which none is alive
@@ -64,8 +64,7 @@ class Link:
 
     def begin(self, generation: int) -> None:
         """It is told to start a generation, or was by another coordinator."""
-        self._begun, self._lost, self.ranks = generation, False, {}
-        self.steps = defaultdict(lambda: deque(maxlen=_STEPS_KEPT))
+        self._begun, self._lost, self.ranks, self.steps = generation, False, {}, []
         self._heard = time.monotonic()
 
     def runs(self, generation: int) -> bool:
@@ -94,8 +93,7 @@ class Link:
         self._heard, self.generation = time.monotonic(), generation
         if generation == self._begun:
             self.ranks = {int(row["rank"]): row | {"heard": self._heard} for row in rows}
-            for rank, row in self.ranks.items():
-                self.steps[rank].extend(row["steps"])
+            self.steps += [(row["rank"], step) for row in rows for step in row["steps"]]
         elif self.ranks:  # it ran it before: its lease ran out
             self._ended, self._lost = max(self._ended, self._begun), True
 
@@ -106,26 +104,21 @@ class Link:
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row["beat"], dict | None) or not isinstance(row["stack"], list):
         raise ValueError("a process without beat or stack")
+    message = row.get("message")
     return row | {
         "rank": int(row["rank"]),
         "pid": int(row["pid"]),
         "age": float(row["age"]),
-        "message": None if row["message"] is None else _message(*row["message"]),
-        "steps": [_step(*step) for step in row["steps"]],
+        "message": None if message is None else (Message(*message[0]), bool(message[1])),
+        "steps": [_step(step) for step in row.get("steps", [])],
     }
 
 
-def _message(number: object, operation: object, group: object, size: object, inside: object) -> tuple[Message, bool]:
-    if not isinstance(number, int) or not isinstance(size, int):
-        raise ValueError("a collective without number or size")
-    return Message(number, str(operation), str(group), size), bool(inside)
-
-
-def _step(number: object, step: object, seconds: object, *own: object) -> StepTime:
-    times = [value for value in (seconds, *own) if isinstance(value, float) and math.isfinite(value) and value >= 0]
-    if not isinstance(number, int) or not isinstance(step, int) or len(times) != 1 + len(SHARED_PHASES):
-        raise ValueError("times of a step that make no sense")
-    return StepTime(number, step, times[0], tuple(times[1:]))
+def _step(row: dict[str, Any]) -> StepTime:
+    own = tuple(map(float, row["own"]))
+    if len(own) != len(SHARED_PHASES):
+        raise ValueError("a step of other phases")
+    return StepTime(int(row["number"]), int(row["step"]), float(row["seconds"]), own)
 
 
 class FarGeneration:
@@ -175,9 +168,11 @@ class FarGeneration:
         found: tuple[Message, bool] | None = self._row(rank).get("message")
         return found
 
-    def steps(self, rank: int, after: int) -> list[StepTime]:
-        told = self._links[self._share_of[rank].name].steps
-        return [row for row in told.get(rank, ()) if row.number > after]
+    def new_steps(self) -> list[tuple[int, StepTime]]:
+        found = [step for share in self.shares for step in self._links[share.name].steps]
+        for share in self.shares:
+            self._links[share.name].steps = []
+        return [(rank, row) for rank, row in found if rank in self._share_of]
 
     def last_lines(self, rank: int) -> list[str]:
         return [str(line) for line in self._row(rank).get("lines", [])]

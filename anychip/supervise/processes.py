@@ -97,6 +97,9 @@ class Generation:
         self._processes = {
             rank: self._start(rank, slot, command) for rank, slot in zip(self.ranks, place.slots, strict=True)
         }
+        self._memory = MemoryKills()
+        self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
+        self._steps_read = dict.fromkeys(self.ranks, 0)
         self._shown: BinaryIO | None = None
         if 0 in self._logs:
             self._shown = self._logs[0].open("rb")
@@ -162,13 +165,18 @@ class Generation:
         return process_state(self.pid(rank))
 
     def stack(self, rank: int) -> list[str]:
-        return training_stack(self.path(rank, ".stack"), self._dumped.get(rank, 0))
+        return training_stack(self._path(rank, ".stack"), self._dumped[rank])
 
     def message(self, rank: int) -> tuple[Message, bool] | None:
-        return read_message(self.path(rank, ".work"))
+        return read_message(self._path(rank, ".work"))
 
-    def steps(self, rank: int, after: int) -> list[StepTime]:
-        return read_steps(self.path(rank, ".work"), after)
+    def new_steps(self) -> list[tuple[int, StepTime]]:
+        read = {rank: read_steps(self._path(rank, ".work"), after) for rank, after in self._steps_read.items()}
+        self._steps_read |= {rank: rows[-1].number for rank, rows in read.items() if rows}
+        return [(rank, row) for rank, rows in read.items() for row in rows]
+
+    def _path(self, rank: int, suffix: str) -> Path:
+        return self.heartbeats / f"rank-{rank:05d}{suffix}"
 
     def last_lines(self, rank: int) -> list[str]:
         lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
@@ -199,15 +207,15 @@ class Generation:
     def death_of(self, rank: int) -> Death | None:
         """How this process failed; None while it runs and when it ended well."""
         code, pid = self.code(rank), self.pid(rank)
-        if code and rank not in self._deaths:
-            out_of_memory = self._memory.ran_out(pid, code, self.last_lines(rank))
-            self._deaths[rank] = Death(rank, pid, code, kind_of_exit(code, out_of_memory=out_of_memory))
-        return self._deaths.get(rank)
+        if not code:
+            return None
+        out_of_memory = self._memory.ran_out(pid, code, self.last_lines(rank))
+        return Death(rank, pid, code, kind_of_exit(code, out_of_memory=out_of_memory))
 
     def signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
-            stacks = {rank: self.path(rank, ".stack") for rank in self.ranks}
-            self._dumped = {rank: path.stat().st_size for rank, path in stacks.items() if path.is_file()}
+            paths = {rank: self._path(rank, ".stack") for rank in self.ranks}
+            self._dumped = {rank: path.stat().st_size if path.is_file() else 0 for rank, path in paths.items()}
         for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(number)

@@ -115,6 +115,10 @@ class Supervisor:
         while time.monotonic() < end and not self._stop.requests:
             self._fleet.pause(_POLL_SECONDS)
 
+    def _note(self, incident: Incident) -> None:
+        record(self._run.logs / LOG_NAME, incident)
+        print(incident.sentence(), file=sys.stderr, flush=True)
+
     def _watch(self, generation: Running) -> Incident | Literal["done", "regroup"]:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
@@ -130,8 +134,8 @@ class Supervisor:
             if silence is not None:
                 return self._hung(generation, watch, watch.hang(silence))
             for slow in watch.stragglers():
-                rank, number = slow.rank, generation.number
-                self._note(slow_incident(slow, number, generation.pid(rank), generation.node(rank)))
+                pid, node = generation.pid(slow.rank), generation.node(slow.rank)
+                self._note(slow_incident(slow, generation.number, pid, node))
             self._pass_on_requests(generation)
             if regroup_since is None and not self._stop.requests and (why := self._fleet.change()):
                 print(f"{why}: every process saves and leaves", file=sys.stderr, flush=True)
@@ -140,10 +144,6 @@ class Supervisor:
             if regroup_since and time.monotonic() - regroup_since > self._limits.grace_seconds:
                 return "regroup"
             generation.pause(_POLL_SECONDS)
-
-    def _note(self, incident: Incident) -> None:
-        record(self._run.logs / LOG_NAME, incident)
-        print(incident.sentence(), file=sys.stderr, flush=True)
 
     def _pass_on_requests(self, generation: Running) -> None:
         """The first request lets every process save and leave; a second one ends them."""

@@ -55,7 +55,8 @@ class Hang:
 
 class Watched(Protocol):
     """Processes on this host or on many. `beats` are by this host's clock; `stack` is what SIGUSR1 made it write;
-    `message` is the last collective and whether the process is in it; `steps` are those with a number above `after`."""
+    `message` is its last collective, and whether it is inside; `new_steps` are times told since the last call, by
+    rank."""
 
     @property
     def size(self) -> int: ...
@@ -64,7 +65,7 @@ class Watched(Protocol):
     def pid(self, rank: int) -> int: ...
     def stack(self, rank: int) -> list[str]: ...
     def message(self, rank: int) -> tuple[Message, bool] | None: ...
-    def steps(self, rank: int, after: int) -> list[StepTime]: ...
+    def new_steps(self) -> list[tuple[int, StepTime]]: ...
     def signal(self, number: int) -> None: ...
     def pause(self, seconds: float) -> None: ...
 
@@ -78,7 +79,6 @@ class Watch:
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_began = (0, 0.0)
         self._stragglers: Stragglers | None = None
-        self._steps_read = [0] * generation.size
         self.step = 0
 
     def silence(self) -> float | None:
@@ -113,12 +113,7 @@ class Watch:
             if len(beats) < self._generation.size:
                 return []
             self._stragglers = Stragglers([beat.stage for beat in sorted(beats, key=lambda beat: beat.rank)])
-        found = []
-        for rank, after in enumerate(self._steps_read):
-            for row in self._generation.steps(rank, after):
-                self._steps_read[rank] = row.number
-                found += self._stragglers.take(rank, row)
-        return found
+        return [slow for rank, row in self._generation.new_steps() for slow in self._stragglers.take(rank, row)]
 
     def hang(self, seconds: float) -> Hang:
         """Find the cause of a silence. Processes write their stacks, for which stopped ones are woken."""
@@ -127,11 +122,11 @@ class Watch:
         self._generation.signal(signal.SIGUSR1)
         self._generation.signal(signal.SIGCONT)
         stacks = self._stacks([beat.rank for beat in beats])
-        missing = sorted(set(range(self._generation.size)) - {beat.rank for beat in beats})
+        missing = sorted(set(range(self._generation.size)) - messages.keys())
         if missing:  # one that never came to training
             beat = Beat(missing[0], self._generation.pid(missing[0]), 0, "start", 0.0)
             return Hang(beat, states.get(beat.rank, ""), seconds, ())
-        waits = {rank: waits_for_others(messages[rank], stacks[rank]) for rank in stacks}
+        waits = {rank: waits_for_others(message, stacks[rank]) for rank, message in messages.items()}
         cause = culprit(beats, states, waits)
         stack, collective = tuple(stacks[cause.rank]), describe_last(messages[cause.rank])
         return Hang(cause, states.get(cause.rank, ""), seconds, stack, collective)
@@ -196,10 +191,6 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def training_stack(path: Path, after: int = 0) -> list[str]:

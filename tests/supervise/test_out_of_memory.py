@@ -68,9 +68,9 @@ def test_an_end_without_memory_has_a_kind_of_its_own() -> None:
 
 
 def test_it_is_not_tried_for_ever() -> None:
-    decide = Policy(20, [0, 1], 2, lambda count: True)
-    assert [decide.after("oom", 0, 7, 0.0), decide.after("oom", 0, 7, 1.0)] == ["restart", "stop"]
-    assert decide.after("oom", 0, 9, 2.0) == "restart"  # it came further
+    decide = Policy(20)
+    assert [decide.after("oom", "0", 7, 0.0), decide.after("oom", "0", 7, 1.0)] == ["restart", "stop"]
+    assert decide.after("oom", "0", 9, 2.0) == "restart"  # it came further
 
 
 def test_a_real_one_is_named_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_run import finish, start, write_tiny_recipe
 
-from anychip.supervise.processes import Generation, train_command
+from anychip.rundir import RunDirectory
+from anychip.supervise.processes import Generation, Place, open_store, train_command
 from anychip.supervise.watch import Hang, Watch
 
 LAYOUTS = {
@@ -50,21 +51,23 @@ class Training:
         command = train_command([str(folder / "tiny.yaml"), "--runs", str(hurt / "runs"), *words])
         self._hurt = hurt
         os.mkfifo(hurt / "gate")
-        self.generation = Generation(1, [0, 1], command, hurt / "logs", hurt / "beats")
+        self._store, port = open_store("127.0.0.1")
+        place = Place([0, 1], 0, 2, 0, 1, "127.0.0.1", port, "watch")
+        self.generation = Generation(1, place, command, RunDirectory(hurt / "runs" / "tiny"))
         self.watch = Watch(self.generation)
 
     def reach(self, step: int, seconds: float = 120.0) -> None:
         """Until both processes have come this far."""
         deadline = time.monotonic() + seconds
-        while len(beats := self.watch.beats()) < 2 or min(beat.step for beat in beats) < step:
-            assert self.generation.death() is None, self.generation.logs[0].read_text()[-2000:]
+        while len(beats := self.generation.beats()) < 2 or min(beat.step for beat in beats) < step:
+            assert self.generation.death() is None, self.generation.last_lines(0)
             assert time.monotonic() < deadline
             self.watch.silence()  # so it learns how long steps take
             time.sleep(0.02)
 
     def more_steps(self, steps: int) -> None:
         """Watch anew: a supervisor does after every hang, and one that lived through it would take it for a step."""
-        reached = max((beat.step for beat in self.watch.beats()), default=0)
+        reached = max((beat.step for beat in self.generation.beats()), default=0)
         self.reach(reached + 2)
         self.watch = Watch(self.generation)
         self.reach(reached + 2 + steps)
@@ -85,7 +88,7 @@ class Training:
         """The hang that is found, and the seconds that it took."""
         started = time.monotonic()
         while (silence := self.watch.silence()) is None:
-            assert self.generation.death() is None, self.generation.logs[1].read_text()[-2000:]
+            assert self.generation.death() is None, self.generation.last_lines(1)
             assert time.monotonic() < started + 60
             time.sleep(0.02)
         return self.watch.hang(silence), time.monotonic() - started
@@ -139,7 +142,7 @@ def test_every_kind_of_hang_is_found_and_named(
         processes.ask(0, "")
 
         processes.more_steps(6)
-        os.kill(processes.generation.processes[1].pid, signal.SIGSTOP)
+        os.kill(processes.generation.pid(1), signal.SIGSTOP)
         hang, seconds = processes.hang()  # which wakes it
         assert (hang.beat.rank, hang.state) == (1, "T")
         assert hang.collective and any("run_training" in line for line in hang.stack)
