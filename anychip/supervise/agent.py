@@ -192,7 +192,7 @@ class Agent:
         if self._generation is not None:
             self._generation.kill()
         self._generation = self._store = None
-        self._with_stacks, self._told, self._steps_told = False, {}, {}
+        self._with_stacks, self._told = False, {}
 
     def _keep_lease(self) -> None:
         if self._generation is not None and time.monotonic() > self._lease_until:
@@ -215,11 +215,8 @@ class Agent:
         self._client.send({"kind": "report", "sent": time.monotonic(), "generation": number, "ranks": ranks})
 
     def _about(self, generation: Generation, rank: int) -> dict[str, Any]:
-        """What is known of one process. `age` is seconds since its last heartbeat, `steps` are those it has made since
-        the last report."""
-        death, message = generation.death_of(rank), generation.message(rank)
-        steps = generation.steps(rank, self._steps_told.get(rank, 0))
-        self._steps_told[rank] = max([self._steps_told.get(rank, 0), *(step.number for step in steps)])
+        """What is known of one process. `age` is seconds since its last heartbeat."""
+        death = generation.death_of(rank)
         about: dict[str, Any] = {
             "rank": rank,
             "pid": generation.pid(rank),
@@ -232,7 +229,7 @@ class Agent:
             "message": generation.message(rank),
             "steps": [asdict(row) for of, row in self._steps[-_MOST_STEPS:] if of == rank],
         }
-        row = read_row(generation.path(rank))
+        row = read_row(generation.heartbeats / f"rank-{rank:05d}")
         if isinstance(row, dict) and isinstance(row.get("at"), float):
             about |= {"beat": row, "age": time.monotonic() - row["at"]}
         if self._with_stacks or death:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from anychip.train.own_time import SHARED_PHASES, StepTime
 _GRACE_SECONDS = 0.3
 _END_AGAIN_SECONDS = 0.5
 _UNHEARD_SECONDS = 1.5
-_STEPS_KEPT = 256
 
 
 class Link:

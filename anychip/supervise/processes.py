@@ -92,12 +92,10 @@ class Generation:
         logs.mkdir(parents=True, exist_ok=True)
         self.heartbeats.mkdir(parents=True, exist_ok=True)
         self._logs = {rank: logs / f"rank-{rank:05d}.log" for rank in self.ranks}
-        self._memory, self._deaths = MemoryKills(), dict[int, Death]()
-        self._dumped: dict[int, int] = {}  # bytes of stacks that were there before the last request
         self._processes = {
             rank: self._start(rank, slot, command) for rank, slot in zip(self.ranks, place.slots, strict=True)
         }
-        self._memory = MemoryKills()
+        self._memory, self._deaths = MemoryKills(), dict[int, Death]()
         self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
         self._steps_read = dict.fromkeys(self.ranks, 0)
         self._shown: BinaryIO | None = None
@@ -152,11 +150,8 @@ class Generation:
         return self._processes[rank].poll()
 
     def beats(self) -> list[Beat]:
-        return [beat for rank in self.ranks if (beat := read_beat(self.path(rank))) is not None]
-
-    def path(self, rank: int, suffix: str = "") -> Path:
-        """Of what a process tells about itself."""
-        return self.heartbeats / f"rank-{rank:05d}{suffix}"
+        paths = [self.heartbeats / f"rank-{rank:05d}" for rank in self.ranks]
+        return [beat for path in paths if (beat := read_beat(path)) is not None]
 
     def states(self) -> dict[int, str]:
         return {rank: self.state(rank) for rank in self.ranks}
@@ -207,10 +202,10 @@ class Generation:
     def death_of(self, rank: int) -> Death | None:
         """How this process failed; None while it runs and when it ended well."""
         code, pid = self.code(rank), self.pid(rank)
-        if not code:
-            return None
-        out_of_memory = self._memory.ran_out(pid, code, self.last_lines(rank))
-        return Death(rank, pid, code, kind_of_exit(code, out_of_memory=out_of_memory))
+        if code and rank not in self._deaths:  # the kernel's counter tells once
+            out_of_memory = self._memory.ran_out(pid, code, self.last_lines(rank))
+            self._deaths[rank] = Death(rank, pid, code, kind_of_exit(code, out_of_memory=out_of_memory))
+        return self._deaths.get(rank)
 
     def signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
