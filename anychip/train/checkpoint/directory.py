@@ -112,7 +112,8 @@ def _only_writer(root: Path) -> Iterator[None]:
             pass  # a file system without locks: only the launcher guards against two writers
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # closed all the same
+            os.close(descriptor)
 
 
 def _is_leftover(entry: Path) -> bool:

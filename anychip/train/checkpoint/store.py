@@ -265,7 +265,8 @@ class CheckpointStore:
 
     def _write(self, step: int, extra: dict[str, Any], parts: SaveParts, tensor: Callable[[Box], Tensor]) -> int:
         try:
-            nbytes = write_checkpoint(self._root, step, extra, parts, tensor, self._ranks)
+            with disk_errors(self._root / step_name(step)):
+                nbytes = write_checkpoint(self._root, step, extra, parts, tensor, self._ranks)
         except CheckpointError:
             self._make_room()
             raise
