@@ -93,8 +93,11 @@ def train(arguments: argparse.Namespace) -> None:
     loaded, shape = time.time(), SHAPES[arguments.shape]
     torch.set_num_threads(1)
 
+    read: list[int] = []
+
     class Tokens:
         def batch(self, step: int) -> Batch:
+            read.append(step)
             tokens = torch.randint(0, shape.vocab, (4, 129), generator=torch.Generator().manual_seed(step))
             return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
@@ -105,7 +108,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     def told(*given: object, **more: object) -> object:
         done = inner(*given, **more)  # type: ignore[arg-type]
-        print(json.dumps({"loaded": loaded, "done": time.time()}), flush=True)
+        print(json.dumps({"loaded": loaded, "done": time.time(), "first": read[0]}), flush=True)
         return done
 
     loop.train_step = told  # type: ignore[assignment]
@@ -196,6 +199,8 @@ def report_recovery(arguments: argparse.Namespace, folder: Path) -> None:
     for process in processes:
         process.kill()
         process.wait()
+    if not first[0]["first"]:
+        raise SystemExit("no copy was found: training began anew")
     loaded, done = (max(row[key] for row in first) for key in ("loaded", "done"))
     print(f"{arguments.shape}, 2 hosts of 2 processes, the memory of one lost, no checkpoint on disk")
     print(f"from the kill until all programs were loaded {loaded - killed:.1f} s")
