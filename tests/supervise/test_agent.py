@@ -115,11 +115,12 @@ def test_without_answers_its_processes_end_with_the_lease_and_not_before(coordin
     assert alive(pids) == pids
     coordinator.until(lambda: not alive(pids))
     coordinator.until(lambda: coordinator.report["generation"] == 0)
-    coordinator.start(7)
-    coordinator.start(6)
     coordinator.answers = True
     heard = time.monotonic()
-    coordinator.until(lambda: time.monotonic() > heard + 1.0)
+    coordinator.until(lambda: time.monotonic() > heard + 0.5)
+    coordinator.start(7)
+    coordinator.start(6)
+    coordinator.until(lambda: time.monotonic() > heard + 1.5)
     assert coordinator.report["generation"] == 0  # a generation that is over does not come back
     coordinator.start(8)
     coordinator.until(lambda: coordinator.report["generation"] == 8)

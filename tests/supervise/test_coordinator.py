@@ -101,6 +101,25 @@ def test_a_host_is_given_up_only_after_its_lease_and_taken_back_when_it_returns(
     assert kinds(world)[0] == ("lost", "b", "restart")
 
 
+def test_a_death_elsewhere_does_not_shorten_the_lease_of_a_host_that_is_cut_off(world: World) -> None:
+    """As when its fellows lose it: they die within milliseconds."""
+    a, b = world.agent("a"), world.agent("b")
+
+    def script() -> Script:
+        yield world.running(a, b, number=1)
+        until = world.clock.now + 2
+        yield lambda: world.clock.now > until
+        b.cut = b.deaf = True
+        cut_at = world.clock.now
+        a.die(1, "error")
+        yield lambda: a.generation == 2
+        assert world.clock.now > cut_at + 2.0
+        assert not b.generation
+        yield lambda: finish(a)
+
+    world.play(script())
+
+
 def test_a_host_that_leaves_lets_all_save_and_is_done_without(world: World) -> None:
     a, b = world.agent("a"), world.agent("b")
 

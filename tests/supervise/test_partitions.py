@@ -16,7 +16,7 @@ from tiny_run import finish, write_tiny_recipe
 
 from anychip.supervise.watch import read_beat
 
-STEPS = 1500
+STEPS = 800
 SETTINGS = [f"training.steps={STEPS}", "training.eval_interval=0", "checkpoint.save_interval=20", "checkpoint.keep=0"]
 NETWORKS = """
 mount -t tmpfs none /run
@@ -92,6 +92,7 @@ def networks() -> Iterator[Networks]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_host_that_is_cut_off_stops_writes_nothing_and_comes_back(
     networks: Networks, tmp_path: Path, cut: str
@@ -119,8 +120,9 @@ def test_a_host_that_is_cut_off_stops_writes_nothing_and_comes_back(
     assert read_beat(far) == last, "it went on"
     assert job.hosts() == ["near"]
     assert job.incidents()[0]["kind"] == "lost"
-    assert "no coordinator within the lease" in logs["far"].read_text()
+    if cut != "nothing reaches the coordinator":  # then it may hear that it is to end before its lease does
+        assert "no coordinator within the lease" in logs["far"].read_text()
     networks.do(CUTS[cut][1])
     wait_for(lambda: "ended 0" in logs["coordinator"].read_text(), 300)
-    wait_for(lambda: all("ended 0" in log.read_text() for log in logs.values()), 30)  # far too: it was there again
+    wait_for(lambda: all("ended 0" in log.read_text() for log in logs.values()), 60)  # far too: it was there again
     assert [step for step, _ in job.steps()] == list(range(1, STEPS + 1))
