@@ -13,7 +13,8 @@ from torch import Tensor
 from anychip import __version__
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
-from anychip.families.telechat2 import JINJA, PublishedTensor, config_to_json, published_tensors
+from anychip.families.telechat2 import PublishedTensor, config_to_json, published_tensors
+from anychip.families.templates import JINJA
 from anychip.files import fsync_directory, sha256_file, write_json, write_text
 from anychip.interchange.layout import to_published
 from anychip.interchange.load import check_tokenizer_fits, newest_checkpoint

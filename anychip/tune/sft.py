@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.data.docstrings import documentation_pairs
 from anychip.data.tokenizer import load_tokenizer
 from anychip.errors import InputError
+from anychip.families.messages import Message
 from anychip.recipe import Recipe
 from anychip.recipe.schema import SftConfig
 from anychip.rundir import RunDirectory
-from anychip.tune.dialogs import Dialog, Message, question_and_answer, read_dialogs, split_dialogs
+from anychip.tune.dialogs import Dialog, question_and_answer, split_dialogs
 from anychip.tune.encoding import EncodedDialog, encode_dialogs
 from anychip.tune.epochs import EpochOrder
+from anychip.tune.read import read_dialogs
 
 _ROUND_UP_TO = 16
 
@@ -123,4 +126,4 @@ def with_system_prompt(dialog: Dialog, system_prompt: str) -> Dialog:
     """The dialog under the recipe's system prompt, unless it brings its own."""
     if not system_prompt or dialog.messages[0].role == "system":
         return dialog
-    return Dialog((Message("system", system_prompt), *dialog.messages), dialog.subject)
+    return replace(dialog, messages=(Message("system", system_prompt), *dialog.messages))

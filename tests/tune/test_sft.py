@@ -11,9 +11,10 @@ import torch
 
 from anychip.data.tokenizer import Tokenizer, train_bpe
 from anychip.errors import InputError
+from anychip.families.messages import Message
 from anychip.recipe import Recipe, parse_recipe
 from anychip.rundir import RunDirectory
-from anychip.tune.dialogs import Dialog, Message, question_and_answer
+from anychip.tune.dialogs import Dialog, question_and_answer
 from anychip.tune.encoding import EncodedDialog, encode_dialogs
 from anychip.tune.sft import SftData
 
