@@ -228,7 +228,9 @@ def _samples(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     assert recipe.tune.sft is not None
     sft = recipe.tune.sft
     questions = choose_questions(sft.questions, SftData(recipe, run).split)
-    answers = sample_answers(load_for_inference(run.root), questions, run, system_prompt=sft.system_prompt)
+    answers = sample_answers(
+        load_for_inference(run.root), questions, run, system_prompt=sft.system_prompt, template=recipe.tune.template
+    )
     for sample in answers[:_SAMPLES_SHOWN]:
         print(f"  Q: {sample.question}\n  A: {sample.answer}")
     return {"answers": len(answers)}
@@ -273,7 +275,7 @@ STAGES: dict[str, Stage] = {
         Stage("data", _data, ["seed", "data.sources", "data.validation_fraction", "data.cleaning", "data.dedup",
                               "data.tokenizer", "model.vocab_size"]),
         Stage("train", _train, _TRAINED_WITH, after=["data"]),
-        Stage("sft", _sft, ["tune.sft"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("sft", _sft, ["tune.sft", "tune.template"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("eval", _eval, ["eval"], after=["train"]),
         Stage("export", _export, ["export"], after=["train", "sft", "eval"]),
         Stage("samples", _samples, [], after=["sft"], wanted=lambda recipe: recipe.tune.sft is not None),

@@ -63,7 +63,7 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
         f"{recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, seed {recipe.seed}",
     ]
     if recipe.tune.sft and source["stage"] == "sft":
-        lines.append(f"- supervised tuning: {recipe.tune.sft.steps:,} steps on {recipe.tune.sft.dataset}")
+        lines.append(f"- supervised tuning: {recipe.tune.sft.steps:,} steps on {_sources(recipe)}")
     summary = _json(run.data / "summary.json")
     for name, counts in summary.get("sources", {}).items():
         train = counts.get("train", {})
@@ -71,6 +71,10 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
             digest = f", SHA-256 of the packed tokens {train['bin_sha256']}" if "bin_sha256" in train else ""
             lines.append(f"- corpus {name}: {train['documents']:,} documents, {train['tokens']:,} tokens{digest}")
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _sources(recipe: Recipe) -> str:
+    return ", ".join(source.path for source in recipe.tune.sft.sources) if recipe.tune.sft else ""
 
 
 def _evaluation(run: RunDirectory) -> str:

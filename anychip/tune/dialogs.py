@@ -24,7 +24,8 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 @dataclass(frozen=True)
 class Dialog:
     """An optional system message, then questions and answers in turn, an answer last. An answer that calls tools is
-    followed by their results and another answer. `tools` are the JSON schemas of the tools offered.
+    followed by their results and another answer. `tools` are the JSON schemas of the tools offered; `source` is the
+    number of the recipe's source that it is of.
 
     Dialogs about one thing share a `subject`: held-out subjects are kept out of training with all their phrasings.
     """
@@ -32,6 +33,7 @@ class Dialog:
     messages: tuple[Message, ...]
     subject: str
     tools: tuple[str, ...] = ()
+    source: int = 0
 
     @property
     def question(self) -> str:

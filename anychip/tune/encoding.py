@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,10 @@ from anychip.data.batch import IGNORE_LABEL
 from anychip.data.tokenizer import Tokenizer
 from anychip.families.templates import Part, Template, render
 from anychip.progress import progress
+from anychip.recipe.schema import LossOn
 from anychip.tune.dialogs import Dialog
 
 Ids = npt.NDArray[np.int32]
-LossOn = Literal["answer", "telechat-torch", "all"]
 _DIALOGS_AT_ONCE = 4096
 # answer: what the model is to say. telechat-torch: as published, every <_user> too, and all from <_bot> to <_end>.
 _LEARNED: dict[LossOn, frozenset[str]] = {
@@ -99,7 +99,8 @@ def learned_parts(dialog: Dialog, tokenizer: Tokenizer, encoding: Encoding) -> I
     kinds = _LEARNED[encoding.loss_on]
     turns = [turn for turn, message in enumerate(dialog.messages) if message.role == "assistant"]
     as_asked = {turn: parts_of(turn + 1) for turn in turns}
-    samples, left = [], set(turns)
+    samples: list[list[LearnedPart]] = []
+    left = set(turns)
     while left:
         sample = as_asked[max(left)]
         served = left if encoding.parity else {turn for turn in left if _begins_with(sample, as_asked[turn])}

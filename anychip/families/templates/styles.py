@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Template = Literal["A", "B", "C", "D", "E"]
+from anychip.recipe.schema import ChatTemplate
+
+Template = ChatTemplate
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 
 IDENTITY = (
