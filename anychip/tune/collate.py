@@ -1,11 +1,13 @@
-"""Encoded dialogs as the rows of a batch."""
+"""Encoded dialogs as the rows of a batch, and what happens to those that fit none."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.data.tokenizer import Tokenizer
+from anychip.errors import InputError
 from anychip.tune.encoding import EncodedDialog
 
 _ROUND_UP_TO = 16
@@ -45,3 +47,22 @@ def _collate(rows: Sequence[Sequence[EncodedDialog]], width: int, tokenizer: Tok
             labels[index, start:end] = torch.from_numpy(dialog.labels)
             start = end
     return Batch(input_ids, labels)
+
+
+def judge_too_long(dropped: int, kept: int, what: str, seq_length: int, policy: str, where: str) -> None:
+    """Say what is left out because it is too long; refuse where the recipe says so, or where nothing is left."""
+    if not kept:
+        raise InputError(
+            f"holds no {what} of at most {seq_length} tokens, which is the section's seq_length.",
+            where=where,
+            do=f"Raise seq_length or shorten the {what}s.",
+        )
+    if dropped and policy == "refuse":
+        raise InputError(
+            f"{dropped:,} of {dropped + kept:,} {what}s are longer than seq_length {seq_length}.",
+            where=where,
+            do="Raise seq_length, or set too_long: report to leave them out.",
+        )
+    if dropped:
+        print(f"note: {dropped:,} of {dropped + kept:,} {what}s are longer than {seq_length} tokens and left out",
+              file=sys.stderr)  # fmt: skip

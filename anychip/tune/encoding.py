@@ -29,11 +29,13 @@ _OF_AN_ANSWER = ("bot", "prefix", "answer", "end")
 
 @dataclass(frozen=True)
 class Encoding:
-    """How dialogs become tokens. `parity`: as the published templates and training code do it, oddities included."""
+    """How dialogs become tokens. `parity`: as the published templates do it, oddities included. `last_answer`: of all
+    answers, only the last is learned."""
 
     template: Template = "B"
     loss_on: LossOn = "answer"
     parity: bool = False
+    last_answer: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def learned_parts(dialog: Dialog, tokenizer: Tokenizer, encoding: Encoding) -> I
 
     kinds = _LEARNED[encoding.loss_on]
     turns = [turn for turn, message in enumerate(dialog.messages) if message.role == "assistant"]
+    turns = turns[-1:] if encoding.last_answer else turns
     as_asked = {turn: parts_of(turn + 1) for turn in turns}
     samples: list[list[LearnedPart]] = []
     left = set(turns)

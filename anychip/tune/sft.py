@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from anychip.errors import InputError
 from anychip.recipe import Recipe
 from anychip.recipe.schema import ModelConfig, SftConfig
 from anychip.rundir import RunDirectory
-from anychip.tune.collate import packed, padded
+from anychip.tune.collate import judge_too_long, packed, padded
 from anychip.tune.dialogs import Dialog, split_dialogs
 from anychip.tune.encoding import EncodedDialog, Encoding, encode_dialogs
 from anychip.tune.epochs import Epochs, PackedRows, PaddedRows, Rows
@@ -94,25 +93,6 @@ class SftData:
     def _judge_dropped(self) -> None:
         paths = ", ".join(source.path for source in self.config.sources)
         judge_too_long(self.dropped, len(self.encoded), "dialog", self.config.seq_length, self.config.too_long, paths)
-
-
-def judge_too_long(dropped: int, kept: int, what: str, seq_length: int, policy: str, where: str) -> None:
-    """Say what is left out because it is too long; refuse where the recipe says so, or where nothing is left."""
-    if not kept:
-        raise InputError(
-            f"holds no {what} of at most {seq_length} tokens, which is the section's seq_length.",
-            where=where,
-            do=f"Raise seq_length or shorten the {what}s.",
-        )
-    if dropped and policy == "refuse":
-        raise InputError(
-            f"{dropped:,} of {dropped + kept:,} {what}s are longer than seq_length {seq_length}.",
-            where=where,
-            do="Raise seq_length, or set too_long: report to leave them out.",
-        )
-    if dropped:
-        print(f"note: {dropped:,} of {dropped + kept:,} {what}s are longer than {seq_length} tokens and left out",
-              file=sys.stderr)  # fmt: skip
 
 
 def check_packing(model: ModelConfig, seq_length: int) -> None:
