@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -72,6 +73,14 @@ class DpoData:
         """From now on batches bring these, [pairs, 2]."""
         self._reference = log_probabilities
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens and labels of all pairs, in order."""
+        digest = hashlib.sha256()
+        for pair in self.encoded:
+            for row in pair:
+                digest.update(len(row).to_bytes(8, "little") + row.input_ids.tobytes() + row.labels.tobytes())
+        return digest.hexdigest()
+
     def in_order(self) -> Iterator[tuple[list[int], Batch]]:
         """Every pair once, in batches of the global size; the last one is filled up with the first pairs."""
         size, total = self.config.global_batch_size, len(self.encoded)
@@ -83,17 +92,17 @@ class DpoData:
 def reference_log_probabilities(
     data: DpoData,
     run: RunDirectory,
-    identity: str,
+    weights: str,
     compute: Callable[[Batch], Tensor],
     any_lacks: Callable[[bool], bool],
     *,
     writes: bool,
 ) -> Tensor:
-    """[pairs, 2] fp64: what the starting weights say of each pair, from RUN/dpo/reference.safetensors if it is of this
-    `identity`, else computed and kept there. Called by all processes together."""
+    """[pairs, 2] fp64: what the starting weights say of each pair, from RUN/dpo/reference.safetensors if it is of
+    these `weights` (a digest) and these tokens, else computed and kept there. Called by all processes together."""
     from safetensors.torch import save
 
-    path = run.dpo / "reference.safetensors"
+    path, identity = run.dpo / "reference.safetensors", f"{weights} {data.digest()}"
     kept = _kept(path, identity, len(data.encoded))
     if not any_lacks(kept is None):
         assert kept is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from anychip.chips.backend import detect_backend
 from anychip.chips.operators import operators_for
 from anychip.errors import InputError
+from anychip.files import sha256_file
 from anychip.model.lora import is_adapter
 from anychip.parallel.parts import initialize_adapters
 from anychip.parallel.processes import Processes
@@ -19,6 +20,7 @@ from anychip.recipe import Recipe
 from anychip.recipe.schema import CheckpointConfig, DpoConfig, SftConfig
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.checkpoint.manifest import MANIFEST_NAME
 from anychip.train.engine import Engine
 from anychip.train.job import BatchSource, Evaluate, TrainingJob
 from anychip.train.loop import run_training
@@ -53,7 +55,7 @@ def run_dpo(recipe: Recipe, run: RunDirectory, identity: str) -> int:
     if config.reference == "precomputed":
         data.remember_reference(
             reference_log_probabilities(
-                data, run, identity, frozen.log_probabilities, processes.any, writes=processes.is_first
+                data, run, _weights_digest(start), frozen.log_probabilities, processes.any, writes=processes.is_first
             )
         )
     else:
@@ -121,6 +123,12 @@ def _load(recipe: Recipe, start: Path, parameters: Mapping[str, Tensor]) -> None
         raise InputError("there is no checkpoint to tune.", where=start, do="Run the stages before this one first.")
     weights = {f"model.{name}": p.detach() for name, p in parameters.items() if not is_adapter(name)}
     store.load(newest, weights, part=recipe.parallel.pipeline_parallel > 1)
+
+
+def _weights_digest(start: Path) -> str:
+    """Which weights tuning starts from: the digest of their manifest, which holds those of all their bytes."""
+    newest = CheckpointStore(start).latest()
+    return "" if newest is None else sha256_file(newest.path / MANIFEST_NAME)
 
 
 def _frozen_engine(job: TrainingJob, recipe: Recipe, start: Path) -> tuple[Engine, Processes]:
