@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from anychip.data.batch import IGNORE_LABEL
 from anychip.data.tokenizer import Tokenizer
+from anychip.errors import InputError
 from anychip.families.templates import Part, Template, render
 from anychip.progress import progress
 from anychip.recipe.schema import LossOn
@@ -71,7 +72,7 @@ def encode_dialogs(
             samples = [
                 (number, sample)
                 for number, dialog in enumerate(some, start)
-                for sample in learned_parts(dialog, tokenizer, encoding)
+                for sample in _samples(dialog, tokenizer, encoding)
             ]
             values = (part.value for _, sample in samples for part, _ in sample)
             texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
@@ -79,6 +80,16 @@ def encode_dialogs(
             encoded += [_assemble(sample, ids, number) for number, sample in samples]
             bar.advance(len(some))
     return encoded
+
+
+def _samples(dialog: Dialog, tokenizer: Tokenizer, encoding: Encoding) -> list[list[LearnedPart]]:
+    """The samples of a dialog; InputError says which dialog the template has no place for."""
+    try:
+        return list(learned_parts(dialog, tokenizer, encoding))
+    except InputError as error:
+        question = " ".join(dialog.question.split())
+        shown = question if len(question) <= 60 else f"{question[:57]}..."
+        raise InputError(error.what, where=f'the dialog "{shown}"', do=error.do) from None
 
 
 def learned_parts(dialog: Dialog, tokenizer: Tokenizer, encoding: Encoding) -> Iterator[list[LearnedPart]]:

@@ -180,3 +180,9 @@ def test_a_recipe_may_still_name_one_dataset() -> None:
     assert old is not None and [source.path for source in old.sources] == ["some.jsonl"]
     with pytest.raises(InputError, match="not both"):
         recipe("some.jsonl", sources=[{"path": "other.jsonl"}])
+
+
+def test_a_dialog_that_the_template_has_no_place_for_is_named(tokenizer: Tokenizer) -> None:
+    thinking = Dialog((Message("user", "what is\na list?"), Message("assistant", "things", "hm")), "list")
+    with pytest.raises(InputError, match=r'the dialog "what is a list\?": .* no place for thinking.* Choose C, D, E'):
+        encode_one(thinking, tokenizer)
