@@ -59,6 +59,11 @@ class RunDirectory:
         return self.root / "sft"
 
     @property
+    def dpo(self) -> Path:
+        """Preference tuning, as `sft`."""
+        return self.root / "dpo"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 

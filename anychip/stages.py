@@ -173,47 +173,18 @@ def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
 
 
 def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
-    from anychip.recipe.schema import CheckpointConfig
-    from anychip.train.checkpoint import CheckpointStore
-    from anychip.train.job import TrainingJob
-    from anychip.train.loop import run_training
+    from anychip.tune.run import run_sft
     from anychip.tune.sft import SftData
 
-    assert recipe.tune.sft is not None
-    sft, data = recipe.tune.sft, SftData(recipe, run)
+    data = SftData(recipe, run)
+    evaluate = _held_out_loss(data) if data.split.held_out_phrasings else None
+    return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe))}
 
-    def initialize(parameters: Mapping[str, Tensor]) -> None:
-        store = CheckpointStore(run.checkpoints)
-        newest = store.latest()
-        if newest is None:
-            raise InputError("there is no pretrained checkpoint to tune.", where=run.checkpoints)
-        weights = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-        store.load(newest, weights, part=recipe.parallel.pipeline_parallel > 1)
 
-    job = TrainingJob(
-        title="sft",
-        directory=run.sft,
-        model=recipe.model,
-        source=data,
-        initialize=initialize,
-        evaluate=_held_out_loss(data) if data.split.held_out_phrasings else None,
-        identity=_fingerprint(STAGES["sft"], recipe),
-        steps=sft.steps,
-        seq_length=sft.seq_length,
-        micro_batch_size=sft.micro_batch_size,
-        global_batch_size=sft.global_batch_size,
-        optimizer=sft.optimizer,
-        checkpoint=CheckpointConfig(save_interval=recipe.checkpoint.save_interval, keep=1),
-        log=recipe.log,
-        compute_dtype=recipe.training.compute_dtype,
-        recompute=recipe.training.recompute,
-        loss_chunk_tokens=recipe.training.loss_chunk_tokens,
-        deterministic=recipe.training.deterministic,
-        operators=recipe.training.operators,
-        parallel=recipe.parallel,
-        guard=recipe.guard,
-    )
-    return {"step": run_training(job)}
+def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.tune.run import run_dpo
+
+    return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe))}
 
 
 def _held_out_loss(data: SftData) -> Evaluate:
@@ -236,7 +207,9 @@ def _samples(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     assert recipe.tune.sft is not None
     sft = recipe.tune.sft
     questions = choose_questions(sft.questions, SftData(recipe, run).split)
-    answers = sample_answers(load_for_inference(run.root), questions, run, system_prompt=sft.system_prompt)
+    answers = sample_answers(
+        load_for_inference(run.root), questions, run, system_prompt=sft.system_prompt, template=recipe.tune.template
+    )
     for sample in answers[:_SAMPLES_SHOWN]:
         print(f"  Q: {sample.question}\n  A: {sample.answer}")
     return {"answers": len(answers)}
@@ -281,10 +254,13 @@ STAGES: dict[str, Stage] = {
         Stage("data", _data, ["seed", "data.sources", "data.validation_fraction", "data.cleaning", "data.dedup",
                               "data.tokenizer", "model.vocab_size"], there=_data_is_there),
         Stage("train", _train, _TRAINED_WITH, after=["data"]),
-        Stage("sft", _sft, ["tune.sft"], after=["train"], wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("sft", _sft, ["tune.sft", "tune.template"], after=["train"],
+              wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("dpo", _dpo, ["tune.dpo", "tune.template"], after=["train", "sft"],
+              wanted=lambda recipe: recipe.tune.dpo is not None),
         Stage("eval", _eval, ["eval"], after=["train"]),
-        Stage("export", _export, ["export"], after=["train", "sft", "eval"]),
-        Stage("samples", _samples, [], after=["sft"], wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("export", _export, ["export"], after=["train", "sft", "dpo", "eval"]),
+        Stage("samples", _samples, [], after=["sft", "dpo"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("report", _report, [], after=["train"]),
     )
 }  # fmt: skip

@@ -51,6 +51,9 @@ ENGLISH = {
     "guard.on_damaged_data": "what tokens that are not what was packed lead to",
     "guard.window": "steps whose gradient norms tell what is usual",
     "log.tensorboard": "also write TensorBoard files to `tb/`",
+    "lora.rank": "rank of the adapters",
+    "dpo.seq_length": "longer pairs are left out",
+    "dpo.system_prompt": "put before every prompt that has no system message",
     "sft.system_prompt": "put before every dialog that has no system message",
     "export.dtype": "type of the exported weights",
     "export.max_shard_bytes": "largest weight file",
@@ -162,9 +165,35 @@ CHINESE = {
     "training.recompute": "反向时重新计算而不保留的激活；selective：归一化与 SwiGLU；full：整层",
     "log.interval": "两行日志之间的步数",
     "log.tensorboard": "同时写 TensorBoard 文件到 `tb/`",
-    "sft.dataset": "`python:docstrings`（由已安装的文档字符串生成的问答），或消息的 .jsonl",
+    "tune.template": "对话模板：A 为 2024 年的 TeleChat2-115B，B 为 TeleChat2，C 为 T1，D 为 TeleChat3，"
+    "E 为 TeleChat3-Coder",
+    **{
+        f"{section}.sources[].{field}": text
+        for section in ("sft", "dpo")
+        for field, text in {
+            "path": "对话的 .jsonl（或 .json 列表），或 `python:docstrings`：由已安装的文档字符串生成的问答",
+            "weight": "每个对话在一轮中读几次；0.5：两轮读一次",
+            "format": "auto：按每条记录的字段",
+        }.items()
+    },
+    "sft.loss_on": "answer：模型要说的话及其后的 `<_end>`；telechat-torch：与 TeleChat 公开代码相同，"
+    "另加 `<_bot>` 和每个 `<_user>`；all：全部词元",
+    "sft.parity": "逐字按公开模板渲染，以配合如此微调过的权重",
+    "sft.packing": "每个样本装入多个对话；注意力不出各自的对话，不截断任何一个",
+    "sft.too_long": "长于 seq_length 的对话：略去并说明数目，或停止",
+    "lora.rank": "适配器的秩",
+    "lora.alpha": "适配器的乘积乘以 alpha / rank",
+    "lora.target_modules": "每层中带适配器的矩阵",
+    "dpo.loss": "ipo：arXiv 2310.12036",
+    "dpo.beta": "模型贴近参考模型的程度",
+    "dpo.reference": "起始权重的对数概率：对全部样本对一次算好，或每步由冻结的副本计算",
+    "dpo.too_long": "长于 seq_length 的样本对：略去并说明数目，或停止",
+    "dpo.seq_length": "更长的样本对略去",
+    "dpo.micro_batch_size": "每个进程同时计算的样本对数",
+    "dpo.global_batch_size": "每步的样本对数；进程数 x `micro_batch_size` 的整数倍",
     "sft.subjects": "只保留关于这些模块、类或函数的对话，例如 str 或 os.path；空：全部",
     "sft.system_prompt": "加在没有 system 消息的对话之前",
+    "dpo.system_prompt": "加在没有 system 消息的提问之前",
     "sft.questions": "报告中向微调后的模型提出的问题",
     "eval.baselines": "同时在同样的留出文本上测量 xz -9 和 5-gram 模型",
     "eval.max_tokens": "计分的留出词元数",

@@ -127,7 +127,7 @@ def tables(model: type[BaseModel], path: str, language: str, note: str = "") -> 
     if rows:
         yield "\n".join([HEADS[language][2], "|---|---|---|---|", *rows])
     for here, field, section in inner:
-        if here == "tune.sft.optimizer":
+        if here.startswith("tune.") and here.endswith(".optimizer"):
             yield f"## {here}"
             yield SAME_FIELDS[language].format(given=given(field.default))
             continue

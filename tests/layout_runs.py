@@ -15,13 +15,15 @@ from rank_pool import run_ranks
 from anychip.chips.backend import detect_backend
 from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
 from anychip.parallel.gradients import gradient_norm, scale_gradients
-from anychip.parallel.parts import initialize_parts
+from anychip.parallel.parts import initialize_adapters, initialize_parts
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local, whole
-from anychip.recipe.schema import CheckpointConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from anychip.recipe.schema import CheckpointConfig, LogConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob
+from anychip.train.objective import NextToken
 from anychip.train.optimizer import Optimizer
+from anychip.tune.preference import Preference
 
 MODEL = ModelConfig(
     vocab_size=64,
@@ -36,17 +38,20 @@ SEQ_LENGTH, GLOBAL_BATCH, STEPS, SEED = 32, 16, 20, 3
 
 class RandomTokens:
     """Batches by step, rows with unequal numbers of labels: a mean of means would be wrong. With `documents` attention
-    stays between tokens 0, which end a document here."""
+    stays between tokens 0, which end a document here; with `preference` each row has a log-probability to be compared
+    with."""
 
-    def __init__(self, documents: bool = False) -> None:
-        self._documents = documents
+    def __init__(self, documents: bool = False, preference: bool = False) -> None:
+        self._documents, self._preference = documents, preference
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 + step)
         tokens = torch.randint(0, MODEL.vocab_size, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         labels[::3, :9] = IGNORE_LABEL
-        return Batch(tokens[:, :-1], labels, number_documents(tokens[:, :-1] // 8, 0) if self._documents else None)
+        documents = number_documents(tokens[:, :-1] // 8, 0) if self._documents else None
+        reference = -90 - 20 * torch.rand(GLOBAL_BATCH, generator=generator).double() if self._preference else None
+        return Batch(tokens[:, :-1], labels, documents, reference)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         title="layout",
         directory=Path(),
         model=MODEL,
-        source=RandomTokens(run.job.get("documents", False)),
+        source=RandomTokens(run.job.get("documents", False), "preference" in run.job),
         initialize=lambda parameters: None,
         evaluate=None,
         identity="",
@@ -95,13 +100,16 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         log=LogConfig(),
         loss_chunk_tokens=24,
         recompute=run.job.get("recompute", "none"),
+        lora=LoraConfig(**run.job["lora"]) if "lora" in run.job else None,
+        objective=Preference(run.job["preference"], 0.3) if "preference" in run.job else NextToken(),
     )
     dtype = getattr(torch, run.job.get("dtype", "float64"))
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)  # of the master weights
     processes = Processes.join(job.parallel, backend.device(0), backend.collective_backend)
     engine = Engine(job, processes, dtype)
     initialize_parts(engine.parameters, MODEL, SEED)
-    return job, processes, engine, Optimizer(engine.parameters, job.optimizer, dtype)
+    initialize_adapters(engine.parameters, SEED)
+    return job, processes, engine, Optimizer(engine.trainable, job.optimizer, dtype)
 
 
 def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
@@ -127,7 +135,11 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
 
 
 def run_layouts(
-    runs: list[LayoutRun], folder: Path, timeout: float = 240.0, environment: Mapping[str, str] | None = None
+    runs: list[LayoutRun],
+    folder: Path,
+    timeout: float = 240.0,
+    environment: Mapping[str, str] | None = None,
+    steps: int = STEPS,
 ) -> None:
     """Train under each layout (all of one world size), one after another in the same spawned ranks.
 
@@ -135,16 +147,16 @@ def run_layouts(
     time is over.
     """
     (world_size,) = {run.world_size for run in runs}
-    run_ranks(world_size, _train_all, (runs, folder), folder, timeout, environment)
+    run_ranks(world_size, _train_all, (runs, folder, steps), folder, timeout, environment)
 
 
-def _train_all(argument: tuple[list[LayoutRun], Path]) -> None:
+def _train_all(argument: tuple[list[LayoutRun], Path, int]) -> None:
     from safetensors.torch import save_file
 
-    runs, folder = argument
+    runs, folder, steps = argument
     rank = os.environ["RANK"]
     for run in runs:
-        result = train(run)
+        result = train(run, steps)
         tensors = {f"weights.{k}": v.contiguous() for k, v in result["weights"].items()}
         tensors |= {f"gradients.{k}": v.contiguous() for k, v in result["gradients"].items()}
         save_file(tensors, folder / f"{run.name}.rank-{rank}.safetensors")

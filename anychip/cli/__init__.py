@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(stages.run)
 app.command()(stages.train)
 app.command()(stages.sft)
+app.command()(stages.dpo)
 app.command("eval")(stages.evaluate)
 app.command()(stages.report)
 app.command()(interchange.init)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anychip.cli.options import RUNS, RecipeArgument, RunArgument, RunsOption, SetOption
+from anychip.cli.options import RUNS, RecipeArgument, RunArgument, RunsOption, SetOption, one_of
 
 
 def prepare(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
@@ -17,13 +18,32 @@ def prepare(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOptio
 
 
 def inspect(
-    run_directory: RunArgument, step: Annotated[int, typer.Option(help="Training step, counted from 0.")] = 0
+    source: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run directory, or the recipe of one.")],
+    stage: Annotated[str, typer.Option(help="train, sft or dpo.")] = "train",
+    step: Annotated[int, typer.Option(help="Step of that stage, counted from 0.", min=0)] = 0,
+    sample: Annotated[int | None, typer.Option(help="sft, dpo: one row of the step; default: all.")] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
 ) -> None:
-    """Show the samples of a step as text, with the documents they come from."""
-    from anychip.data.prepare import inspect_data
+    """Show the samples of a step as text, with where they come from; of tuning also what is learned."""
     from anychip.rundir import RunDirectory
+    from anychip.stages import open_run
 
-    typer.echo(inspect_data(RunDirectory(run_directory), step))
+    if source.is_dir():
+        run = RunDirectory(source)
+        recipe = run.read_recipe()
+    else:
+        recipe, run = open_run(source, overrides or [], runs)
+    if one_of(stage, "stage", ("train", "sft", "dpo")) == "train":
+        from anychip.data.prepare import inspect_data
+
+        typer.echo(inspect_data(run, step))
+        return
+    from rich.console import Console
+
+    from anychip.tune.inspect import show_sample
+
+    show_sample(recipe, run, stage, step, sample, Console(soft_wrap=True))
 
 
 def ledger(

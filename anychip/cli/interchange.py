@@ -24,13 +24,19 @@ def init(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption =
 def export(
     run_directory: RunArgument,
     out: Annotated[Path | None, typer.Option(help="Where to write; default RUN/export.")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain or sft; default: the newest that exists.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft or dpo; default: the newest that exists.")] = None,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as PEFT reads it.")] = False,
 ) -> None:
     """Write a checkpoint in the published Hugging Face layout, and check its logits."""
     from anychip.interchange.export import export_run
     from anychip.rundir import RunDirectory
 
+    if adapter:
+        from anychip.interchange.adapter import export_adapter
+
+        typer.echo(f"wrote {export_adapter(RunDirectory(run_directory), stage, out)}")
+        return
     typer.echo(f"wrote {export_run(RunDirectory(run_directory), step=step, stage=stage, out=out)}")
 
 

@@ -42,6 +42,13 @@ def sft(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = 
     run_stage("sft", *open_run(recipe, overrides or [], runs))
 
 
+def dpo(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Tune on pairs of answers, the one preferred to the other."""
+    from anychip.stages import open_run, run_stage
+
+    run_stage("dpo", *open_run(recipe, overrides or [], runs))
+
+
 def evaluate(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Measure held-out bits per byte, beside xz -9 and a 5-gram model."""
     from anychip.stages import open_run, run_stage

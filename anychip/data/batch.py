@@ -18,12 +18,14 @@ class Batch:
 
     `labels` is already shifted by one: `labels[i, j]` is the token that follows `input_ids[i, j]`;
     IGNORE_LABEL (-100) means that a position carries no loss. `documents` number the documents of a row: attention
-    stays between equal numbers; None: a row is one text.
+    stays between equal numbers; None: a row is one text. `reference` [n], for preference tuning, holds the
+    log-probability of each row's labels under the model that it started from.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     @cached_property
     def num_labels(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from anychip.families.telechat2 import prompt_parts
+from anychip.families.templates import Template, prompt_parts
 from anychip.files import write_json
 from anychip.progress import progress
 from anychip.rundir import RunDirectory
@@ -53,6 +53,7 @@ def sample_answers(
     run: RunDirectory | None = None,
     *,
     system_prompt: str = "",
+    template: Template = "B",
     max_new_tokens: int = 96,
 ) -> list[SampleAnswer]:
     """Answer each question with the likeliest token each time; with a run, also write its `samples.json`."""
@@ -61,7 +62,7 @@ def sample_answers(
     with progress("sample answers", total=len(questions), unit="answers") as bar:
         for asked in questions:
             turns = [*system, {"role": "user", "content": asked.question}]
-            prompt = tokenizer.encode_parts(prompt_parts(turns, tokenizer.special_tokens))
+            prompt = tokenizer.encode_parts(prompt_parts(turns, tokenizer.special_tokens, template))
             ids = greedy_answer(model.decoder, prompt, tokenizer.eos_id, max_new_tokens)
             samples.append(SampleAnswer(asked.question, tokenizer.decode(ids).strip(), asked.reference, asked.novelty))
             bar.advance()

@@ -1,4 +1,4 @@
-"""TeleChat2 as published: tensor names, config.json, chat template. Plain data and arithmetic, no tensors.
+"""TeleChat2 as published: tensor names and config.json; chat templates are in `templates`. No tensors here.
 
 Layout of a published checkpoint (115B has 96 x 10 + 3 = 963 tensors): see `published_tensors`. Keys and values share
 one matrix, interleaved per key/value head: rows [i * 2d, i * 2d + d) are the keys of head i, the next d its values.
@@ -6,17 +6,16 @@ one matrix, interleaved per key/value head: rows [i * 2d, i * 2d + d) are the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from anychip.errors import InputError
+from anychip.families.templates import prompt_parts as prompt_parts
 from anychip.recipe.schema import ModelConfig
 
 ARCHITECTURES = ("TeleChat2ForCausalLM", "TeleChatForCausalLM", "TelechatForCausalLM")
 MODEL_TYPE = "telechat"
-
-Template = Literal["A", "B"]
 
 
 @dataclass(frozen=True)
@@ -213,53 +212,3 @@ def _scaling_within(config: ModelConfig, length: int) -> tuple[int, int] | None:
     if scaling is None or length <= scaling.training_length <= scaling.base_length:
         return None
     return scaling.base_length, scaling.training_length
-
-
-def prompt_parts(
-    messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, int], template: Template = "B"
-) -> list[str | int]:
-    """A conversation as text and control ids, up to where the model's next answer begins.
-
-    Text stays text: whatever a user writes is encoded as ordinary text and can never become a control id. Template A
-    (115B and 35B of autumn 2024) starts with `<_start>` and knows no system role; B (all later models) has one and puts
-    a newline behind system text and answers.
-    """
-    missing = [name for name in ("<_user>", "<_bot>", "<_end>") if name not in special_tokens]
-    if missing:
-        raise InputError(
-            f"the tokenizer has no {' and no '.join(missing)}, which the chat template needs.",
-            do="Use the model's own tokenizer, or `anychip generate` for plain continuation.",
-        )
-    user, bot, end = (special_tokens[name] for name in ("<_user>", "<_bot>", "<_end>"))
-    parts: list[str | int] = [special_tokens["<_start>"]] if template == "A" and "<_start>" in special_tokens else []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "system" and template == "B" and "<_system>" in special_tokens:
-            parts += [special_tokens["<_system>"], content + "\n"]
-        elif role == "user":
-            parts += [user, content]
-        elif role == "assistant":
-            parts += [bot, content, end, "\n"] if template == "B" else [bot, content, end]
-        else:
-            raise InputError(
-                f"the chat template {template} has no role {role!r}.", do="Roles: system, user, assistant."
-            )
-    return [*parts, bot]
-
-
-JINJA: dict[Template, str] = {
-    "A": (
-        "<_start>{% for message in messages %}"
-        "{% if message.role == 'user' %}<_user>{{ message.content }}"
-        "{% elif message.role == 'assistant' %}<_bot>{{ message.content }}<_end>{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<_bot>{% endif %}"
-    ),
-    "B": (
-        "{% for message in messages %}"
-        "{% if message.role == 'system' %}<_system>{{ message.content }}{{ '\\n' }}"
-        "{% elif message.role == 'user' %}<_user>{{ message.content }}"
-        "{% elif message.role == 'assistant' %}<_bot>{{ message.content }}<_end>{{ '\\n' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<_bot>{% endif %}"
-    ),
-}
-"""The same templates for `tokenizer_config.json`, as other runtimes read them."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from anychip import __version__
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
-from anychip.families.telechat2 import JINJA, PublishedTensor, config_to_json, published_tensors
+from anychip.families.telechat2 import PublishedTensor, config_to_json, published_tensors
+from anychip.families.templates import JINJA, Template
 from anychip.files import fsync_directory, sha256_file, write_json, write_text
 from anychip.interchange.layout import to_published
 from anychip.interchange.load import check_tokenizer_fits, newest_checkpoint
@@ -111,7 +112,7 @@ def _write_export(
         folder / "config.json",
         config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
     )
-    _write_tokenizer(folder, tokenizer, config)
+    _write_tokenizer(folder, tokenizer, config, recipe.tune.template)
     write_json(folder / "generation_config.json", _generation_config(recipe.serve.sampling, tokenizer))
     published = PublishedDirectory(folder)
     check = check_logits(config, read, published.read, folder)
@@ -177,11 +178,11 @@ def _generation_config(sampling: SamplingConfig, tokenizer: Tokenizer) -> dict[s
     return {**ids, "do_sample": sampling.temperature > 0, **sampling.model_dump(exclude=unused)}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig, template: Template) -> None:
     """The tokenizer's own files, with the chat template that the model was tuned with."""
     tokenizer.save(folder)
     settings = read_json_object(folder / "tokenizer_config.json")
-    settings |= {"chat_template": JINJA["B"], "model_max_length": config.max_position_embeddings}
+    settings |= {"chat_template": JINJA[template], "model_max_length": config.max_position_embeddings}
     write_json(folder / "tokenizer_config.json", settings)
     roles = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
     control = {"additional_special_tokens": sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
+from anychip.families.templates import JINJA, TEMPLATES, Template
 from anychip.interchange.layout import to_logical
 from anychip.interchange.published import PublishedDirectory, read_json_object
 from anychip.model.decoder import Decoder
@@ -30,6 +31,7 @@ class LoadedModel:
     config: ModelConfig
     sampling: SamplingConfig
     source: str
+    template: Template = "B"
 
 
 def load_for_inference(path: Path) -> LoadedModel:
@@ -65,7 +67,7 @@ def check_tokenizer_fits(tokenizer: Tokenizer, config: ModelConfig, where: Path)
 
 def newest_checkpoint(run: RunDirectory, stage: str | None = None) -> tuple[str, CheckpointStore, CheckpointInfo]:
     """(stage, store, checkpoint) of the newest good checkpoint: tuned if there is one, unless `stage` says which."""
-    places = {"sft": run.sft / "checkpoints", "pretrain": run.checkpoints}
+    places = {"dpo": run.dpo / "checkpoints", "sft": run.sft / "checkpoints", "pretrain": run.checkpoints}
     if stage is not None and stage not in places:
         raise InputError(f"--stage {stage} is not known.", do=f"Allowed: {', '.join(places)}.")
     for name in [stage] if stage else list(places):
@@ -87,6 +89,7 @@ def _load_run(run: RunDirectory) -> LoadedModel:
         config=recipe.model,
         sampling=recipe.serve.sampling,
         source=f"{run.root}, {stage}, step {info.step}",
+        template=recipe.tune.template,
     )
 
 
@@ -105,6 +108,7 @@ def _load_published(path: Path) -> LoadedModel:
         config=directory.config,
         sampling=_sampling(path / "generation_config.json"),
         source=str(path),
+        template=_template(path / "tokenizer_config.json"),
     )
 
 
@@ -129,6 +133,12 @@ def _fill(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], where: Pat
         )
     model.compute_dtype = model.lm_head.weight.dtype
     return model.eval()
+
+
+def _template(path: Path) -> Template:
+    """The one of our chat templates that a published model brings; B, TeleChat2's, where it is another one."""
+    text = read_json_object(path).get("chat_template") if path.is_file() else None
+    return next((name for name in TEMPLATES if JINJA[name] == text), "B")
 
 
 def _sampling(path: Path) -> SamplingConfig:

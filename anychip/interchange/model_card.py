@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from anychip.model.arithmetic import flops_per_token, num_parameters
-from anychip.recipe.schema import Recipe
+from anychip.recipe.schema import DpoConfig, Recipe, SftConfig
 from anychip.rundir import RunDirectory
 
 
@@ -62,8 +62,10 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
         f"- pretraining: {training.steps:,} steps of {training.global_batch_size} x {training.seq_length} tokens, "
         f"{recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, seed {recipe.seed}",
     ]
-    if recipe.tune.sft and source["stage"] == "sft":
-        lines.append(f"- supervised tuning: {recipe.tune.sft.steps:,} steps on {recipe.tune.sft.dataset}")
+    if recipe.tune.sft and source["stage"] in ("sft", "dpo"):
+        lines.append(f"- supervised tuning: {_tuning(recipe.tune.sft)}")
+    if recipe.tune.dpo and source["stage"] == "dpo":
+        lines.append(f"- preference tuning ({recipe.tune.dpo.loss}): {_tuning(recipe.tune.dpo)}")
     summary = _json(run.data / "summary.json")
     for name, counts in summary.get("sources", {}).items():
         train = counts.get("train", {})
@@ -71,6 +73,12 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
             digest = f", SHA-256 of the packed tokens {train['bin_sha256']}" if "bin_sha256" in train else ""
             lines.append(f"- corpus {name}: {train['documents']:,} documents, {train['tokens']:,} tokens{digest}")
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _tuning(config: SftConfig | DpoConfig) -> str:
+    paths = ", ".join(source.path for source in config.sources)
+    adapters = f", adapters of rank {config.lora.rank} merged in" if config.lora else ""
+    return f"{config.steps:,} steps on {paths}{adapters}"
 
 
 def _evaluation(run: RunDirectory) -> str:

@@ -34,16 +34,38 @@ class RMSNorm(nn.Module):
         return self.rms_norm(x, weight, self.eps)
 
 
+class Adapter(nn.Module):
+    """scale * b a x beside a matrix, with a [rank, in] and b [out, rank]; see `lora`."""
+
+    def __init__(self, linear: Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.empty(out_features, rank))
+        self.scale = scale
+
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
+        return self.adapt(x, self.a, self.b, remake)
+
+    def adapt(self, x: Tensor, a: Tensor, b: Tensor, remake: Remake | None = None) -> Tensor:
+        return product(product(x, a, remake=remake), b) * self.scale
+
+
 class Linear(nn.Module):
-    """A product in the dtype of its input; `weight` [out, in] stays the fp32 master."""
+    """A product in the dtype of its input; `weight` [out, in] stays the fp32 master. What an `adapter` computes from
+    the same input is added."""
+
+    adapter: Adapter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter = None
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        return product(x, self.weight, self.bias, remake)
+        out = product(x, self.weight, self.bias, remake)
+        return out if self.adapter is None else out + self.adapter(x, remake)
 
 
 class Attention(nn.Module):

@@ -14,13 +14,14 @@ from anychip.chips.operators import Operators, reference
 from anychip.model.arithmetic import parameter_shapes
 from anychip.model.decoder import Decoder
 from anychip.model.init import init_tensor
+from anychip.model.lora import add_adapters, freeze, init_adapter, is_adapter
 from anychip.parallel.context import apply_context_parallel
 from anychip.parallel.data import apply_sharding
 from anychip.parallel.layout import check_layout
 from anychip.parallel.pipeline import keep_stage, layers_of_stages
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import apply_tensor_parallel, local, part_of
-from anychip.recipe.schema import ModelConfig
+from anychip.recipe.schema import LoraConfig, ModelConfig
 
 
 def allocate(part: Decoder, device: torch.device) -> None:
@@ -35,11 +36,12 @@ def build_parts(
     operators: Operators = reference,
     prepare: Callable[[Decoder], None] = lambda part: None,
     give_memory: Callable[[Decoder, torch.device], None] = allocate,
+    lora: LoraConfig | None = None,
 ) -> list[Decoder]:
     """The decoders this process holds: one, or one a pipeline stage. Their memory is not filled yet.
 
     `prepare` is called on each before it is sharded (recomputation and compilation wrap the layers there);
-    `give_memory` takes it from the meta device to the process's own.
+    `give_memory` takes it from the meta device to the process's own. With `lora` only its adapters are learned.
     """
     check_layout(processes.config, processes.layout, config)
     pipelined = processes.layout.pipeline > 1
@@ -47,6 +49,8 @@ def build_parts(
     for stage in layers_of_stages(processes, config.num_hidden_layers) if pipelined else [None]:
         with torch.device("meta"):
             part = Decoder(config, dtype, operators)
+            if lora is not None:
+                add_adapters(part, lora)
         if stage is not None:
             layers, first, last = stage
             keep_stage(
@@ -61,6 +65,8 @@ def build_parts(
             apply_context_parallel(part, context, processes.config.context_method, operators)
         if (tensor := processes.mesh("tensor")) is not None:
             apply_tensor_parallel(part, tensor)
+        if lora is not None:
+            freeze(part)
         prepare(part)
         if (sharding := processes.sharding_mesh()) is not None:
             apply_sharding(part, sharding, dtype, pipelined=pipelined)
@@ -79,6 +85,13 @@ def initialize_parts(parameters: Mapping[str, Tensor], config: ModelConfig, seed
     for name, shape in parameter_shapes(config):
         if name in parameters:
             copy_part(parameters[name], init_tensor(name, shape, config, seed))
+
+
+def initialize_adapters(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Fill the adapters held here as a whole model of this seed would have them."""
+    for name, parameter in parameters.items():
+        if is_adapter(name):
+            copy_part(parameter, init_adapter(name, tuple(parameter.shape), seed))
 
 
 def copy_part(parameter: Tensor, whole_tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
-from anychip.model.decoder import Decoder, Linear, RMSNorm
+from anychip.model.decoder import Adapter, Decoder, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
 from anychip.parallel.messages import telling
@@ -63,9 +63,11 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for layer in model.layers:
         for linear in map(layer.get_submodule, _COLUMNS):
             _shard(linear, mesh, 0)
+            _shard_adapter(linear.adapter, mesh, a=Replicate(), b=Shard(0))
             linear.forward = partial(_column, linear)
         for linear in map(layer.get_submodule, _ROWS):
             _shard(linear, mesh, 1)
+            _shard_adapter(linear.adapter, mesh, a=Shard(1), b=Replicate())
             linear.forward = partial(_row, linear, mesh)
         for block in (layer.self_attn, layer.mlp):
             block.forward = _with_whole_sequence(block.forward, mesh)
@@ -82,8 +84,8 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def sum_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Add up, over the group, gradients of what every process holds whole (norms, biases): each saw only its part of
-    the sequence. Once a step, before anything reads a gradient."""
+    """Add up, over the group, gradients of what every process holds whole: of norms and biases each saw only its part
+    of the sequence, of an adapter only its part of the matrix. Once a step, before anything reads a gradient."""
     partial_sums = [
         local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) and _is_whole(p, mesh)
     ]
@@ -103,6 +105,18 @@ def _shard(module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
         module.register_parameter(name, _as_dtensor(parameter, mesh, placement))
 
 
+def _shard_adapter(adapter: Adapter | None, mesh: DeviceMesh, **placements: Any) -> None:
+    """Cut an adapter where its matrix is cut; its other half is whole, and every process has a part of its gradient."""
+    if adapter is not None:
+        for name, placement in placements.items():
+            adapter.register_parameter(name, _as_dtensor(adapter.get_parameter(name), mesh, placement))
+        adapter.forward = partial(_adapt, adapter)  # type: ignore[method-assign]
+
+
+def _adapt(adapter: Adapter, x: Tensor, remake: Remake | None = None) -> Tensor:
+    return adapter.adapt(x, local(adapter.a), local(adapter.b), remake)
+
+
 def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
     """The parameter's own part; meant for the meta device, where nothing is copied."""
     part = parameter.detach()
@@ -112,11 +126,15 @@ def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn
 
 
 def _column(linear: Linear, x: Tensor, remake: Remake | None = None) -> Tensor:
-    return product(x, local(linear.weight), None if linear.bias is None else local(linear.bias), remake)
+    out = product(x, local(linear.weight), None if linear.bias is None else local(linear.bias), remake)
+    return out if linear.adapter is None else out + linear.adapter(x, remake)
 
 
 def _row(linear: Linear, mesh: DeviceMesh, x: Tensor, remake: Remake | None = None) -> Tensor:
-    total = ScatterSequence.apply(product(x, local(linear.weight), remake=remake), mesh.get_group())
+    partial_sum = product(x, local(linear.weight), remake=remake)
+    if linear.adapter is not None:
+        partial_sum = partial_sum + linear.adapter(x, remake)
+    total = ScatterSequence.apply(partial_sum, mesh.get_group())
     return total if linear.bias is None else total + local(linear.bias).to(x.dtype)
 
 

@@ -6,7 +6,7 @@ seconds, sizes in bytes, unless a name says otherwise.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -301,28 +301,122 @@ class LogConfig(Section):
     tensorboard: bool = True
 
 
-class SftConfig(Section):
-    """Supervised tuning on question and answer pairs, from the last pretraining checkpoint."""
+ChatTemplate = Literal["A", "B", "C", "D", "E"]
+DialogForm = Literal["auto", "openai", "telechat", "telechat-tools", "telechat-inline", "alpaca", "sharegpt"]
+LossOn = Literal["answer", "telechat-torch", "all"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-    dataset: str = Field(
-        "python:docstrings",
-        description="`python:docstrings` (pairs made from installed documentation strings) or a .jsonl of messages",
+
+class DialogSource(Section):
+    """A file of dialogs, and how often they are read."""
+
+    path: str = Field(
+        description="a .jsonl (or a .json list) of dialogs, or `python:docstrings`: pairs made from installed "
+        "documentation strings"
     )
+    weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="times each dialog is read in an epoch; 0.5 reads it in every second one"
+    )
+    format: DialogForm = Field("auto", description="auto: by the fields of each record")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside matrices that stay as they are (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the adapter's product is scaled by alpha / rank")
+    target_modules: Annotated[list[LoraTarget], Field(min_length=1)] = Field(
+        default_factory=lambda: list(get_args(LoraTarget)), description="the matrices of each layer that get one"
+    )
+
+
+def _one_source(raw: Any) -> Any:
+    """`dataset: PATH`, as recipes said it before there were several sources."""
+    if isinstance(raw, dict) and "dataset" in raw:
+        if "sources" in raw:
+            raise ValueError("give `sources` or the older `dataset`, not both")
+        return {"sources": [{"path": raw["dataset"]}], **{k: v for k, v in raw.items() if k != "dataset"}}
+    return raw
+
+
+def _adapters_take_adamw(lora: LoraConfig | None, optimizer: OptimizerConfig) -> None:
+    if lora is not None and optimizer.name != "adamw":
+        raise ValueError(f"lora goes with the optimizer adamw, not {optimizer.name}")
+
+
+class SftConfig(Section):
+    """Supervised tuning on dialogs, from the last pretraining checkpoint."""
+
+    sources: Annotated[list[DialogSource], Field(min_length=1)] = [DialogSource(path="python:docstrings")]
     subjects: list[str] = Field(
         default_factory=list,
         description="keep only dialogs about these modules, classes or functions, such as str or os.path; empty: all",
+    )
+    loss_on: LossOn = Field(
+        "answer",
+        description="answer: what the model is to say and the `<_end>` behind it; telechat-torch: as TeleChat's "
+        "published code, also `<_bot>` and each `<_user>`; all: every token",
+    )
+    parity: bool = Field(
+        False, description="render as the published templates do it to the letter, to match weights tuned so"
+    )
+    packing: bool = Field(
+        False, description="fill each sample with several dialogs; attention stays inside each, none is cut"
+    )
+    too_long: Literal["report", "refuse"] = Field(
+        "report", description="dialogs longer than seq_length: leave out and say how many, or stop"
     )
     steps: Positive = 100
     seq_length: Positive = 256
     micro_batch_size: Positive = 8
     global_batch_size: Positive = 8
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, schedule=ScheduleConfig(warmup_steps=10))
+    lora: LoraConfig | None = None
     system_prompt: str = ""
     questions: list[str] = Field(default_factory=list, description="questions asked of the tuned model in the report")
 
+    _dataset = model_validator(mode="before")(_one_source)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SftConfig:
+        _adapters_take_adamw(self.lora, self.optimizer)
+        return self
+
+
+class DpoConfig(Section):
+    """Direct preference optimization (arXiv 2305.18290), from the last SFT checkpoint, or else the pretrained one."""
+
+    sources: Annotated[list[DialogSource], Field(min_length=1)]
+    loss: Literal["dpo", "ipo"] = Field("dpo", description="ipo: arXiv 2310.12036")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how closely the model is kept to its reference")
+    reference: Literal["precomputed", "on_the_fly"] = Field(
+        "precomputed",
+        description="log-probabilities of the starting weights: of all pairs once, or with each step by a frozen copy",
+    )
+    too_long: Literal["report", "refuse"] = Field(
+        "report", description="pairs longer than seq_length: leave out and say how many, or stop"
+    )
+    steps: Positive = 100
+    seq_length: Positive = 256
+    micro_batch_size: Positive = Field(4, description="pairs in work at a time, per process")
+    global_batch_size: Positive = Field(4, description="pairs a step; a multiple of processes x `micro_batch_size`")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, weight_decay=0.0, schedule=ScheduleConfig(warmup_steps=10))
+    lora: LoraConfig | None = None
+    system_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DpoConfig:
+        _adapters_take_adamw(self.lora, self.optimizer)
+        return self
+
 
 class TuneConfig(Section):
+    template: ChatTemplate = Field(
+        "B",
+        description="chat template: A the TeleChat2-115B of 2024, B TeleChat2, C T1, D TeleChat3, E TeleChat3-Coder",
+    )
     sft: SftConfig | None = None
+    dpo: DpoConfig | None = None
 
 
 class EvalConfig(Section):

@@ -108,7 +108,7 @@ def tuning(inputs: Inputs) -> dict[str, Any] | None:
     ]
     if inputs.recipe and inputs.recipe.tune.sft:
         sft = inputs.recipe.tune.sft
-        facts.insert(0, Fact("Dialogs from", "对话来源", sft.dataset))
+        facts.insert(0, Fact("Dialogs from", "对话来源", ", ".join(source.path for source in sft.sources)))
         facts.append(Fact("Dialogs a step", "每步对话数", f"{sft.global_batch_size:,}"))
         facts.append(Fact("Peak learning rate", "最高学习率", f"{sft.optimizer.lr:.1e}"))
     seconds = number(inputs.stages, "sft", "seconds")

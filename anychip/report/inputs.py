@@ -62,7 +62,8 @@ def read_inputs(run: RunDirectory) -> Inputs:
         recipe=_recipe(run),
         recipe_text=recipe_text,
         metrics=read_metrics(run.logs / "metrics.jsonl"),
-        sft_metrics=read_metrics(run.sft / "logs" / "metrics.jsonl"),
+        sft_metrics=read_metrics(run.sft / "logs" / "metrics.jsonl")
+        or read_metrics(run.sft / "adapter" / "logs" / "metrics.jsonl"),
         evaluation=_json_object(run.evaluation),
         samples=_json_object(run.root / "samples.json"),
         data=_json_object(run.data / "summary.json"),

@@ -13,6 +13,7 @@ _STAGE_NAMES = {
     "data": ("data", "数据"),
     "train": ("pretraining", "预训练"),
     "sft": ("tuning", "微调"),
+    "dpo": ("preference tuning", "偏好微调"),
     "eval": ("evaluation", "评测"),
     "export": ("export", "导出"),
     "report": ("report", "报告"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import ValidationError
 
 from anychip.errors import InputError
-from anychip.families.telechat2 import prompt_parts
+from anychip.families.templates import Template, prompt_parts
 from anychip.recipe.schema import SamplingConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Talker:
     engine: Engine
     tokenizer: Tokenizer
     sampling: SamplingConfig
+    template: Template = "B"
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -52,17 +53,20 @@ class Talker:
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the model's next answer begins. Text never becomes a control id."""
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return self.tokenizer.encode_parts(prompt_parts(turns, self.tokenizer.special_tokens))
+        return self.tokenizer.encode_parts(prompt_parts(turns, self.tokenizer.special_tokens, self.template))
 
 
 def open_talker(path: Path, sampling: Mapping[str, Any], weights: WeightType = "auto") -> Talker:
     """Load a run or an export; `sampling` holds the fields that replace the model's own defaults."""
     from anychip.interchange.load import load_for_inference
 
-    return make_talker(load_for_inference(path), sampling, weights)
+    loaded = load_for_inference(path)
+    return make_talker(loaded, sampling, weights, loaded.template)
 
 
-def make_talker(model: LoadedModel, sampling: Mapping[str, Any], weights: WeightType = "auto") -> Talker:
+def make_talker(
+    model: LoadedModel, sampling: Mapping[str, Any], weights: WeightType = "auto", template: Template = "B"
+) -> Talker:
     """Prepare a loaded model for talking. Its decoder is used up: the weights move into the engine."""
     import torch
 
@@ -74,7 +78,7 @@ def make_talker(model: LoadedModel, sampling: Mapping[str, Any], weights: Weight
     if chosen not in (torch.bfloat16, torch.float32):
         chosen = torch.float32  # fp16 weights lose bits in bf16
     inference = InferenceModel(model.decoder, chosen, release=True)
-    return Talker(Engine(inference), model.tokenizer, replace_sampling(model.sampling, sampling))
+    return Talker(Engine(inference), model.tokenizer, replace_sampling(model.sampling, sampling), template)
 
 
 def replace_sampling(defaults: SamplingConfig, given: Mapping[str, Any]) -> SamplingConfig:

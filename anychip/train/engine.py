@@ -1,7 +1,7 @@
 """Forward and backward of one process, whatever the layout: the loop hands over a global batch and gets its loss.
 
 Every process is given the whole global batch and takes its rows and its part of each sequence from it. The loss is
-divided by the labels of the whole batch before backward, so that gradients are added up and never averaged.
+divided by the size of the whole batch (its labels) before backward, so that gradients are added up, never averaged.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anychip.chips.operators import Operators, reference
 from anychip.data.batch import IGNORE_LABEL, Batch
+from anychip.errors import InputError
 from anychip.model.decoder import Decoder
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
@@ -25,7 +26,7 @@ from anychip.parallel.pipeline import Pipeline
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
 from anychip.train.job import TrainingJob
-from anychip.train.loss import head_cross_entropy
+from anychip.train.objective import Head, rows_of
 from anychip.train.recompute import apply_recompute
 
 Watch = Callable[[int], AbstractContextManager[object]]
@@ -43,8 +44,18 @@ class Engine:
         give_memory: Callable[[Decoder, torch.device], None] = allocate,
     ) -> None:
         self._job, self._processes, self._operators = job, processes, operators
+        if job.lora is not None and processes.layout.pipeline > 1:
+            raise InputError(
+                "adapters (lora) are not trained through a pipeline.",
+                do="Set parallel.pipeline_parallel to 1 and split the model by data_parallel_shard or tensor_parallel.",
+            )
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
-        self._labels_in_batch, self._all_labelled = 1, False
+        self._size, self._all_labelled = 1, False
+        if not job.objective.by_token and (processes.layout.pipeline > 1 or processes.layout.context > 1):
+            raise InputError(
+                f"{job.title} compares whole sequences, which pipeline and context parallelism take apart.",
+                do="Set parallel.pipeline_parallel and parallel.context_parallel to 1.",
+            )
 
         def prepare(part: Decoder) -> None:
             apply_recompute(part, job.recompute)
@@ -52,8 +63,9 @@ class Engine:
                 for layer in part.layers:
                     layer.compile(dynamic=False)
 
-        self.parts = build_parts(job.model, processes, dtype, operators, prepare, give_memory)
+        self.parts = build_parts(job.model, processes, dtype, operators, prepare, give_memory, job.lora)
         self.parameters = named_parameters(self.parts)
+        self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
     @property
@@ -63,17 +75,13 @@ class Engine:
         return f"{layout}, micro-batches of {self._job.micro_batch_size}, {threads} threads a process"
 
     @property
-    def pipelined(self) -> bool:
-        return self._pipeline is not None
-
-    @property
     def passes(self) -> int:
         """Forward and backward passes of a step here: one a micro-batch; a pipeline's schedule is one for all."""
         return 1 if self._pipeline is not None else len(self._rows) // self._job.micro_batch_size
 
     def forward_backward(self, batch: Batch, watch: Watch = nullcontext) -> Tensor:
-        """Leave the gradients of the mean loss over all labels of the global batch; returns that mean (nats a token,
-        a scalar), the same on all processes. `watch` of a pass's number is entered around that pass."""
+        """Leave the gradients of the mean loss of the global batch; returns that mean (a scalar; of next tokens in nats
+        a token), the same on all processes. `watch` of a pass's number is entered around that pass."""
         total = self._run_passes(batch, self._rows, watch)
         self._sum_gradients()
         return self._sum_losses(total)
@@ -87,19 +95,18 @@ class Engine:
 
     def _run_passes(self, batch: Batch, rows: range, watch: Watch = nullcontext) -> Tensor:
         """Gradients and summed loss of some rows of a global batch."""
-        self._labels_in_batch = batch.num_labels
+        batch = self._job.objective.complete(batch)
+        self._size = self._job.objective.size(batch)
         part = self._my_part(batch, rows)
-        self._all_labelled = self._labels_in_batch == len(batch.labels) * self._padded_length(batch.labels.shape[1])
+        self._all_labelled = batch.num_labels == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
             with watch(0):
                 return self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part), part.documents)
         total = torch.zeros((), device=self._processes.device)
         for number, start in enumerate(range(0, len(rows), self._job.micro_batch_size)):
-            here = slice(start, start + self._job.micro_batch_size)
-            documents = None if part.documents is None else part.documents[here]
+            micro = rows_of(part, slice(start, start + self._job.micro_batch_size))
             with watch(number):
-                hidden = self.parts[0](part.input_ids[here], documents=documents, **self._places(part))
-                loss = self._loss(hidden, part.labels[here])
+                loss = self._loss(self._hidden(micro), micro)
                 loss.backward()
             total += loss.detach()
         return total
@@ -107,30 +114,50 @@ class Engine:
     @torch.no_grad()
     def score(self, batch: Batch) -> float:
         """Summed loss (nats) of all rows of a held-out batch, the same on all processes."""
-        self._labels_in_batch, self._all_labelled = 1, False
+        batch = self._job.objective.complete(batch)
+        self._size, self._all_labelled = 1, False
         part = self._my_part(batch, range(len(batch.input_ids)))
         if self._pipeline is not None:
             total = self._pipeline.score(part.input_ids, part.labels, self._rotary(part), part.documents)
         else:
-            hidden = self.parts[0](part.input_ids, documents=part.documents, **self._places(part))
-            total = self._loss(hidden, part.labels)
+            total = self._loss(self._hidden(part), part)
         return float(self._sum_losses(total)) / self._processes.layout.readers
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """The log-probability of the labels of each row of a global batch, [rows] in fp32 or wider on the CPU, the same
+        on all processes. Not through a pipeline, nor with sequences split over contexts."""
+        part, device = self._my_part(batch, self._rows), self._processes.device
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        found = torch.zeros(len(batch.labels), dtype=wide, device=device)
+        for start in range(0, len(self._rows), self._job.micro_batch_size):
+            micro = rows_of(part, slice(start, start + self._job.micro_batch_size))
+            hidden = gather_sequence(self._hidden(micro), self._processes.mesh("tensor"))
+            here = self._rows.start + start
+            found[here : here + len(hidden)] = self._head().log_probabilities(hidden, micro.labels).to(wide)
+        return self._sum_losses(found).cpu()
+
+    def _hidden(self, part: Batch) -> Tensor:
+        """Final hidden states of rows that are on this device."""
+        return self.parts[0](part.input_ids, documents=part.documents, **self._places(part))
+
+    def _head(self) -> Head:
         mesh = self._processes.mesh("tensor")
-        hidden = gather_sequence(hidden, mesh)
-        weight = local(self.parts[-1].lm_head.weight)
-        group = None if mesh is None else mesh.get_group()
-        loss = head_cross_entropy(
-            hidden.flatten(0, 1),
-            weight,
-            labels.flatten(),
+        return Head(
+            local(self.parts[-1].lm_head.weight),
             self._job.loss_chunk_tokens,
-            group,
-            all_labelled=self._all_labelled,
-            cross_entropy=self._operators.cross_entropy,
+            None if mesh is None else mesh.get_group(),
+            self._operators.cross_entropy,
+            self._all_labelled,
         )
-        return loss / self._labels_in_batch
+
+    def _loss(self, hidden: Tensor, part: Batch) -> Tensor:
+        hidden = gather_sequence(hidden, self._processes.mesh("tensor"))
+        return self._job.objective.loss(self._head(), hidden, part) / self._size
+
+    def _pipeline_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """All that the last stage is given are labels."""
+        return self._loss(hidden, Batch(labels, labels))
 
     def _sum_gradients(self) -> None:
         if (mesh := self._processes.mesh("tensor")) is not None:
@@ -153,7 +180,8 @@ class Engine:
             return take_part(padded, contexts, self._processes.place.context).to(self._processes.device)
 
         documents = None if batch.documents is None else mine(batch.documents, -1)
-        return Batch(mine(batch.input_ids, 0), mine(batch.labels, IGNORE_LABEL), documents)
+        reference = None if batch.reference is None else batch.reference[part].to(self._processes.device)
+        return Batch(mine(batch.input_ids, 0), mine(batch.labels, IGNORE_LABEL), documents, reference)
 
     def _padded_length(self, length: int) -> int:
         """The next length that the layout divides; a pipeline passes one shape only."""
@@ -185,5 +213,5 @@ class Engine:
             shape_in=(job.micro_batch_size, seq),
             shape_between=(job.micro_batch_size, seq // layout.tensor, job.model.hidden_size),
             dtype=dtype,
-            loss=self._loss,
+            loss=self._pipeline_loss,
         )

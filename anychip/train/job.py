@@ -14,11 +14,13 @@ from anychip.recipe.schema import (
     CheckpointConfig,
     GuardConfig,
     LogConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Recipe,
 )
+from anychip.train.objective import NextToken, Objective
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -67,6 +69,8 @@ class TrainingJob:
     deterministic: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
     operators: Mapping[str, str] = field(default_factory=dict)
+    objective: Objective = field(default_factory=NextToken)
+    lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
 
 

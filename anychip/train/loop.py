@@ -81,7 +81,7 @@ def run_training(job: TrainingJob) -> int:
         warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it
     operators = operators_for(backend.vendor, job.operators)
     engine = Engine(job, processes, dtype, operators)
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype, operators)
+    optimizer = Optimizer(engine.trainable, job.optimizer, dtype, operators)
     built = time.perf_counter()
     guard = Guard(job.guard)
     saves = Saves(job, engine, optimizer, guard, processes)

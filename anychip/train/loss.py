@@ -1,4 +1,4 @@
-"""Cross-entropy of the output head, without the logits of the whole batch.
+"""Cross-entropy of the output head, without the logits of the whole batch: its sum, or each token's own.
 
 Logits of `chunk_tokens` tokens exist at a time. Each chunk's gradient is formed while its probabilities are still in
 cache, so backward has nothing to recompute (the idea of arXiv 2410.10989, section 3). With a process group each
@@ -36,7 +36,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_rows = torch.empty_like(rows) if needs_grad else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         widest = torch.float64 if hidden.device.type == "cpu" else torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=widest, device=hidden.device)
         for start in range(0, rows.shape[0], chunk_tokens):
@@ -48,9 +48,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             else:
                 losses, grad_logits = _shared_cross_entropy(logits, target, group)
             total += losses.sum()
-            if grad_rows is not None and grad_weight is not None and grad_logits is not None:
+            if grad_rows is not None and grad_logits is not None:
                 grad_logits = grad_logits.to(hidden.dtype)
                 torch.mm(grad_logits, products, out=grad_rows[start : start + chunk_tokens])
+                if grad_weight is None:
+                    continue
                 if grad_weight.dtype == grad_logits.dtype:
                     grad_weight.addmm_(grad_logits.t(), part)
                 else:
@@ -65,7 +67,71 @@ class _HeadCrossEntropy(torch.autograd.Function):
         """Pipeline schedules may ask twice, once for each input: what was saved stays as it was."""
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
+        scaled_weight = None if grad_weight is None else grad_weight * scale
+        return grad_hidden * scale, scaled_weight, None, None, None, None, None
+
+
+class _HeadTokenLosses(torch.autograd.Function):
+    """How much each token's loss counts is known in backward only: each chunk's logits are made again there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        group: dist.ProcessGroup | None,
+        cross_entropy: CrossEntropy,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.chunk_tokens, ctx.group, ctx.cross_entropy = chunk_tokens, group, cross_entropy
+        products = weight.to(hidden.dtype)
+        losses = [
+            _chunk(hidden[start : start + chunk_tokens], products, labels[start : start + chunk_tokens], ctx, False)[0]
+            for start in range(0, len(labels), chunk_tokens)
+        ]
+        return torch.cat(losses) if losses else hidden.new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        products, (grad_losses,) = weight.to(hidden.dtype), grad_outputs
+        grad_hidden = torch.empty_like(hidden)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(labels), ctx.chunk_tokens):
+            rows = slice(start, start + ctx.chunk_tokens)
+            _, grad_logits = _chunk(hidden[rows], products, labels[rows], ctx, True)
+            assert grad_logits is not None
+            grad_logits = (grad_logits * grad_losses[rows, None]).to(hidden.dtype)
+            torch.mm(grad_logits, products, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunk(
+    part: Tensor, products: Tensor, target: Tensor, ctx: Any, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = part @ products.t()
+    if ctx.group is not None:
+        return _shared_cross_entropy(logits, target, ctx.group)
+    losses, gradient = ctx.cross_entropy(logits, target, with_gradient=with_gradient)
+    return losses, gradient
+
+
+def head_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    group: dist.ProcessGroup | None = None,
+    cross_entropy: CrossEntropy = reference.cross_entropy,
+) -> Tensor:
+    """The cross-entropy of each token in nats, [tokens] in fp32 or wider; every label is one. The rest as for
+    `head_cross_entropy`; backward makes the logits a second time."""
+    return _HeadTokenLosses.apply(hidden, weight, labels, chunk_tokens, group, cross_entropy)
 
 
 def _shared_cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

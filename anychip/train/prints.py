@@ -87,12 +87,12 @@ class Printer:
         self._noted = {}
         if self._engine.pipelined:
             yield
-            for name, parameter in self._engine.parameters.items():
+            for name, parameter in self._engine.trainable.items():
                 if parameter.grad is not None:
                     self._note(name, parameter.grad)
             return
         sharded = any(map(_is_sharded, self._engine.parts))
-        handles = self._hook_shards() if sharded else list(self._hook(iter(self._engine.parameters.items())))
+        handles = self._hook_shards() if sharded else list(self._hook(iter(self._engine.trainable.items())))
         try:
             yield
         finally:
@@ -105,7 +105,7 @@ class Printer:
             torch.zeros((), dtype=torch.int64, device=self._device),
             self._sketch(torch.zeros(1, device=self._device)),
         )
-        noted = [self._noted.get(name, nothing) for name in self._engine.parameters]
+        noted = [self._noted.get(name, nothing) for name in self._engine.trainable]
         return Print(*(torch.stack(column).cpu() for column in zip(*noted, strict=True)))
 
     def _hook(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[RemovableHandle]:

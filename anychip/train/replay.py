@@ -157,7 +157,7 @@ class Replay:
         return self._printer.take()
 
     def _drop_gradients(self) -> None:
-        for parameter in self._engine.parameters.values():
+        for parameter in self._engine.trainable.values():
             parameter.grad = None
 
     def _gather(self, shift: int, mine: Print) -> list[_Computation]:
@@ -182,7 +182,7 @@ class Replay:
 
     def _largest(self, wrong: Sequence[Print], right: Print) -> tuple[str, float]:
         """The tensor that differs most, and by what share of its norm."""
-        names = list(self._engine.parameters)
+        names = list(self._engine.trainable)
         found = [
             (float(found.distances(right)[at]), names[at])
             for found in wrong

@@ -41,7 +41,7 @@ class Saves:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes, by logical name; the live tensors (this process's parts), not copies."""
-        named = {f"model.{name}": parameter.detach() for name, parameter in self._engine.parameters.items()}
+        named = {f"model.{name}": parameter.detach() for name, parameter in self._engine.trainable.items()}
         return named | {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
 
     def prepare(self) -> None:
@@ -55,8 +55,9 @@ class Saves:
         """Fill model, optimizer and guard from the newest good copy or checkpoint, or initialise them; returns the
         step, and where the data stands. Raises InputError when what is there is of another recipe."""
         newest = self._newest()
-        if newest is None:
+        if newest is None or len(self._engine.trainable) < len(self._engine.parameters):  # no checkpoint has the rest
             self._job.initialize(self._engine.parameters)
+        if newest is None:
             self._optimizer.reset()
             self._guard.restore(GuardState())
             return 0, DataCursor()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from anychip.errors import InputError
-from anychip.tune.dialogs import Dialog, Message, question_and_answer, read_dialogs, split_dialogs
+from anychip.families.messages import Message
+from anychip.tune.dialogs import Dialog, question_and_answer, split_dialogs
+from anychip.tune.read import read_dialogs
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -11,9 +11,10 @@ import torch
 
 from anychip.data.tokenizer import Tokenizer, train_bpe
 from anychip.errors import InputError
+from anychip.families.messages import Message
 from anychip.recipe import Recipe, parse_recipe
 from anychip.rundir import RunDirectory
-from anychip.tune.dialogs import Dialog, Message, question_and_answer
+from anychip.tune.dialogs import Dialog, question_and_answer
 from anychip.tune.encoding import EncodedDialog, encode_dialogs
 from anychip.tune.sft import SftData
 
@@ -142,3 +143,46 @@ def test_a_system_prompt_of_the_recipe_comes_first(tmp_path: Path, tokenizer: To
     data = SftData(recipe(path, seq_length=64, system_prompt="be brief"), run_with(tokenizer, tmp_path))
     system = [SYSTEM, *tokenizer.encode("be brief\n"), USER]
     assert all(row[: len(system)] == system for row in data.batch(0).input_ids.tolist())
+
+
+def test_dialogs_that_are_too_long_stop_the_tuning_where_the_recipe_says_so(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = write_dialogs(tmp_path / "d.jsonl", 20), run_with(tokenizer, tmp_path)
+    longest = max(len(sample) for sample in SftData(recipe(path, seq_length=64), run).encoded)
+    assert capsys.readouterr().err == ""
+    SftData(recipe(path, seq_length=longest - 1), run)
+    assert "are longer than" in capsys.readouterr().err
+    with pytest.raises(InputError, match="of 20 dialogs are longer"):
+        SftData(recipe(path, seq_length=longest - 1, too_long="refuse"), run)
+
+
+def test_several_sources_are_read_by_their_weights(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [json.dumps({"instruction": f"alpaca {n}", "output": "a"}) for n in range(8)]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(lines))
+    sources = [
+        {"path": write_dialogs(tmp_path / "d.jsonl", 16), "weight": 0.5},
+        {"path": str(tmp_path / "alpaca.jsonl"), "weight": 2, "format": "alpaca"},
+    ]
+    made = recipe("unused", seq_length=64)
+    sft = {**made.tune.sft.model_dump(), "sources": sources}  # type: ignore[union-attr]
+    made = parse_recipe({**made.model_dump(), "tune": {"sft": sft}}, "test")
+    data = SftData(made, run_with(tokenizer, tmp_path))
+    read = [data.dialog(sample).question for step in range(6) for row in data.samples(step) for sample in row]
+    assert sum(question.startswith("alpaca") for question in read) == 16  # of 24 an epoch
+    assert len(set(read)) == 16
+    again = [data.dialog(s).question for step in range(6, 12) for row in data.samples(step) for s in row]
+    assert len(set(read) | set(again)) == 24
+
+
+def test_a_recipe_may_still_name_one_dataset() -> None:
+    old = recipe("some.jsonl").tune.sft
+    assert old is not None and [source.path for source in old.sources] == ["some.jsonl"]
+    with pytest.raises(InputError, match="not both"):
+        recipe("some.jsonl", sources=[{"path": "other.jsonl"}])
+
+
+def test_a_dialog_that_the_template_has_no_place_for_is_named(tokenizer: Tokenizer) -> None:
+    thinking = Dialog((Message("user", "what is\na list?"), Message("assistant", "things", "hm")), "list")
+    with pytest.raises(InputError, match=r'the dialog "what is a list\?": .* no place for thinking.* Choose C, D, E'):
+        encode_one(thinking, tokenizer)

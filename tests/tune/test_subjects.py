@@ -9,7 +9,7 @@ import pytest
 
 from anychip.errors import InputError
 from anychip.recipe.schema import SftConfig
-from anychip.tune.sft import load_dialogs
+from anychip.tune.sources import load_dialogs
 
 
 def test_only_the_named_modules_classes_and_functions_stay() -> None:

@@ -1,0 +1,145 @@
+"""The tuning stages: a job for the training loop from a recipe's section, and whole weights when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from anychip.chips.backend import detect_backend
+from anychip.chips.operators import operators_for
+from anychip.errors import InputError
+from anychip.files import sha256_file
+from anychip.model.lora import is_adapter
+from anychip.parallel.parts import initialize_adapters
+from anychip.parallel.processes import Processes
+from anychip.recipe import Recipe
+from anychip.recipe.schema import CheckpointConfig, DpoConfig, SftConfig
+from anychip.rundir import RunDirectory
+from anychip.train.checkpoint import CheckpointStore
+from anychip.train.checkpoint.manifest import MANIFEST_NAME
+from anychip.train.engine import Engine
+from anychip.train.job import BatchSource, Evaluate, TrainingJob
+from anychip.train.loop import run_training
+from anychip.train.precision import compute_dtype
+from anychip.tune.adapters import adapter_directory, merge_adapter
+from anychip.tune.dpo import DpoData, dpo_config, reference_log_probabilities
+from anychip.tune.preference import Preference
+from anychip.tune.sft import SftData, sft_config
+
+
+def run_sft(recipe: Recipe, run: RunDirectory, data: SftData, evaluate: Evaluate | None, identity: str) -> int:
+    """Tune the newest pretrained weights; returns the last step."""
+    config, start = sft_config(recipe), run.checkpoints
+    job = _job("sft", recipe, config, run.sft, start, data, identity)
+    return _train(replace(job, evaluate=evaluate), recipe, config, run.sft, start)
+
+
+def run_dpo(recipe: Recipe, run: RunDirectory, identity: str) -> int:
+    """Tune the newest tuned weights, or else the pretrained ones, on preferences; returns the last step."""
+    config, data = dpo_config(recipe), DpoData(recipe, run)
+    start = run.checkpoints if recipe.tune.sft is None else run.sft / "checkpoints"
+    job = _job("dpo", recipe, config, run.dpo, start, data, identity)
+    job = replace(
+        job,
+        micro_batch_size=2 * config.micro_batch_size,
+        global_batch_size=2 * config.global_batch_size,
+        objective=Preference(config.loss, config.beta),
+    )
+    if config.reference == "precomputed" and run_is_over(job):
+        return job.steps
+    frozen, processes = _frozen_engine(job, recipe, start)
+    if config.reference == "precomputed":
+        data.remember_reference(
+            reference_log_probabilities(
+                data, run, _weights_digest(start), frozen.log_probabilities, processes.any, writes=processes.is_first
+            )
+        )
+    else:
+        job = replace(job, objective=Preference(config.loss, config.beta, frozen.log_probabilities))
+    del frozen
+    return _train(job, recipe, config, run.dpo, start)
+
+
+def run_is_over(job: TrainingJob) -> bool:
+    """Whether the job has reached its last step, so that nothing of it is needed any more but a merge."""
+    return job.lora is None and job.steps in CheckpointStore(job.directory / "checkpoints").steps()
+
+
+def _job(
+    title: str,
+    recipe: Recipe,
+    config: SftConfig | DpoConfig,
+    directory: Path,
+    start: Path,
+    source: BatchSource,
+    identity: str,
+) -> TrainingJob:
+    def initialize(parameters: Mapping[str, Tensor]) -> None:
+        _load(recipe, start, parameters)
+        initialize_adapters(parameters, recipe.seed)
+
+    return TrainingJob(
+        title=title,
+        directory=directory if config.lora is None else adapter_directory(directory),
+        model=recipe.model,
+        source=source,
+        initialize=initialize,
+        evaluate=None,
+        identity=identity,
+        steps=config.steps,
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        optimizer=config.optimizer,
+        checkpoint=CheckpointConfig(save_interval=recipe.checkpoint.save_interval, keep=1),
+        log=recipe.log,
+        compute_dtype=recipe.training.compute_dtype,
+        recompute=recipe.training.recompute,
+        loss_chunk_tokens=recipe.training.loss_chunk_tokens,
+        deterministic=recipe.training.deterministic,
+        operators=recipe.training.operators,
+        parallel=recipe.parallel,
+        guard=recipe.guard,
+        lora=config.lora,
+    )
+
+
+def _train(job: TrainingJob, recipe: Recipe, config: SftConfig | DpoConfig, stage: Path, start: Path) -> int:
+    step = run_training(job)
+    if config.lora is not None:
+        merge_adapter(recipe, config.lora, CheckpointStore(start), stage)
+    return step
+
+
+def _load(recipe: Recipe, start: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Fill everything but adapters from the newest checkpoint."""
+    store = CheckpointStore(start)
+    newest = store.latest()
+    if newest is None:
+        raise InputError("there is no checkpoint to tune.", where=start, do="Run the stages before this one first.")
+    weights = {f"model.{name}": p.detach() for name, p in parameters.items() if not is_adapter(name)}
+    store.load(newest, weights, part=recipe.parallel.pipeline_parallel > 1)
+
+
+def _weights_digest(start: Path) -> str:
+    """Which weights tuning starts from: the digest of their manifest, which holds those of all their bytes."""
+    newest = CheckpointStore(start).latest()
+    return "" if newest is None else sha256_file(newest.path / MANIFEST_NAME)
+
+
+def _frozen_engine(job: TrainingJob, recipe: Recipe, start: Path) -> tuple[Engine, Processes]:
+    """The weights that tuning starts from, laid out as the job's; nothing trains them."""
+    backend = detect_backend()
+    backend.prepare_process()
+    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
+    processes = Processes.join(job.parallel, device, backend.collective_backend)
+    dtype, operators = compute_dtype(job.compute_dtype, backend), operators_for(backend.vendor, job.operators)
+    frozen = Engine(replace(job, lora=None), processes, dtype, operators)
+    _load(recipe, start, frozen.parameters)
+    for parameter in frozen.parameters.values():
+        parameter.requires_grad_(False)
+    return frozen, processes
