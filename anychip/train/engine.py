@@ -75,6 +75,10 @@ class Engine:
         return f"{layout}, micro-batches of {self._job.micro_batch_size}, {threads} threads a process"
 
     @property
+    def pipelined(self) -> bool:
+        return self._pipeline is not None
+
+    @property
     def passes(self) -> int:
         """Forward and backward passes of a step here: one a micro-batch; a pipeline's schedule is one for all."""
         return 1 if self._pipeline is not None else len(self._rows) // self._job.micro_batch_size

@@ -109,7 +109,7 @@ class Printer:
         return Print(*(torch.stack(column).cpu() for column in zip(*noted, strict=True)))
 
     def _hook(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[RemovableHandle]:
-        for name, parameter in named:
+        for name, parameter in ((name, p) for name, p in named if p.requires_grad):
             yield parameter.register_hook(partial(self._note, name))
 
     def _hook_shards(self) -> list[RemovableHandle]:
