@@ -48,6 +48,7 @@ def fault_process(folder: Path, environment: Mapping[str, str], *arguments: obje
         ("background", "disk full from there on", 3),
         ("copies", "kill", 9),
         ("ranks", "kill", 11),
+        ("ranks", "input/output error, once", 11),
         ("ranks in background", "quota used up from there on", 11),
     ],
 )

@@ -30,7 +30,7 @@ from anychip.train.checkpoint.directory import (
 from anychip.train.checkpoint.manifest import Manifest, TensorEntry, checked_extra
 from anychip.train.checkpoint.plan import Box, SaveParts, check_fits, plan_load, plan_save
 from anychip.train.checkpoint.ranks import Ranks
-from anychip.train.checkpoint.save import TensorStream, disk_errors, stream_checkpoint, write_checkpoint
+from anychip.train.checkpoint.save import TensorStream, disk_errors, failed, reason, stream_checkpoint, write_checkpoint
 from anychip.train.checkpoint.shard import ShardReader
 from anychip.train.checkpoint.staging import StagingBuffer
 
@@ -290,8 +290,15 @@ class CheckpointStore:
         if step < 0:
             raise InputError(f"step {step} of a checkpoint is negative.")
         path = self._root / step_name(step)
-        with disk_errors(path):
-            exists = self._ranks.broadcast(step in self.steps())
+        found: list[Any] = [False, ""]
+        if self._ranks.is_coordinator:  # one looks, and tells the others also when it cannot
+            try:
+                found[0] = step in self.steps()
+            except OSError as error:
+                found[1] = reason(error)
+        exists, problem = self._ranks.broadcast(found)
+        if problem:
+            raise failed(self._root, step, problem)
         if exists and self._is_good(step):
             do = "Continue from it, or give the run another name."
             raise InputError("is a good checkpoint and is not overwritten.", where=path, do=do)
