@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anychip.model.cache import KeyValueCache
 from anychip.serve.inference import Piece
-from anychip.serve.request import Event, Request, TokenLogprob
+from anychip.serve.request import Event, FinishReason, Request, TokenLogprob
 from anychip.serve.sampling import choose_token, penalize_occurrence, uniform_draw
 
 
@@ -70,13 +70,14 @@ class Answer:
         self.answered[token] += 1
         self.pending = [token]
         goes_on = request.constraint is None or request.constraint.accept(token)
+        reason: FinishReason | None
         if not goes_on:
             reason = "stop"
         elif index + 1 >= request.sampling.max_new_tokens:
             reason = "length"
         else:
             reason = "context" if len(self.seen) >= self.context_length else None
-        return Event(request.id, token, reason, logprob, prompt_logprobs)  # type: ignore[arg-type]
+        return Event(request.id, token, reason, logprob, prompt_logprobs)
 
     def _choose(self, logits: Tensor, index: int) -> int:
         request = self.request

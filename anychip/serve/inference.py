@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,17 +108,18 @@ class InferenceModel:
         cos, sin = _rotation(spans)
         x = F.embedding(input_ids, self._embedding).to(self.precision.activations)
         for index, layer in enumerate(self._layers):
-            qkv = self._by_rows(lambda rows, layer=layer: layer.qkv(self._normed(rows, layer.input_norm)), x)
+            qkv = self._by_rows(partial(self._before_attention, layer), x)
             mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
-            x = self._by_rows(
-                lambda rows, layer=layer: self._after_attention(rows, layer), torch.cat((x, mixed), dim=-1)
-            )
+            x = self._by_rows(partial(self._after_attention, layer), torch.cat((x, mixed), dim=-1))
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
         return self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
 
-    def _after_attention(self, rows: Tensor, layer: LayerWeights) -> Tensor:
+    def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        return layer.qkv(self._normed(x, layer.input_norm))
+
+    def _after_attention(self, layer: LayerWeights, rows: Tensor) -> Tensor:
         """What a layer does to each token by itself: rows [tokens, h + n * d], its input beside the mixed values."""
         x, mixed = rows.split((self.config.hidden_size, rows.shape[1] - self.config.hidden_size), dim=-1)
         x = x + layer.o(mixed)

@@ -97,7 +97,7 @@ def test_served_log_probabilities_are_those_of_training(dtype: torch.dtype, bar:
 def test_batch_invariant_answers_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
     model = InferenceModel(trained_like(), dtype, invariant=True)
     shared = prompts(1, [70])[0]
-    asked = prompts(5, [3, 17, 60, 100]) + [shared, shared[:40] + prompts(1, [9])[0], shared]
+    asked = [*prompts(5, [3, 17, 60, 100]), shared, shared[:40] + prompts(1, [9])[0], shared]
     requests = [
         Request(str(i), prompt, SamplingConfig(temperature=1.0, max_new_tokens=4 + i), top_logprobs=2, seed=i)
         for i, prompt in enumerate(asked)
