@@ -28,6 +28,9 @@ _PAGE_FILES = {file.name: _MEDIA[file.suffix] for file in PAGE.iterdir() if file
 # Newer releases of FastAPI can report to collectors; this server reports to nobody.
 _SILENT: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "An answer, or with stream: true its pieces.", "content": {"text/event-stream": {}}}
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, **_ERROR}
     for status, text in (
@@ -78,8 +81,8 @@ def _add_api(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "draining"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics", summary="Counters for Prometheus")
-    async def metrics() -> PlainTextResponse:
+    @app.get("/metrics", summary="Counters for Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", summary="The model that is served")
@@ -91,11 +94,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return _model(service)
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation")
+    @app.post("/v1/chat/completions", summary="Answer a conversation", responses=_ANSWER)
     async def chat_completions(asked: ChatRequest, http: Request) -> Response:
         return await chat(service, asked, http)
 
-    @app.post("/v1/completions", summary="Continue a text")
+    @app.post("/v1/completions", summary="Continue a text", responses=_ANSWER)
     async def completions(asked: CompletionRequest, http: Request) -> Response:
         return await complete(service, asked, http)
 

@@ -72,7 +72,7 @@ Serve = Callable[..., Served]
 
 
 def _start(service: Service, keys: list[str], **options: object) -> Served:
-    server = make_server(service, Keys(keys), "127.0.0.1", 0, **options)  # type: ignore[arg-type]
+    server = make_server(service, Keys(keys), "127.0.0.1", 0, drain_seconds=1, **options)  # type: ignore[arg-type]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     for _ in range(600):
@@ -104,7 +104,7 @@ def serve(tokenizer: Tokenizer) -> Iterator[Serve]:
 
     yield serve
     for one in started:
-        one.server.should_exit = one.server.force_exit = True
+        one.server.should_exit = True
     for one in started:
         one.thread.join(10)
 

@@ -193,7 +193,8 @@ def test_hanging_up_ends_the_answer(serve: Serve) -> None:
     for stream in (True, False):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             body = json.dumps({**ask, "stream": stream})
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
             connection.sendall((head + body).encode())
             _until(lambda: len(served.service.worker.batch.running) == 1)
         _until(lambda: served.service.worker.load == 0 and not served.service.worker.batch.running)
