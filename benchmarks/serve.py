@@ -4,7 +4,7 @@ Every client asks over HTTP for a stream of the same number of tokens, each with
 in a process of its own with a random 12 x 768 model. Hugging Face continues the same prompts as one batch with a static
 cache; one-at-a-time is our own server with a batch of one. Rounds are interleaved; medians are printed.
 
-    python benchmarks/serve.py [--rounds 3] [--threads 2] [--weights bf16] [--json FILE]
+    python benchmarks/serve.py [--rounds 3] [--tokens 64] [--threads 2] [--weights bf16] [--json FILE]
 
 Needs the `bench` extra, and httpx.
 """
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from decode import SHAPE
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 64
+PROMPT_TOKENS = 32
 CLIENTS = (1, 8, 32)
 BARS = {1: 1.5, 8: 2.0}
 
@@ -73,7 +73,7 @@ def start(max_batch: int, weights: str, threads: int) -> tuple[subprocess.Popen[
     return process, process.stdout.readline().split()[-1]
 
 
-async def ask_all(url: str, clients: int, round_: int) -> tuple[float, list[float]]:
+async def ask_all(url: str, clients: int, round_: int, new_tokens: int) -> tuple[float, list[float]]:
     """Tokens/s of all clients together, and each one's seconds to its first token."""
     import httpx
 
@@ -82,7 +82,7 @@ async def ask_all(url: str, clients: int, round_: int) -> tuple[float, list[floa
         async def ask(client: int) -> tuple[float, int]:
             body = {
                 "prompt": prompt(client, round_),
-                "max_tokens": NEW_TOKENS,
+                "max_tokens": new_tokens,
                 "temperature": 0,
                 "stream": True,
                 "logprobs": 0,
@@ -101,11 +101,11 @@ async def ask_all(url: str, clients: int, round_: int) -> tuple[float, list[floa
         started = time.perf_counter()
         found = await asyncio.gather(*(ask(client) for client in range(clients)))
         seconds = time.perf_counter() - started
-    assert sum(tokens for _, tokens in found) == clients * NEW_TOKENS
-    return clients * NEW_TOKENS / seconds, [first for first, _ in found]
+    assert sum(tokens for _, tokens in found) == clients * new_tokens
+    return clients * new_tokens / seconds, [first for first, _ in found]
 
 
-def hugging_face(dtype_name: str) -> Any:
+def hugging_face(dtype_name: str, new_tokens: int) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,36 +119,36 @@ def hugging_face(dtype_name: str) -> Any:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             cache_implementation="static",
         )
-        assert out.shape[1] == PROMPT_TOKENS + NEW_TOKENS
-        return clients * NEW_TOKENS / (time.perf_counter() - started)
+        assert out.shape[1] == PROMPT_TOKENS + new_tokens
+        return clients * new_tokens / (time.perf_counter() - started)
 
     return decode
 
 
-def measure(rounds: int, weights: str, threads: int) -> dict[str, Any]:
+def measure(rounds: int, weights: str, threads: int, new_tokens: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    peer = hugging_face("float32" if weights == "fp32" else "bfloat16")
+    peer = hugging_face("float32" if weights == "fp32" else "bfloat16", new_tokens)
     batched, url = start(max(CLIENTS), weights, threads)
     single, single_url = start(1, weights, threads)
     results: dict[str, Any] = {"ours": {}, "one at a time": {}, "HF": {}, "first": {}}
     try:
         for clients in CLIENTS:
-            asyncio.run(ask_all(url, clients, 99))  # warm up
+            asyncio.run(ask_all(url, clients, 99, new_tokens))  # warm up
             peer(clients, 99)
         for round_ in range(rounds):
             for clients in CLIENTS:
-                speed, first = asyncio.run(ask_all(url, clients, round_))
+                speed, first = asyncio.run(ask_all(url, clients, round_, new_tokens))
                 results["ours"].setdefault(clients, []).append(speed)
                 results["first"].setdefault(clients, []).append(max(first))
                 results["HF"].setdefault(clients, []).append(peer(clients, round_))
             # 8 clients are enough to fill a server of one, and the rest would only wait.
-            speed, _ = asyncio.run(ask_all(single_url, 8, round_))
+            speed, _ = asyncio.run(ask_all(single_url, 8, round_, new_tokens))
             results["one at a time"].setdefault(max(CLIENTS), []).append(speed)
     finally:
         for process in (batched, single):
@@ -179,6 +179,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", default="bf16", choices=("bf16", "fp32", "int8"))
     parser.add_argument("--json", type=Path)
@@ -187,7 +188,7 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, arguments.weights, arguments.threads)
         return
-    results = measure(arguments.rounds, arguments.weights, arguments.threads)
+    results = measure(arguments.rounds, arguments.weights, arguments.threads, arguments.tokens)
     print(f"\n{arguments.weights}, {arguments.threads} threads, load average at the end {os.getloadavg()[0]:.1f}.\n")
     print(table(results))
     if arguments.json:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,9 @@ def run_server(
     page: bool = True,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse new requests, finish running answers for `drain_seconds`, return."""
-    make_server(service, keys, host, port, hosts, origins, drain_seconds, page).run()
+    server = make_server(service, keys, host, port, hosts, origins, drain_seconds, page)
+    with listen(host, port) as listening:
+        server.run(sockets=[listening])
 
 
 def make_server(
@@ -76,6 +79,22 @@ def make_server(
     return _Server(config, service)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, or InputError for an address that is not ours or in use."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, number)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {host}, port {port} ({error.strerror}).",
+            where="serve",
+            do="Choose another --port or --host.",
+        ) from None
+    return listening
+
+
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -98,12 +117,6 @@ class _Server(uvicorn.Server):
             address = self.servers[0].sockets[0].getsockname()
             name = f"[{address[0]}]" if ":" in address[0] else address[0]
             print(f"{self._service.name} at http://{name}:{address[1]}", flush=True)
-        elif self.should_exit:
-            raise InputError(
-                f"cannot listen on {self.config.host}, port {self.config.port}.",
-                where="serve",
-                do="Another program may use it: choose another --port.",
-            )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
