@@ -20,7 +20,7 @@ TopPOption = Annotated[float | None, typer.Option(help="Sample among the likelie
 PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
 LengthOption = Annotated[int | None, typer.Option(help="Longest answer in tokens.")]
 SystemOption = Annotated[str, typer.Option(help="System message.")]
-WeightsOption = Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")]
+WeightsOption = Annotated[str, typer.Option(help="auto (as stored), bf16, fp32 or int8.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RUNS = Path("runs")
 

@@ -19,7 +19,8 @@ from anychip.cli.options import (
     one_of,
 )
 
-WEIGHTS = ("auto", "bf16", "fp32")
+WEIGHTS = ("auto", "bf16", "fp32", "int8")
+ENGINES = ("anychip", "vllm")
 
 
 def chat(
@@ -72,6 +73,55 @@ def generate(
         sampling=_given(temperature, top_k, top_p, repetition_penalty, max_new_tokens),
         seed=seed,
         weights=one_of(weights, "weights", WEIGHTS),
+    )
+
+
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A host name to answer to.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose scripts may call: https://...")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    engine: Annotated[str, typer.Option(help="anychip, or vllm to hand an export to vLLM.")] = "anychip",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    max_new_tokens: LengthOption = None,
+    weights: WeightsOption = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers at a time.")] = 32,
+    queue: Annotated[int | None, typer.Option(min=0, help="Answers that may wait; more get status 429.")] = None,
+    context_length: Annotated[int | None, typer.Option(min=2, help="Default: the model's.")] = None,
+    prefill_tokens: Annotated[int, typer.Option(min=16, help="Prompt tokens a step.")] = 512,
+    batch_invariant: Annotated[bool, typer.Option(help="Equal bits whatever else is served; slower.")] = False,
+    thinking: Annotated[bool, typer.Option(help="Answers begin with reasoning (T1, TeleChat3).")] = False,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="Time for running answers after SIGTERM.")] = 30,
+) -> None:
+    """Serve a model: an OpenAI-compatible API, and a page to talk on."""
+    from anychip.serve.serve import serve, serve_by_vllm
+
+    if one_of(engine, "engine", ENGINES) == "vllm":
+        serve_by_vllm(model, name=name, host=host, port=port, context_length=context_length)
+        return
+    serve(
+        model,
+        name=name,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        hosts=allow_host or (),
+        origins=allow_origin or (),
+        sampling=_given(temperature, top_k, top_p, repetition_penalty, max_new_tokens),
+        weights=one_of(weights, "weights", WEIGHTS),
+        max_batch=max_batch,
+        queue=queue,
+        context_length=context_length,
+        prefill_tokens=prefill_tokens,
+        batch_invariant=batch_invariant,
+        thinking=thinking,
+        drain_seconds=drain_seconds,
     )
 
 

@@ -29,7 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, serialized: bytes, config: dict[str, Any], where: object = "") -> None:
         import sentencepiece
 
-        self._serialized = serialized
+        self.serialized = serialized
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
             self.vocab_size = int(self._processor.get_piece_size())
@@ -78,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _write_model(self, path: Path) -> None:
         with atomic_writer(path) as handle:
-            handle.write(self._serialized)
+            handle.write(self.serialized)
 
     def _check(self, where: object) -> None:
         if "eos" not in self._roles:

@@ -149,7 +149,7 @@ class JsonTokenizer(Tokenizer):
             self._backend = Backend.from_str(serialized)
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"is not a tokenizer.json ({error}).", where=where, do="Give another file.") from None
-        self._serialized = serialized
+        self.serialized = serialized
         self._backend.no_truncation()
         self._backend.no_padding()
         # Without this the library would turn special tokens spelled out in a text into their ids.
@@ -193,7 +193,7 @@ class JsonTokenizer(Tokenizer):
         return [index for part in parts for index in self.encode(part)]
 
     def _write_model(self, path: Path) -> None:
-        write_text(path, self._serialized)
+        write_text(path, self.serialized)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:

@@ -20,12 +20,16 @@ class KeyValueCache:
     ) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.config = config
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.capacity = capacity
         self.length = 0
         self._alpha = 1
+        self._hold(
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.capacity = keys, values, keys.shape[3]
+        self._layers = list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def extend(self, tokens: int, sequence_length: int | None = None) -> None:
         """Make room for `tokens` more, turning the cached keys when the rotary base steps (see rope.py).
@@ -55,12 +59,10 @@ class KeyValueCache:
         if capacity <= self.capacity:
             return
         shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
-        keys, values = self.keys, self.values
-        self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        self.keys[..., : self.length, :] = keys[..., : self.length, :]
-        self.values[..., : self.length, :] = values[..., : self.length, :]
-        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.capacity = capacity
+        keys, values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        keys[..., : self.length, :] = self.keys[..., : self.length, :]
+        values[..., : self.length, :] = self.values[..., : self.length, :]
+        self._hold(keys, values)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

@@ -10,8 +10,9 @@ attends alone, so sequences of any lengths, and prompts beside single tokens, go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,12 @@ from torch import Tensor
 
 from anychip.model.cache import KeyValueCache
 from anychip.model.decoder import Decoder, DecoderLayer
-from anychip.model.rope import Rotary, RotaryTable
+from anychip.model.rope import RotaryTable
+from anychip.serve.attention import Span, StepAttention
 from anychip.serve.products import Precision, Product, choose_precision, make_product
+from anychip.serve.slots import Slots
+
+_INVARIANT_ROWS = 16  # rows of every product in the batch-invariant mode
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,32 @@ class Piece:
     cache: KeyValueCache
     tokens: int
     sequence_length: int | None = None
+    every: bool = False
+    """Whether logits after each of its tokens are wanted, not only after the last."""
 
 
 class InferenceModel:
     """Prepared weights and a forward pass over pieces of sequences."""
 
-    def __init__(self, decoder: Decoder, weights: torch.dtype, *, release: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: torch.dtype,
+        *,
+        release: bool = False,
+        int8: bool = False,
+        invariant: bool = False,
+    ) -> None:
         """Prepare `decoder` with its matrices in `weights` (fp32 or bf16).
 
-        `release` empties the decoder layer by layer, so that the model is in memory once and not twice.
+        `release` empties the decoder layer by layer, so that the model is in memory once and not twice. `int8` keeps
+        matrices in 8 bits with a scale a row. `invariant` gives every sequence the same bits whatever is beside it.
         """
         self.config = decoder.config
         self.device = decoder.embed_tokens.weight.device
-        self.precision = choose_precision(weights, self.device)
+        self.precision = choose_precision(weights, self.device, int8=int8)
+        self.invariant = invariant
+        self._pairs = self.device.type == "cpu" and self.precision.activations == torch.bfloat16
         self._rotary = RotaryTable(self.config, self.device)
         self._embedding = decoder.embed_tokens.weight.detach().to(weights)
         self._layers: list[LayerWeights] = []
@@ -74,23 +92,55 @@ class InferenceModel:
         """An empty cache for one sequence of at most `capacity` tokens."""
         return KeyValueCache(self.config, 1, capacity, self.precision.activations, self.device)
 
+    def new_slots(self, count: int, context_length: int) -> Slots:
+        """Caches of `count` sequences that attend together."""
+        return Slots(self.config, count, context_length, self.precision.activations, self.device)
+
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, pieces: Sequence[Piece]) -> Tensor:
-        """input_ids [tokens] int64, the tokens of all pieces in a row -> fp32 logits [len(pieces), vocab_size] after
-        the last token of each piece. Every cache grows by its piece."""
+    def forward(self, input_ids: Tensor, pieces: Sequence[Piece], slots: Slots | None = None) -> Tensor:
+        """input_ids [tokens] int64, the tokens of all pieces in a row -> fp32 logits [rows, vocab_size]: after the last
+        token of each piece, or after every token of a piece that wants `every`. Every cache grows by its piece.
+
+        Pieces whose caches are in `slots` attend together where that is faster.
+        """
         spans = self._extend(pieces)
+        attention = StepAttention(spans, slots)
         cos, sin = _rotation(spans)
         x = F.embedding(input_ids, self._embedding).to(self.precision.activations)
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._normed(x, layer.input_norm)).view(len(x), -1, self.config.head_dim)
-            x = x + layer.o(self._attend(index, qkv, cos, sin, spans))
-            gate, up = layer.gate_up(self._normed(x, layer.post_attention_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        if len(spans) < len(x):
-            x = x[[span.end - 1 for span in spans]]
-        return self._head(self._normed(x, self._norm)).float()
+            qkv = self._by_rows(partial(self._before_attention, layer), x)
+            mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
+            x = self._by_rows(partial(self._after_attention, layer), torch.cat((x, mixed), dim=-1))
+        kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
+        if len(kept) < len(x):
+            x = x[kept]
+        return self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
 
-    def _extend(self, pieces: Sequence[Piece]) -> list[_Span]:
+    def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        return layer.qkv(self._normed(x, layer.input_norm))
+
+    def _after_attention(self, layer: LayerWeights, rows: Tensor) -> Tensor:
+        """What a layer does to each token by itself: rows [tokens, h + n * d], its input beside the mixed values."""
+        x, mixed = rows.split((self.config.hidden_size, rows.shape[1] - self.config.hidden_size), dim=-1)
+        x = x + layer.o(mixed)
+        gate, up = layer.gate_up(self._normed(x, layer.post_attention_norm)).chunk(2, dim=-1)
+        return x + layer.down(F.silu(gate) * up)
+
+    def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
+
+        A product of one bf16 row adds in another order than a product of several: one row more costs nothing there and
+        gives the bits of the training pass. In the batch-invariant mode every block has the same number of rows.
+        """
+        if self.invariant:
+            missing = -len(x) % _INVARIANT_ROWS
+            blocks = F.pad(x, (0, 0, 0, missing)).split(_INVARIANT_ROWS)
+            return torch.cat([function(block) for block in blocks])[: len(x)]
+        if len(x) == 1 and self._pairs:
+            return function(x.expand(2, -1))[:1]
+        return function(x)
+
+    def _extend(self, pieces: Sequence[Piece]) -> list[Span]:
         spans, end = [], 0
         for piece in pieces:
             before = piece.cache.length
@@ -98,57 +148,30 @@ class InferenceModel:
             after = piece.cache.length
             rotary = self._rotary.rows(before, after, piece.sequence_length or after)
             start, end = end, end + piece.tokens
-            spans.append(_Span(piece.cache, start, end, rotary))
+            spans.append(Span(piece.cache, start, end, rotary))
         return spans
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
-    def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, spans: list[_Span]) -> Tensor:
+    def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, attention: StepAttention) -> Tensor:
         """qkv [tokens, n + 2k, d] -> mixed values [tokens, n * d]."""
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
         turning = qkv.narrow(1, 0, heads + groups)
         turned = torch.addcmul(turning * cos, turning.roll(self.config.head_dim // 2, dims=-1), sin).to(qkv.dtype)
-        parts = turned.narrow(1, 0, heads), turned.narrow(1, heads, groups), qkv.narrow(1, heads + groups, groups)
-        if len(spans) == 1:
-            return _attend_one(*parts, layer, spans[0])
-        mixed = []
-        for span in spans:
-            q, k, v = (part[span.start : span.end] for part in parts)
-            mixed.append(_attend_one(q, k, v, layer, span))
-        return torch.cat(mixed)
+        return attention(
+            layer, turned.narrow(1, 0, heads), turned.narrow(1, heads, groups), qkv.narrow(1, heads + groups, groups)
+        )
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Rows `start` to `end` of a step belong to the sequence of `cache`, which already counts them."""
-
-    cache: KeyValueCache
-    start: int
-    end: int
-    rotary: Rotary
+def _wanted(span: Span, piece: Piece) -> range:
+    return range(span.start if piece.every else span.end - 1, span.end)
 
 
-def _rotation(spans: list[_Span]) -> tuple[Tensor, Tensor]:
+def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
     """cos and signed sin for whole heads, [tokens, 1, d] fp32: turned = x * cos + roll(x, d / 2) * sin."""
     cos, sin = torch.cat([span.rotary.cos for span in spans]), torch.cat([span.rotary.sin for span in spans])
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, layer: int, span: _Span) -> Tensor:
-    """Turned queries [s, n, d] and keys [s, k, d], values [s, k, d] of one sequence -> [s, n * d]."""
-    tokens, heads, dim = q.shape
-    groups, scale = k.shape[1], span.rotary.score_scale
-    keys, values = span.cache.write(layer, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
-    if tokens == 1:  # the queries of one key head see the same keys: attend as if they were tokens
-        q = q.view(1, groups, heads // groups, dim)
-        return F.scaled_dot_product_attention(q, keys, values, scale=scale).view(1, -1)
-    q, past = q.transpose(0, 1)[None], span.cache.length - tokens
-    mask = torch.ones(tokens, span.cache.length, dtype=torch.bool, device=q.device).tril(past) if past else None
-    mixed = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=not past, scale=scale, enable_gqa=heads != groups
-    )
-    return mixed[0].transpose(0, 1).reshape(tokens, -1)
 
 
 def _layer_weights(layer: DecoderLayer, precision: Precision) -> LayerWeights:

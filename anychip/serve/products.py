@@ -16,25 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.chips.backend import detect_backend
+from anychip.errors import InputError
 
 # bf16 has 8 significant bits and fp16 has 11, so every bf16 weight from 2**-17 to 65,504 is an fp16 number. A smaller
 # one moves by at most 2**-25; a matrix that loses more than this share of its norm keeps its own dtype.
 _LARGEST_LOSS = 2.0**-14
+
+_INT8_ROWS = 16  # above, one product of unpacked weights is faster
 
 Product = Callable[[Tensor], Tensor]  # [tokens, in] -> [tokens, out] in the activation dtype
 
 
 @dataclass(frozen=True)
 class Precision:
-    """weights: how matrices are stored. activations: dtype of everything between them. packed: fp16 by FBGEMM."""
+    """weights: how matrices are stored. activations: dtype of everything between them. packed: fp16 by FBGEMM.
+    int8: 8 bits and one scale an output row, for products with bf16 or fp32 rows."""
 
     weights: torch.dtype
     activations: torch.dtype
     packed: bool = False
+    int8: bool = False
 
 
-def choose_precision(weights: torch.dtype, device: torch.device) -> Precision:
+def choose_precision(weights: torch.dtype, device: torch.device, *, int8: bool = False) -> Precision:
     """How weights of this dtype (fp32 or bf16) are best read on this device. Depends on the chip, never on a clock."""
+    if int8:
+        if device.type != "cpu":
+            raise InputError("int8 weights are for the CPU.", where="weights", do="Use bf16 on this device.")
+        return Precision(weights, torch.bfloat16, int8=True)
     if weights == torch.float32 or device.type != "cpu" or detect_backend().multiplies_bf16():
         return Precision(weights, weights)
     if "fbgemm" in torch.backends.quantized.supported_engines:
@@ -46,6 +55,8 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
     """x -> x @ weight.T + bias, for weight [out, in] and bias [out]. Keeps its own copy of what it needs."""
     weight = weight.detach().to(precision.weights)
     bias = None if bias is None else bias.detach().to(precision.weights)
+    if precision.int8:
+        return _int8_product(weight, bias, precision.activations)
     if precision.packed and _fits_fp16(weight):
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
@@ -55,6 +66,22 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
         return lambda x: F.linear(x, weight, bias)
     transposed = weight.t().contiguous()
     return (lambda x: x @ transposed) if bias is None else (lambda x: torch.addmm(bias, x, transposed))
+
+
+def _int8_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
+    """Symmetric, one scale an output row: |error| of a weight is at most 1/254 of the row's largest."""
+    scale = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).to(dtype)
+    packed = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    bias = None if bias is None else bias.to(dtype)
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) <= _INT8_ROWS:
+            y = torch._weight_int8pack_mm(x.contiguous(), packed, scale)
+        else:
+            y = F.linear(x, packed.to(dtype)) * scale
+        return y if bias is None else y + bias
+
+    return product
 
 
 def _fits_fp16(weight: Tensor) -> bool:

@@ -7,7 +7,7 @@ token through the cumulated probabilities, so an answer can be repeated whatever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,3 +63,12 @@ def penalize_repetition(logits: Tensor, seen: Sequence[int], penalty: float) -> 
     tokens = torch.tensor(sorted(set(seen)), device=logits.device)
     values = logits[tokens]
     return logits.index_copy(0, tokens, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def penalize_occurrence(logits: Tensor, answered: Mapping[int, int], presence: float, frequency: float) -> Tensor:
+    """Make tokens of the answer less likely: logit - presence - frequency * occurrences, as OpenAI's API defines it."""
+    if not answered or not (presence or frequency):
+        return logits
+    tokens = torch.tensor(list(answered), device=logits.device)
+    counts = logits.new_tensor(list(answered.values()))
+    return logits.index_add(0, tokens, -(presence + frequency * counts))

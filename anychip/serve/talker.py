@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anychip.serve.engine import Engine
 
 Message = Mapping[str, str]  # role (system, user or assistant) and content
-WeightType = Literal["auto", "bf16", "fp32"]
+WeightType = Literal["auto", "bf16", "fp32", "int8"]
 
 # A model tuned with loss on the turn that follows an answer may open the user's turn itself.
 _STOP_TOKENS = ("<_user>", "<_system>")
@@ -56,16 +56,24 @@ class Talker:
         return self.tokenizer.encode_parts(prompt_parts(turns, self.tokenizer.special_tokens, self.template))
 
 
-def open_talker(path: Path, sampling: Mapping[str, Any], weights: WeightType = "auto") -> Talker:
+def open_talker(path: Path, sampling: Mapping[str, Any], weights: WeightType = "auto", **engine: Any) -> Talker:
     """Load a run or an export; `sampling` holds the fields that replace the model's own defaults."""
     from anychip.interchange.load import load_for_inference
 
     loaded = load_for_inference(path)
-    return make_talker(loaded, sampling, weights, loaded.template)
+    return make_talker(loaded, sampling, weights, loaded.template, **engine)
 
 
 def make_talker(
-    model: LoadedModel, sampling: Mapping[str, Any], weights: WeightType = "auto", template: Template = "B"
+    model: LoadedModel,
+    sampling: Mapping[str, Any],
+    weights: WeightType = "auto",
+    template: Template = "B",
+    *,
+    max_batch: int = 8,
+    context_length: int | None = None,
+    prefill_tokens: int = 512,
+    invariant: bool = False,
 ) -> Talker:
     """Prepare a loaded model for talking. Its decoder is used up: the weights move into the engine."""
     import torch
@@ -77,8 +85,16 @@ def make_talker(
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(weights, stored)
     if chosen not in (torch.bfloat16, torch.float32):
         chosen = torch.float32  # fp16 weights lose bits in bf16
-    inference = InferenceModel(model.decoder, chosen, release=True)
-    return Talker(Engine(inference), model.tokenizer, replace_sampling(model.sampling, sampling), template)
+    inference = InferenceModel(model.decoder, chosen, release=True, int8=weights == "int8", invariant=invariant)
+    longest = inference.config.max_position_embeddings
+    if context_length is not None and context_length > longest:
+        raise InputError(
+            f"a context of {context_length:,} tokens is asked for; the model was made for {longest:,}.",
+            where="serve",
+            do="Ask for at most that.",
+        )
+    engine = Engine(inference, max_batch=max_batch, context_length=context_length, prefill_tokens=prefill_tokens)
+    return Talker(engine, model.tokenizer, replace_sampling(model.sampling, sampling), template)
 
 
 def replace_sampling(defaults: SamplingConfig, given: Mapping[str, Any]) -> SamplingConfig:

@@ -69,7 +69,7 @@ def test_bf16_weights_stay_close_and_packing_is_closer(
     with torch.no_grad():  # so that only activations are rounded, not weights
         for parameter in decoder.parameters():
             parameter.copy_(parameter.bfloat16().float())
-    monkeypatch.setattr(inference_module, "choose_precision", lambda weights, device: precision)
+    monkeypatch.setattr(inference_module, "choose_precision", lambda weights, device, **_: precision)
     found = read(InferenceModel(decoder, torch.bfloat16), IDS, [1] * 36)
     scale = full_logits(decoder, IDS).std()
     error = (found - full_logits(decoder, IDS)).abs().max() / scale
