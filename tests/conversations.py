@@ -30,7 +30,7 @@ def plain_tokenizer() -> Tokenizer:
 def tagged_tokenizer() -> Tokenizer:
     plain = plain_tokenizer()
     assert isinstance(plain, JsonTokenizer)
-    backend = Backend.from_str(plain._serialized)
+    backend = Backend.from_str(plain.serialized)
     backend.add_special_tokens([AddedToken(tag, special=True) for tag in TAGS])
     roles = {"eos": "<_end>", "bos": "<_start>", "pad": "<_pad>", "unk": "<_unk>"}
     return JsonTokenizer(json.dumps(json.loads(backend.to_str())), roles)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anychip.data.indexed import bin_path, idx_path
-from anychip.errors import UnfitError
+from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.files import atomic_writer, json_text, sha256_file, sha256_json, write_text
 
 BLOCK_BYTES = 128 << 10
@@ -123,11 +123,11 @@ class VerifiedBlocks:
 
 
 def check_whole(path: Path, expected: object, do: str = _DO) -> None:
-    """Raise UnfitError unless the file has this SHA-256."""
+    """Raise UnfitError unless the file has this SHA-256, InputError when there is no such file."""
     try:
         found = sha256_file(path)
     except OSError as error:
-        raise UnfitError(f"cannot be read ({error.strerror}).", where=path, do=do) from None
+        raise _unreadable(path, error, do) from None
     if found != expected:
         raise UnfitError("is not the file that was packed: its digest differs.", where=path, do=do)
 
@@ -164,4 +164,10 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise UnfitError(f"cannot be read ({error.strerror}).", where=path, do=_DO) from None
+        raise _unreadable(path, error, _DO) from None
+
+
+def _unreadable(path: Path, error: OSError, do: str) -> AnychipError:
+    """A file that is not there was removed by somebody; one that cannot be read is a failing disk's."""
+    kind = InputError if isinstance(error, FileNotFoundError) else UnfitError
+    return kind(f"cannot be read ({error.strerror}).", where=path, do=do)

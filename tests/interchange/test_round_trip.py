@@ -133,8 +133,8 @@ def test_a_step_and_a_stage_can_be_chosen(tmp_path: Path) -> None:
     assert torch.equal(exported(stage="pretrain", step=5), older["norm.weight"])
     with pytest.raises(InputError, match=r"no checkpoint of step 7.*5, 9"):
         export_run(run, stage="pretrain", step=7)
-    with pytest.raises(InputError, match="--stage dpo is not known"):
-        export_run(run, stage="dpo")
+    with pytest.raises(InputError, match="--stage grpo is not known"):
+        export_run(run, stage="grpo")
 
 
 def test_the_tokenizer_opens_elsewhere_and_gives_the_same_ids(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _turns(messages: Sequence[Message], tools: Sequence[Tool]) -> list[tuple[str
             turns.append(("user", results))
             results = []
         if message.role in ("system", "developer"):
-            turns.append(("system", [message.text]))
+            _add_system(turns, message.text)
         elif message.role == "user":
             turns.append(("user", [_plain(message.text)]))
         else:
@@ -90,6 +90,16 @@ def _turns(messages: Sequence[Message], tools: Sequence[Tool]) -> list[tuple[str
             turns.insert(0, ("system", [""]))
         turns[0][1].append(_TOOLS_BEFORE + "\n".join(_described(tool) for tool in tools) + _TOOLS_AFTER)
     return turns
+
+
+def _add_system(turns: list[tuple[str, _Parts]], text: str) -> None:
+    """The templates have one place for a system message, the first: several there become one."""
+    if not turns:
+        turns.append(("system", [text]))
+    elif len(turns) == 1 and turns[0][0] == "system":
+        turns[0][1].append(f"\n\n{text}")
+    else:
+        raise ApiError(400, "messages: system messages must stand before all others.", param="messages")
 
 
 def _calls(calls: Sequence[ToolCall], after_text: bool) -> _Parts:

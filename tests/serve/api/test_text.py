@@ -180,6 +180,15 @@ def test_turns_follow_the_template(tokenizer: Tokenizer) -> None:
     assert text == f"<_system>s\n<_user>q<_bot>a<_end>\n<_user>{results}<_bot>"
 
 
+def test_system_messages_become_one_and_stand_first(tokenizer: Tokenizer) -> None:
+    user = {"role": "user", "content": "hello"}
+    several = [{"role": "system", "content": "be"}, {"role": "developer", "content": "kind"}, user]
+    assert encode(tokenizer, several) == encode(tokenizer, [{"role": "system", "content": "be\n\nkind"}, user])
+    with pytest.raises(ApiError, match="must stand before all others") as refused:
+        encode(tokenizer, [user, {"role": "system", "content": "be kind"}])
+    assert refused.value.status == 400
+
+
 def test_broken_arguments_are_refused(tokenizer: Tokenizer) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{"}}
     with pytest.raises(ApiError, match="not JSON"):
