@@ -68,6 +68,7 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     from anychip.model.decoder import Decoder
     from anychip.model.init import init_parameters
     from anychip.recipe.schema import OptimizerConfig, TrainingConfig
+    from anychip.train.engine import prove_attention
     from anychip.train.loss import head_cross_entropy
     from anychip.train.optimizer import Optimizer
     from anychip.train.precision import compute_dtype
@@ -81,6 +82,7 @@ def anychip_step(shape: Shape, dtype_name: str, compiled: bool):
     init_parameters(model, config, 0)
     apply_recompute(model, training.recompute)
     if compiled:
+        prove_attention(config, dtype, operators, torch.device("cpu"))
         for layer in model.layers:
             layer.compile(dynamic=False)
     optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig(), dtype, operators)

@@ -25,6 +25,7 @@ from anychip.parallel.parts import allocate, build_parts, named_parameters
 from anychip.parallel.pipeline import Pipeline
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
+from anychip.recipe.schema import ModelConfig
 from anychip.train.job import TrainingJob
 from anychip.train.objective import Head, rows_of
 from anychip.train.recompute import apply_recompute
@@ -56,6 +57,9 @@ class Engine:
                 f"{job.title} compares whole sequences, which pipeline and context parallelism take apart.",
                 do="Set parallel.pipeline_parallel and parallel.context_parallel to 1.",
             )
+
+        if job.compile:
+            prove_attention(job.model, dtype, operators, processes.device)
 
         def prepare(part: Decoder) -> None:
             apply_recompute(part, job.recompute)
@@ -219,3 +223,16 @@ class Engine:
             dtype=dtype,
             loss=self._pipeline_loss,
         )
+
+
+def prove_attention(config: ModelConfig, dtype: torch.dtype, operators: Operators, device: torch.device) -> None:
+    """Call attention once as layers will, so that a chip's own version is tried before code that holds it is compiled:
+    nothing can be tried while a compiler looks on."""
+    queries, keys = (
+        torch.zeros(1, heads, _TRIED_TOKENS, config.head_dim, dtype=dtype, device=device)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    operators.attention(queries, keys, keys, scale=1.0, causal=True, mask=None)
+
+
+_TRIED_TOKENS = 16

@@ -27,6 +27,7 @@ class Override:
     module: str  # imported at the operator's first call, not before
     functions: tuple[str, ...]  # names that it must have
     build: Callable[[ModuleType], Callable[..., Any]]  # from the module, a function that keeps the operator's contract
+    traceable: bool = False  # whether code being compiled may hold it
 
 
 class OperatorFallback(RuntimeWarning):
@@ -36,7 +37,8 @@ class OperatorFallback(RuntimeWarning):
 class CheckedOperator:
     """The vendor's function where a trial proved it right, else the reference.
 
-    Tensors without memory (meta device) and code being compiled get the reference, which can be traced.
+    Tensors without memory (meta device) get the reference. So does code being compiled, unless the vendor's function
+    can be traced and was proved by a call before.
     """
 
     def __init__(self, name: str, override: Override, reference: Callable[..., Any]) -> None:
@@ -46,8 +48,11 @@ class CheckedOperator:
         self.fallback_reason: str | None = None
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        if self.fallback_reason is not None or torch.compiler.is_compiling():
+        if self.fallback_reason is not None:
             return self._reference(*args, **keywords)
+        if torch.compiler.is_compiling():
+            usable = self._function if self._override.traceable and self._proved else None
+            return (usable or self._reference)(*args, **keywords)
         trial = TRIALS[self._name](*args, **keywords)
         if trial.device.type == "meta":
             return self._reference(*args, **keywords)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from anychip.chips.compiling import find_compiler
 from anychip.chips.operators import OperatorFallback, operators_for, reference
+from anychip.chips.operators.cpu import attention as attention_module
 from anychip.chips.operators.cpu import library
 
 needs_kernels = pytest.mark.skipif(
-    not library.runs_here() or find_compiler() is None, reason="needs AVX-512 with bf16 and a C++ compiler"
+    not library.RUNS_HERE or find_compiler() is None, reason="needs AVX-512 with bf16 and a C++ compiler"
 )
 ATTENTION = [name for name in make_calls(torch.float32) if name.startswith(("attention", "with lse", "backward"))]
 
@@ -122,7 +125,7 @@ def test_other_inputs_are_the_references(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not library.runs_here(), reason="needs AVX-512 with bf16")
+@pytest.mark.skipif(not library.RUNS_HERE, reason="needs AVX-512 with bf16")
 def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -135,3 +138,28 @@ def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch, 
     finally:
         library.load.cache_clear()
     assert torch.equal(found, reference.attention(q, k, v, scale=0.2, causal=True, mask=None))
+
+
+@needs_kernels
+def test_compiled_code_holds_the_kernel_once_it_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, inputs = operators_for("cpu"), draw(64, 64, 4, 2, 32)
+
+    def outcome(attend: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return operators.attention(q, k, v, scale=0.2, causal=True, mask=None)
+
+    expected = outcome(plain)
+    called = []
+    forward = attention_module.load().attention_forward
+    fake = SimpleNamespace(
+        attention_forward=lambda *args: (called.append(1), forward(*args)),
+        attention_backward=attention_module.load().attention_backward,
+    )
+    monkeypatch.setattr(attention_module, "load", lambda: fake)
+    found = outcome(torch.compile(plain, backend="aot_eager", fullgraph=True))
+    assert called
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

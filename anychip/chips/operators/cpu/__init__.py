@@ -10,6 +10,6 @@ from anychip.chips.operators.override import Override
 _ATTENTION = "anychip.chips.operators.cpu.attention"
 
 OVERRIDES: Mapping[str, Override] = {
-    name: Override(_ATTENTION, (name,), lambda module, name=name: getattr(module, name))  # type: ignore[misc]
+    name: Override(_ATTENTION, (name,), lambda module, name=name: getattr(module, name), traceable=True)  # type: ignore[misc]
     for name in ("attention", "attention_with_lse", "attention_backward")
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anychip.chips.operators import plain_attention
-from anychip.chips.operators.cpu.library import load, runs_here
+from anychip.chips.operators.cpu.library import RUNS_HERE, load
 
 _LANES = 16
 _Three = ctypes.c_int64 * 3
@@ -30,7 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, ma
     """See contract.Attention."""
     if not _suits(q):
         return plain_attention.attention(q, k, v, scale=scale, causal=causal, mask=mask)
-    return _Attention.apply(q, k, v, mask, scale, causal)
+    out: Tensor = _forward(q, k, v, mask, scale, causal)[0]
+    return out
 
 
 @torch.no_grad()
@@ -65,26 +66,16 @@ def attention_backward(
 def _suits(q: Tensor) -> bool:
     """bf16 heads of whole vectors, and more than a few queries: one query of a cached answer is read from memory at
     the same speed by any kernel."""
-    return q.dtype == torch.bfloat16 and q.shape[2] >= _LANES and q.shape[3] % _LANES == 0 and runs_here()
+    return q.dtype == torch.bfloat16 and q.shape[2] >= _LANES and q.shape[3] % _LANES == 0 and RUNS_HERE
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-        out, lse = _forward(q, k, v, mask, scale, causal)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
-        ctx.scale, ctx.causal = scale, causal
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask = ctx.saved_tensors
-        return *_backward(grad_outputs[0], q, k, v, out, lse, mask, ctx.scale, ctx.causal), None, None, None
+# As operators of PyTorch's own, so that compiled code can hold them; compilers learn shapes from the fakes.
 
 
+@torch.library.custom_op("anychip::attention_forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = _empty_result(q)
     visible = _visible(mask, q, k)
     load().attention_forward(
         *_places(q, k, v, out), _address(lse), ctypes.byref(_mask(visible)), _shape(q, k, causal), ctypes.c_float(scale)
@@ -92,6 +83,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
     return out, lse
 
 
+@torch.library.custom_op("anychip::attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor,
     q: Tensor,
@@ -115,6 +107,33 @@ def _backward(
         ctypes.c_float(scale),
     )
     return grads
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    return _empty_result(q)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, *output, mask)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.causal)
+    return *grads, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ _INSTRUCTIONS = tuple(f"-m{name.replace('_', '')}" for name in _NEEDED)
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-w", *_INSTRUCTIONS)
 
 
-@functools.cache
-def runs_here() -> bool:
-    """Whether this CPU has the instructions."""
+def _has_instructions() -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return all(capabilities.get(name, False) for name in _NEEDED)
+
+
+RUNS_HERE = _has_instructions()  # this CPU; a constant, which a compiler can see
 
 
 @functools.cache
