@@ -70,12 +70,12 @@ def chaos(
     calm, rough = (RunDirectory(runs / name / recipe.name) for name in ("calm", "rough"))
     for run in (calm, rough):
         shutil.rmtree(run.root.parent, ignore_errors=True)
+    networks = Networks(hosts) if own_networks else None  # first: without it there is not even a loopback
     arguments = [str(recipe_path), *words]
     _must_end(["data", "prepare", *arguments, "--runs", str(calm.root.parent)])
     shutil.copytree(calm.root.parent, rough.root.parent)
     _must_end(["supervise", *arguments, "--processes", str(processes), "--runs", str(calm.root.parent)])
     started, folder = time.monotonic(), rough.root.parent
-    networks = Networks(hosts) if own_networks else None
     command = ["supervise", *arguments, "--runs", str(folder), "--restarts", "1000"]
     places = many_hosts(command, processes, hosts, folder, networks) if hosts > 1 else one_host(command, processes)
     weights = kinds(hosts, networks is not None)
