@@ -69,20 +69,32 @@ def explain(run_directory: RunArgument) -> None:
 
 def chaos(
     recipe: RecipeArgument,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on this host.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, of all hosts together.")] = 2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same faults.")] = 0,
     faults: Annotated[int, typer.Option(min=1, help="How many; fewer strike when training ends first.")] = 30,
+    hosts: Annotated[int, typer.Option(min=1, max=100, help="Hosts, as agents on this machine.")] = 1,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs/chaos"),
 ) -> None:
     """Train under faults on purpose, and compare with a run that had none."""
+    import sys
+
     from anychip.errors import EXIT_UNFIT
     from anychip.recipe import load_recipe
-    from anychip.supervise.chaos import chaos
+    from anychip.supervise.chaos import chaos, networks
 
     words = [word for setting in overrides or [] for word in ("--set", setting)]
     loaded = load_recipe(recipe, overrides or [])
-    result = chaos(loaded, recipe, words, runs / f"seed-{seed}", processes, seed, faults)
+    if hosts > 1 and not networks.is_inside():
+        if problem := networks.problem():
+            typer.echo(f"no partitions: network namespaces cannot be made here ({problem})", err=True)
+        else:
+            numbers = {"processes": processes, "seed": seed, "faults": faults, "hosts": hosts}
+            options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+            sys.stdout.flush()
+            networks.start_again_inside(["chaos", str(recipe), *options, *words, "--runs", str(runs)])
+    inside = networks.is_inside()
+    result = chaos(loaded, recipe, words, runs / f"seed-{seed}", processes, seed, faults, hosts, inside)
     typer.echo(result.describe())
     if result.broken:
         raise typer.Exit(EXIT_UNFIT)

@@ -37,10 +37,11 @@ from anychip.train.engine import Engine
 from anychip.train.fence import fence
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.guard import BadSteps, Guard
-from anychip.train.heartbeat import Heartbeat
+from anychip.train.heartbeat import FOLDER_VARIABLE, Heartbeat
 from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
+from anychip.train.output import print_what_fits
 from anychip.train.precision import compute_dtype
 from anychip.train.replay import Replay
 from anychip.train.saves import Saves
@@ -71,6 +72,8 @@ def run_training(job: TrainingJob) -> int:
     checkpoint belongs to another recipe.
     """
     started = time.perf_counter()
+    if FOLDER_VARIABLE in os.environ:  # supervised: what is printed goes to a file
+        print_what_fits()
     backend = detect_backend()
     backend.prepare_process()
     device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
