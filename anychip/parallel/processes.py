@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -60,6 +61,7 @@ class Processes:
                 store, _, _ = next(rendezvous("env://", timeout=timeout or default_pg_timeout))
                 store = PrefixStore(prefix, store)
                 dist.init_process_group(backends, timeout=timeout, store=store, rank=rank, world_size=world_size)
+            atexit.register(_leave_groups)
         return cls(config, layout, rank, device)
 
     @property
@@ -124,3 +126,9 @@ class Processes:
     def barrier(self) -> None:
         if self.layout.world_size > 1:
             self.any(False)
+
+
+def _leave_groups() -> None:
+    """Before the interpreter ends: threads of gloo that still run then abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -187,9 +187,12 @@ def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> Markup:
     return Markup("".join(parts))
 
 
+_SMALLEST = 1e-300  # that a logarithmic axis shows: below, what is left of it for room is zero
+
+
 def _visible(points: Sequence[Point], x_log: bool, y_log: bool) -> list[Point]:
     """The points an axis can show, thinned to what the eye can tell apart (the mean of each bucket)."""
-    kept = [(x, y) for x, y in points if (x > 0 or not x_log) and (y > 0 or not y_log)]
+    kept = [(x, y) for x, y in points if (x >= _SMALLEST or not x_log) and (y >= _SMALLEST or not y_log)]
     size = math.ceil(len(kept) / _MOST_POINTS)
     if size <= 1:
         return kept

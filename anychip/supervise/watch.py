@@ -132,12 +132,14 @@ class Watch:
         return Hang(cause, states.get(cause.rank, ""), seconds, stack, collective)
 
     def _stacks(self, ranks: Sequence[int]) -> dict[int, list[str]]:
-        """What each process wrote; one that cannot write leaves an empty list when the time is over."""
-        deadline = time.monotonic() + _STACK_SECONDS
+        """What each process wrote, once it is twice the same and so whole; one that cannot write leaves an empty list
+        when the time is over."""
+        deadline, before = time.monotonic() + _STACK_SECONDS, dict[int, list[str]]()
         while True:
             stacks = {rank: self._generation.stack(rank) for rank in ranks}
-            if all(stacks.values()) or time.monotonic() > deadline:
+            if (all(stacks.values()) and stacks == before) or time.monotonic() > deadline:
                 return stacks
+            before = stacks
             self._generation.pause(_POLL_SECONDS)
 
 

@@ -11,7 +11,7 @@ import pytest
 from many_hosts import Job, assert_same, state, wait_for
 from tiny_run import finish, write_tiny_recipe
 
-STEPS = 60
+STEPS = 200
 SETTINGS = [f"training.steps={STEPS}", "training.eval_interval=0", "checkpoint.save_interval=5", "checkpoint.keep=0"]
 
 
