@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,6 +23,14 @@ def find_compiler() -> str | None:
 
 def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anychip" / kind
+
+
+def fingerprint(sources: Path, more: object) -> str:
+    """What a binary depends on: the files of a folder, and `more` by its repr."""
+    digest = hashlib.sha256(repr(more).encode())
+    for source in sorted(sources.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def compiled_once(built: Path, compile: Callable[[Path], None]) -> Path:

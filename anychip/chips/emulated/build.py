@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from anychip.chips.compiling import CompilerFailed, cache_folder, compiled_once, find_compiler, run_compiler
+from anychip.chips.compiling import (
+    CompilerFailed,
+    cache_folder,
+    compiled_once,
+    find_compiler,
+    fingerprint,
+    run_compiler,
+)
 from anychip.errors import AnychipError, InputError
 from anychip.progress import progress
 
@@ -22,19 +28,11 @@ def library() -> Path:
 
     Raises InputError without a C++ compiler, AnychipError when it fails.
     """
-    return compiled_once(
-        cache_folder("emulated") / f"{MODULE}-{_fingerprint()}{sysconfig.get_config_var('EXT_SUFFIX')}", _compile
-    )
-
-
-def _fingerprint() -> str:
-    """What the binary depends on."""
     import torch
 
-    digest = hashlib.sha256(repr((torch.__version__, torch.version.git_version, _FLAGS)).encode())
-    for source in sorted(_SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
+    built = fingerprint(_SOURCES, (torch.__version__, torch.version.git_version, _FLAGS))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return compiled_once(cache_folder("emulated") / f"{MODULE}-{built}{suffix}", _compile)
 
 
 def _compile(made: Path) -> None:

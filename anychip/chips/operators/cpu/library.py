@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 from pathlib import Path
 
 import torch
 
-from anychip.chips.compiling import cache_folder, compiled_once, find_compiler, run_compiler
+from anychip.chips.compiling import cache_folder, compiled_once, find_compiler, fingerprint, run_compiler
 
 _SOURCES = Path(__file__).parent / "csrc"
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
@@ -31,15 +30,11 @@ def load() -> ctypes.CDLL:
 
     Raises RuntimeError without a compiler or when it fails.
     """
-    sources = sorted(_SOURCES.iterdir())
-    digest = hashlib.sha256(repr(_FLAGS).encode())
-    for source in sources:
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
 
     def compile(made: Path) -> None:
         compiler = find_compiler()
         if compiler is None:
             raise RuntimeError("needs a C++ compiler, and none is on PATH")
-        run_compiler([compiler, *_FLAGS, *(str(s) for s in sources if s.suffix == ".cpp"), "-o", str(made)])
+        run_compiler([compiler, *_FLAGS, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", str(made)])
 
-    return ctypes.CDLL(str(compiled_once(cache_folder("cpu") / f"kernels-{digest.hexdigest()[:16]}.so", compile)))
+    return ctypes.CDLL(str(compiled_once(cache_folder("cpu") / f"kernels-{fingerprint(_SOURCES, _FLAGS)}.so", compile)))
