@@ -74,6 +74,7 @@ class InferenceModel:
         self.device = decoder.embed_tokens.weight.device
         self.precision = choose_precision(weights, self.device, int8=int8)
         self.invariant = invariant
+        self._free_rows = self.precision.panels  # any rows may be multiplied together
         self._pairs = self.device.type == "cpu" and self.precision.activations == torch.bfloat16
         self._rotary = RotaryTable(self.config, self.device)
         self._embedding = decoder.embed_tokens.weight.detach().to(weights)
@@ -129,9 +130,11 @@ class InferenceModel:
     def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
 
-        A product of one bf16 row adds in another order than a product of several: one row more costs nothing there and
+        Products in panels give a row the same bits in any company. Others do not: a product of one bf16 row adds in another order than a product of several: one row more costs nothing there and
         gives the bits of the training pass. In the batch-invariant mode every block has the same number of rows.
         """
+        if self._free_rows:
+            return function(x)
         if self.invariant:
             missing = -len(x) % _INVARIANT_ROWS
             blocks = F.pad(x, (0, 0, 0, missing)).split(_INVARIANT_ROWS)

@@ -1,9 +1,10 @@
 """Weight matrices held the way one step of decoding reads them fastest.
 
 Decoding one token reads every weight once, so its speed is the speed of memory, provided that the product keeps up.
-bf16 products do so on a chip that multiplies bf16 in hardware. On a CPU that does not, they fall behind by half, and
-packed fp16 weights take their place (FBGEMM's layout, read 16 columns at a time, products and sums in fp32). fp32
-weights lie transposed on a CPU: a vector times [in, out] is read in order by all threads, the usual [out, in] by one.
+bf16 products do so on a chip that multiplies bf16 in hardware; on a CPU that has such units in panels of our own, which
+each thread reads from one end to the other. On a CPU that has none they fall behind by half, and packed fp16 weights
+take their place (FBGEMM's layout, read 16 columns at a time, products and sums in fp32). fp32 weights lie transposed
+on a CPU: a vector times [in, out] is read in order by all threads, the usual [out, in] by one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.chips.backend import detect_backend
+from anychip.chips.operators.prepared import packed_product, packs_bf16
 from anychip.errors import InputError
 
 # bf16 has 8 significant bits and fp16 has 11, so every bf16 weight from 2**-17 to 65,504 is an fp16 number. A smaller
@@ -30,11 +32,13 @@ Product = Callable[[Tensor], Tensor]  # [tokens, in] -> [tokens, out] in the act
 @dataclass(frozen=True)
 class Precision:
     """weights: how matrices are stored. activations: dtype of everything between them. packed: fp16 by FBGEMM.
-    int8: 8 bits and one scale an output row, for products with bf16 or fp32 rows."""
+    panels: bf16 in panels, by a kernel that gives a row the same bits whatever is beside it. int8: 8 bits and one scale
+    an output row, for products with bf16 or fp32 rows."""
 
     weights: torch.dtype
     activations: torch.dtype
     packed: bool = False
+    panels: bool = False
     int8: bool = False
 
 
@@ -45,7 +49,7 @@ def choose_precision(weights: torch.dtype, device: torch.device, *, int8: bool =
             raise InputError("int8 weights are for the CPU.", where="weights", do="Use bf16 on this device.")
         return Precision(weights, torch.bfloat16, int8=True)
     if weights == torch.float32 or device.type != "cpu" or detect_backend().multiplies_bf16():
-        return Precision(weights, weights)
+        return Precision(weights, weights, panels=weights == torch.bfloat16 and packs_bf16(device))
     if "fbgemm" in torch.backends.quantized.supported_engines:
         return Precision(weights, torch.float32, packed=True)
     return Precision(weights, weights)
@@ -57,6 +61,8 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
     bias = None if bias is None else bias.detach().to(precision.weights)
     if precision.int8:
         return _int8_product(weight, bias, precision.activations)
+    if precision.panels:
+        return packed_product(weight, bias)
     if precision.packed and _fits_fp16(weight):
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)

@@ -9,6 +9,7 @@ import torch
 from telechat2_reference import exact_rule, forward, published_rule
 from torch import Tensor
 
+from anychip.chips.operators.prepared import packs_bf16
 from anychip.model.decoder import Decoder
 from anychip.recipe.schema import RopeScaling
 from anychip.serve import inference as inference_module
@@ -20,7 +21,9 @@ PRECISIONS = [
     Precision(torch.float32, torch.float32),
     Precision(torch.bfloat16, torch.bfloat16),
     Precision(torch.bfloat16, torch.float32, packed=True),
+    *([Precision(torch.bfloat16, torch.bfloat16, panels=True)] if packs_bf16(torch.device("cpu")) else []),
 ]
+NAMES = ["fp32", "bf16", "packed", "panels"][: len(PRECISIONS)]
 
 
 def read(model: InferenceModel, ids: list[int], chunks: list[int]) -> Tensor:
@@ -59,7 +62,7 @@ def test_sequences_of_any_length_share_a_step(make_decoder: Callable[..., Decode
         torch.testing.assert_close(row, full_logits(decoder, ids)[-1], atol=3e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS[1:], ids=["bf16", "packed"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:], ids=NAMES[1:])
 def test_bf16_weights_stay_close_and_packing_is_closer(
     make_decoder: Callable[..., Decoder], precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +121,7 @@ def test_releasing_empties_the_decoder_and_keeps_the_answer(make_decoder: Callab
     torch.testing.assert_close(read(model, IDS, [36])[0], expected, atol=3e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16", "packed"])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=NAMES)
 @pytest.mark.parametrize("values", ["usual", "tiny", "huge"])
 def test_products_keep_the_weights_they_are_given(precision: Precision, values: str) -> None:
     """Weights outside fp16's range are not packed."""
@@ -140,7 +143,8 @@ def test_precision_depends_on_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose_precision(torch.float32, cpu) == Precision(torch.float32, torch.float32)
     monkeypatch.setattr("anychip.chips.cpu.CpuBackend.multiplies_bf16", lambda self: True)
-    assert choose_precision(torch.bfloat16, cpu) == Precision(torch.bfloat16, torch.bfloat16)
+    panels = packs_bf16(cpu)
+    assert choose_precision(torch.bfloat16, cpu) == Precision(torch.bfloat16, torch.bfloat16, panels=panels)
     monkeypatch.setattr("anychip.chips.cpu.CpuBackend.multiplies_bf16", lambda self: False)
     chosen = choose_precision(torch.bfloat16, cpu)
     assert chosen.packed == ("fbgemm" in torch.backends.quantized.supported_engines)

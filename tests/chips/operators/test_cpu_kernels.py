@@ -13,9 +13,10 @@ from operator_calls import largest_difference, make_calls, results
 from torch import Tensor
 
 from anychip.chips.compiling import find_compiler
-from anychip.chips.operators import OperatorFallback, operators_for, reference
+from anychip.chips.operators import OperatorFallback, operators_for, prepared, reference
 from anychip.chips.operators.cpu import attention as attention_module
 from anychip.chips.operators.cpu import library
+from anychip.chips.operators.prepared import packed_product
 
 needs_kernels = pytest.mark.skipif(
     not library.RUNS_HERE or find_compiler() is None, reason="needs AVX-512 with bf16 and a C++ compiler"
@@ -163,3 +164,33 @@ def test_compiled_code_holds_the_kernel_once_it_is_proved(monkeypatch: pytest.Mo
     found = outcome(torch.compile(plain, backend="aot_eager", fullgraph=True))
     assert called
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (1, 2), (150, 77), (257, 768)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_products_are_those_of_fp64_rounded_once(outputs: int, inputs: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    bias = torch.randn(outputs, generator=generator).bfloat16() if biased else None
+    product = packed_product(weight, bias)
+    x = torch.randn(14, inputs, generator=generator).bfloat16()
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    found = product(x)
+    # half a unit of bf16 in the result, and what fp32 loses by adding up
+    limit = exact.abs() * 2.0**-8 + 1e-6 * (x.double().abs() @ weight.double().abs().t())
+    assert ((found.double() - exact).abs() <= limit).all()
+    for rows in range(1, 14):  # a row has the same bits in any company
+        assert torch.equal(product(x[:rows]), found[:rows])
+    assert torch.equal(product(x[3:9]), found[3:9])
+
+
+@needs_kernels
+def test_a_packed_product_that_is_wrong_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert prepared.packs_bf16(device)
+    prepared._proved.cache_clear()
+    monkeypatch.setattr(prepared, "packed_product", lambda weight, bias: lambda x: x @ weight.t())  # forgets the bias
+    with pytest.warns(OperatorFallback, match="differs from the reference"):
+        assert not prepared.packs_bf16(device)
+    prepared._proved.cache_clear()

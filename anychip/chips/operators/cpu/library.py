@@ -37,4 +37,10 @@ def load() -> ctypes.CDLL:
             raise RuntimeError("needs a C++ compiler, and none is on PATH")
         run_compiler([compiler, *_FLAGS, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", str(made)])
 
-    return ctypes.CDLL(str(compiled_once(cache_folder("cpu") / f"kernels-{fingerprint(_SOURCES, _FLAGS)}.so", compile)))
+    library = ctypes.CDLL(
+        str(compiled_once(cache_folder("cpu") / f"kernels-{fingerprint(_SOURCES, _FLAGS)}.so", compile))
+    )
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    library.pack_weight.argtypes = address, count, count, address
+    library.packed_product.argtypes = address, count, count, address, address, count, address
+    return library

@@ -1,0 +1,91 @@
+// Products of a few rows with a bf16 matrix that was packed once: what one step of decoding spends its time on.
+//
+// A panel holds 64 output columns, paired along the inputs, so that one thread reads it from first byte to last. Every
+// output is summed in fp32 in the order of its inputs, whatever rows stand beside it and however many threads there are.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace anychip {
+namespace {
+
+constexpr int64_t kVectors = 4, kPanel = kVectors * kLanes, kRows = 6;
+
+inline __mmask16 lanes_below(int64_t count) { return count >= kLanes ? 0xFFFF : (1u << (count > 0 ? count : 0)) - 1; }
+
+// y [Rows, columns] = x [Rows, 2 pairs] times one panel, plus a bias.
+template <int Rows>
+void panel_product(const bf16* x, int64_t pairs, const word* panel, const bf16* bias, int64_t columns, bf16* y,
+                   int64_t outputs) {
+  __m512 sum[Rows][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; ++p, panel += kPanel) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) _mm_prefetch(panel + 16 * kPanel + j * kLanes, _MM_HINT_T0);
+    __m512bh right[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_load_si512(panel + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      const word* row = reinterpret_cast<const word*>(x + i * 2 * pairs);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(row[p]));
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const __mmask16 kept = lanes_below(columns - j * kLanes);
+    const __m512 more = bias ? _mm512_castsi512_ps(_mm512_slli_epi32(
+                                   _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, bias + j * kLanes)), 16))
+                             : _mm512_setzero_ps();
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i)
+      _mm256_mask_storeu_epi16(y + i * outputs + j * kLanes, kept, to_bf16(_mm512_add_ps(sum[i][j], more)));
+  }
+}
+
+void some_rows(int64_t rows, const bf16* x, int64_t pairs, const word* panel, const bf16* bias, int64_t columns,
+               bf16* y, int64_t outputs) {
+  switch (rows) {
+    case 6: return panel_product<6>(x, pairs, panel, bias, columns, y, outputs);
+    case 5: return panel_product<5>(x, pairs, panel, bias, columns, y, outputs);
+    case 4: return panel_product<4>(x, pairs, panel, bias, columns, y, outputs);
+    case 3: return panel_product<3>(x, pairs, panel, bias, columns, y, outputs);
+    case 2: return panel_product<2>(x, pairs, panel, bias, columns, y, outputs);
+    case 1: return panel_product<1>(x, pairs, panel, bias, columns, y, outputs);
+  }
+}
+
+}  // namespace
+}  // namespace anychip
+
+extern "C" {
+
+// weight [outputs, inputs] -> packed [ceil(outputs / 64), inputs / 2, 64] words; inputs are even, columns missing are zeros.
+__attribute__((visibility("default"))) void pack_weight(const anychip::bf16* weight, int64_t outputs, int64_t inputs,
+                                                        anychip::word* packed) {
+  using namespace anychip;
+  const int64_t pairs = inputs / 2;
+#pragma omp parallel for
+  for (int64_t start = 0; start < outputs; start += kPanel)
+    pair_transposed(weight + start * inputs, inputs, std::min(kPanel, outputs - start), kPanel, inputs,
+                    packed + start * pairs);
+}
+
+// y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias [outputs] where there is one.
+__attribute__((visibility("default"))) void packed_product(const anychip::bf16* x, int64_t rows, int64_t inputs,
+                                                           const anychip::word* packed, const anychip::bf16* bias,
+                                                           int64_t outputs, anychip::bf16* y) {
+  using namespace anychip;
+  const int64_t pairs = inputs / 2;
+#pragma omp parallel for schedule(static)
+  for (int64_t start = 0; start < outputs; start += kPanel)
+    for (int64_t row = 0; row < rows; row += kRows)
+      some_rows(std::min(kRows, rows - row), x + row * inputs, pairs, packed + start * pairs,
+                bias ? bias + start : nullptr, outputs - start, y + row * outputs + start, outputs);
+}
+}
