@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from anychip.model.decoder import Decoder
 from anychip.parallel.collectives import sum_in_buckets
+from anychip.parallel.host_memory import share_host_memory
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
@@ -28,10 +29,12 @@ def apply_sharding(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, pipe
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not pipelined)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if mesh.device_type == "cpu":
+        share_host_memory(sharded, mesh.get_group(mesh.ndim - 1))
 
 
 def sum_copies(parameters: Iterable[nn.Parameter], processes: Processes) -> None:

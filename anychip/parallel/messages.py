@@ -84,13 +84,24 @@ def heard_by(listener: Listener, everyone: str) -> Iterator[None]:
 
 @contextmanager
 def telling(operation: str, axes: str, nbytes: int) -> Iterator[None]:
-    """Around a collective that passes no ProcessGroup method: tell who listens, if anyone does."""
-    entry = _ear.enter(operation, axes, nbytes) if _ear and _ear.hears() else None
+    """Around a collective that passes no ProcessGroup method, or is made of several: tell who listens, if anyone does,
+    of this one and of nothing within it."""
+    ear = _ear if _ear and _ear.hears() else None
+    if ear is None:
+        yield
+        return
+    entry = ear.enter(operation, axes, nbytes)
+    ear.within = True
     try:
         yield
     finally:
-        if _ear and entry is not None:
-            _ear.leave(entry)
+        ear.within = False
+        ear.leave(entry)
+
+
+def axes_of(group: dist.ProcessGroup) -> str:
+    """The axes of a group made by DeviceMesh, or what its maker calls it."""
+    return str(group.group_desc).removeprefix("mesh_")
 
 
 class _Ear:
@@ -100,12 +111,17 @@ class _Ear:
         self._listener, self._everyone, self._thread = listener, everyone, threading.current_thread()
         self._last = Message(0, "", "", 0)
         self._unfinished: dict[int, Message] = {}
+        self.within = False  # a collective that was told of as a whole
 
     def hears(self) -> bool:
+        if self.within:
+            return False
         thread = threading.current_thread()
         return thread is self._thread or isinstance(thread, threading._DummyThread)  # one that C++ made
 
     def enter(self, operation: str, group: str, nbytes: int) -> Any:
+        if group == "default_pg":
+            group = f"all processes ({self._everyone})"
         self._last = Message(self._last.number + 1, operation, group, nbytes)
         return self._listener.entered(self._last)
 
@@ -113,7 +129,7 @@ class _Ear:
         self._listener.left(entry)
 
     def call(self, operation: str, group: dist.ProcessGroup, original: Callable[..., Any], args: Any, kw: Any) -> Any:
-        entry = self.enter(operation, self._name(group), _bytes(args))
+        entry = self.enter(operation, axes_of(group), _bytes(args))
         message = self._last
         try:
             work = original(group, *args, **kw)
@@ -123,11 +139,6 @@ class _Ear:
             self._unfinished.clear()
         self._unfinished[id(work)] = message
         return work
-
-    def _name(self, group: dist.ProcessGroup) -> str:
-        """The axes of a group made by DeviceMesh, or what its maker calls it."""
-        name = str(group.group_desc)
-        return f"all processes ({self._everyone})" if name == "default_pg" else name.removeprefix("mesh_")
 
     def wait(self, work: dist.Work, original: Callable[..., Any], args: Any, kw: Any) -> Any:
         entry = self._listener.entered(self._unfinished.pop(id(work), self._last))

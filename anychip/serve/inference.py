@@ -130,8 +130,9 @@ class InferenceModel:
     def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
 
-        Products in panels give a row the same bits in any company. Others do not: a product of one bf16 row adds in another order than a product of several: one row more costs nothing there and
-        gives the bits of the training pass. In the batch-invariant mode every block has the same number of rows.
+        Products in panels give a row the same bits in any company. Others do not: one bf16 row is added up in another
+        order than several. One row more costs nothing there and gives the bits of the training pass, and in the
+        batch-invariant mode every block has the same number of rows.
         """
         if self._free_rows:
             return function(x)
