@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             )
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """The output head's matrix [vocab_size, h]; the embedding's where they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 

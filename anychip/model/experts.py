@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.layers import MLP
@@ -78,7 +79,7 @@ class Router(nn.Module):
         bias = bias if bias is not None and bias.requires_grad else None
         if not losses and bias is None:
             return weights
-        return add_loss(weights, sum(losses) if losses else None, self.loss_scale, bias, counts)
+        return add_loss(weights, torch.stack(losses).sum() if losses else None, self.loss_scale, bias, counts)
 
 
 class Experts(nn.Module):
@@ -134,7 +135,7 @@ class MixtureOfExperts(nn.Module):
             MLP(config.hidden_size, shared, config.biases == "telechat2", operators) if shared else None
         )
 
-    @torch._disable_dynamo  # how many tokens an expert gets is known at run time
+    @_disable_dynamo  # how many tokens an expert gets is known at run time
     def forward(self, x: Tensor, *, remake: Remake | None = None, keep: bool = True) -> Tensor:
         """x [b, s, h] -> [b, s, h]. keep: whether backward finds what was gathered for the experts and their SwiGLU,
         or makes them again."""

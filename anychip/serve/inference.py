@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +193,8 @@ def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
 
 
 def _layer_weights(layer: DecoderLayer, precision: Precision) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach().to(precision.activations),
