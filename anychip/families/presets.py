@@ -47,7 +47,6 @@ _DEEPSEEK_LIKE: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.8,
     "router_aux_loss_coef": 0.001,
-    "router_bias_update_rate": 0.001,
     "num_nextn_predict_layers": 1,
     "mtp_loss_scaling_factor": 0.2,
 }

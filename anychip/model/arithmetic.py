@@ -110,6 +110,11 @@ def num_active_parameters(config: ModelConfig) -> int:
     )
 
 
+def is_routing_bias(name: str) -> bool:
+    """Whether a parameter of this logical name only ranks experts: its gradient is a load, not that of a loss."""
+    return name.endswith(".e_score_correction_bias")
+
+
 def is_expert(name: str) -> bool:
     """Whether a parameter of this logical name holds one part for each routed expert."""
     return ".mlp.experts." in name

@@ -174,6 +174,11 @@ class Decoder(nn.Module):
         return product(hidden, self.head_weight)
 
 
+def further_modules(model: Decoder) -> list[FurtherToken]:
+    """The modules that predict further tokens; most models have none."""
+    return list(getattr(model, "mtp", ()))
+
+
 def same_document(documents: Tensor) -> Tensor:
     """[b, s] int -> [b, 1, s, s] bool: True where two tokens are of one document."""
     return (documents[:, :, None] == documents[:, None, :])[:, None]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensor
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.layers import MLP
@@ -143,21 +144,29 @@ class MixtureOfExperts(nn.Module):
         out = self.routed(x, choice, remake, keep).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x, remake=remake, keep=keep)
 
-    def routed(self, x: Tensor, choice: Choice, remake: Remake | None = None, keep: bool = True) -> Tensor:
-        """The chosen experts' weighed answers, [b * s, h]."""
-        order, place, counts = sort_by_expert(choice.experts, self.config)
+    def routed(
+        self, x: Tensor, choice: Choice, remake: Remake | None = None, keep: bool = True, count: int = 0
+    ) -> Tensor:
+        """The chosen experts' weighed answers, [b * s, h]. With a `count` there are that many experts, and choices of
+        that number are answered elsewhere."""
+        order, place, counts = sort_by_expert(choice.experts, self.config, count)
         rows = Gather.apply(x.flatten(0, 1), order, place)
         k = choice.experts.shape[1]
         again = None if keep else _then(remake, lambda x: x.flatten(0, 1)[order // k], x)
         return Combine.apply(self.experts(rows, counts, again, keep), choice.weights, order, place)
 
 
-def sort_by_expert(experts: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, config: ModelConfig, count: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Choices [t, k] -> (order [n]: choices by expert, tokens of one expert in order; place [t * k]: where each choice
-    went, n for none; counts [e]). With a capacity, an expert's choices beyond it are left out."""
+    went, n for none; counts [e]). With a capacity, an expert's choices beyond it are left out, and with a `count`
+    those of that number."""
     flat = experts.flatten()
     order = torch.sort(flat, stable=True).indices
-    counts = count_load(experts, config.n_routed_experts)
+    counts = count_load(experts, (count or config.n_routed_experts) + bool(count))
+    if count:
+        counts = counts[:count]
+        if not is_fake(flat):
+            order = order[: int(counts.sum())]
     if config.moe_capacity_factor and not is_fake(flat):
         limit = -int(-config.moe_capacity_factor * len(flat) // config.n_routed_experts)
         starts = counts.cumsum(0) - counts
@@ -170,8 +179,6 @@ def sort_by_expert(experts: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether it has a shape but no numbers (a dry run): choices are then taken to be even."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
 
 

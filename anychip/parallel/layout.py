@@ -128,6 +128,19 @@ def _check_experts(config: ParallelConfig, layout: Layout, model: ModelConfig) -
     if experts > 1:
         _divides("expert_parallel", experts, "n_routed_experts", model.n_routed_experts)
         _divides("expert_parallel", experts, "data_parallel_shard", layout.shard)
+    if config.expert_node_size:
+        _divides("expert_node_size", config.expert_node_size, "expert_parallel", experts)
+        if model.moe_capacity_factor:
+            raise InputError(
+                "expert_node_size and moe_capacity_factor exclude each other: how full an expert is, is not known "
+                "where a token leaves.",
+                do="Set parallel.expert_node_size=0 or model.moe_capacity_factor=0.",
+            )
+    if layout.tensor > 1 and (model.n_routed_experts or model.latent):
+        raise InputError(
+            "experts and latent attention are not split by tensor_parallel.",
+            do="Set parallel.tensor_parallel=1 and raise data_parallel_shard, expert_parallel or pipeline_parallel.",
+        )
     if layout.context > 1 and (model.router_aux_loss_coef or model.num_nextn_predict_layers):
         what = "router_aux_loss_coef" if model.router_aux_loss_coef else "num_nextn_predict_layers"
         raise InputError(

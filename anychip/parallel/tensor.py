@@ -37,11 +37,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def part_of(like: Tensor, whole_tensor: Tensor) -> Tensor:
     """The part of a whole tensor that lies where `like`'s part of its own does."""
+    return whole_tensor[box_of(like)] if isinstance(like, DTensor) else whole_tensor
+
+
+def box_of(like: Tensor) -> tuple[slice, ...]:
+    """Where this process's part lies in the whole tensor."""
     if not isinstance(like, DTensor):
-        return whole_tensor
+        return tuple(slice(0, n) for n in like.shape)
     with _disable_current_modes():  # places are real numbers even where tensors are fake, as in a dry run
         sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return whole_tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+    return tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:

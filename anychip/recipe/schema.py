@@ -109,9 +109,6 @@ class ModelConfig(Section):
     router_z_loss_coef: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the loss that keeps router logits small (2202.08906)"
     )
-    router_bias_update_rate: Annotated[float, Field(ge=0)] = Field(
-        0.001, description="noaux_tc: how far a step moves an expert's bias against its load"
-    )
     moe_capacity_factor: Annotated[float, Field(ge=0)] = Field(
         0.0, description="an expert takes this many times its even share of a micro-batch, no more; 0: no limit"
     )
@@ -359,6 +356,11 @@ class ParallelConfig(Section):
     pipeline_parallel: Positive = Field(1, description="processes that each hold a run of layers")
     context_parallel: Positive = Field(1, description="processes that split each sequence inside attention")
     expert_parallel: Positive = Field(1, description="processes that share the experts; part of data_parallel_shard")
+    expert_node_size: Count = Field(
+        0,
+        description="neighbours of an expert-parallel group that share a node: a token then crosses to another node "
+        "once, not once for each of its experts there; 0: all-to-all goes directly",
+    )
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe_v"] = Field(
         "1f1b", description="interleaved takes virtual_pipeline stages a process; zero_bubble and dualpipe_v take two"
     )
@@ -398,6 +400,9 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+    router_bias_update_rate: Annotated[float, Field(ge=0)] = Field(
+        0.001, description="how far a step moves the bias of an expert (model.topk_method noaux_tc) against its load"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
 
 

@@ -47,6 +47,9 @@ SIGMOID: dict[str, Any] = {
 }
 
 
+NAMED = {"softmax": SOFTMAX, "latent": LATENT, "sigmoid": SIGMOID}
+
+
 def random_decoder(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Decoder:
     """No bias is zero and no norm is one, so that a lost one shows."""
     generator = torch.Generator().manual_seed(seed)
