@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         mask = None if documents is None else self.visible(documents)
         states = []
         for depth, module in enumerate(self.mtp, start=1):
-            hidden = module(hidden, self.embed(following(input_ids, depth, filler=0)), *tables, mask)
+            hidden = module(hidden, self.embed(following(input_ids, depth)), *tables, mask)
             states.append(hidden)
         return states
 

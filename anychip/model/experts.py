@@ -28,6 +28,14 @@ class Choice(NamedTuple):
     experts: Tensor  # [b * s, k] int64
 
 
+class Here(NamedTuple):
+    """Of all experts only these many are here; a choice of the number `experts` is answered elsewhere. `choices` says
+    how many are answered here where no numbers do (a dry run)."""
+
+    experts: int
+    choices: int
+
+
 class Router(nn.Module):
     """Scores in fp32 from fp32 weights: a choice among hundreds hangs on small differences.
 
@@ -145,28 +153,25 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x, remake=remake, keep=keep)
 
     def routed(
-        self, x: Tensor, choice: Choice, remake: Remake | None = None, keep: bool = True, count: int = 0
+        self, x: Tensor, choice: Choice, remake: Remake | None = None, keep: bool = True, here: Here | None = None
     ) -> Tensor:
-        """The chosen experts' weighed answers, [b * s, h]. With a `count` there are that many experts, and choices of
-        that number are answered elsewhere."""
-        order, place, counts = sort_by_expert(choice.experts, self.config, count)
+        """The chosen experts' weighed answers, [b * s, h]."""
+        order, place, counts = sort_by_expert(choice.experts, self.config, here)
         rows = Gather.apply(x.flatten(0, 1), order, place)
         k = choice.experts.shape[1]
         again = None if keep else _then(remake, lambda x: x.flatten(0, 1)[order // k], x)
         return Combine.apply(self.experts(rows, counts, again, keep), choice.weights, order, place)
 
 
-def sort_by_expert(experts: Tensor, config: ModelConfig, count: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, config: ModelConfig, here: Here | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Choices [t, k] -> (order [n]: choices by expert, tokens of one expert in order; place [t * k]: where each choice
-    went, n for none; counts [e]). With a capacity, an expert's choices beyond it are left out, and with a `count`
-    those of that number."""
+    went, n for none; counts [e]). With a capacity, an expert's choices beyond it are left out."""
     flat = experts.flatten()
     order = torch.sort(flat, stable=True).indices
-    counts = count_load(experts, (count or config.n_routed_experts) + bool(count))
-    if count:
-        counts = counts[:count]
-        if not is_fake(flat):
-            order = order[: int(counts.sum())]
+    counts = count_load(experts, config.n_routed_experts if here is None else here.experts + 1)
+    if here is not None:
+        counts = counts[: here.experts]
+        order = order[: here.choices if is_fake(flat) else int(counts.sum())]
     if config.moe_capacity_factor and not is_fake(flat):
         limit = -int(-config.moe_capacity_factor * len(flat) // config.n_routed_experts)
         starts = counts.cumsum(0) - counts

@@ -29,6 +29,6 @@ class FurtherToken(nn.Module):
         return self.norm(self.layer(joined, cos, sin, scale, None, mask))
 
 
-def following(tokens: Tensor, depth: int, filler: int) -> Tensor:
-    """Tokens or labels [b, s] moved `depth` places to the front; `filler` where none follows."""
-    return torch.nn.functional.pad(tokens[:, depth:], (0, min(depth, tokens.shape[1])), value=filler)
+def following(tokens: Tensor, depth: int) -> Tensor:
+    """Tokens [b, s] moved `depth` places to the front; token 0 where none follows."""
+    return torch.nn.functional.pad(tokens[:, depth:], (0, min(depth, tokens.shape[1])))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from anychip.chips.operators.plain import rows_of_each
 from anychip.model.decoder import Decoder
-from anychip.model.experts import Choice, Experts, Gather, GroupedLinear, MixtureOfExperts
+from anychip.model.experts import Choice, Experts, Gather, GroupedLinear, Here, MixtureOfExperts, is_fake
 from anychip.model.remake import Remake
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
@@ -86,11 +86,8 @@ def _by_node(
     """As `MixtureOfExperts.routed`; `group` holds one process of each node, of equal place in it."""
     rows, nodes = x.flatten(0, 1), group.size()
     count = mixture.config.n_routed_experts // nodes  # of one node
-    at = choice.experts // count
-    wanted = torch.stack([(at == node).any(1) for node in range(nodes)])  # [nodes, t]
-    token = wanted.nonzero()[:, 1]  # of each row that leaves, by node
-    sent = wanted.sum(1, keepdim=True)
-    sent, arrived = _exchanged_counts(sent.flatten(), group)
+    token, sent = _leaving(choice.experts // count, nodes)
+    sent, arrived = _exchanged_counts(sent, group)
     leaving, coming = _totals(sent, len(token)), _totals(arrived, len(token))
     node = torch.arange(nodes, device=x.device).repeat_interleave(sent.flatten(), output_size=len(token))
     here = choice.experts[token] - (node * count)[:, None]
@@ -98,9 +95,20 @@ def _by_node(
     travelled = AllToAll.apply(rows[token], leaving, coming, group)
     weights = AllToAll.apply(choice.weights[token], leaving, coming, group)
     experts = AllToAll.apply(here, leaving, coming, group)
-    sums = MixtureOfExperts.routed(mixture, travelled[None], Choice(weights, experts), None, keep, count)
+    answered = Here(count, choice.experts.numel())
+    sums = MixtureOfExperts.routed(mixture, travelled[None], Choice(weights, experts), None, keep, answered)
     returned = AllToAll.apply(sums, coming, leaving, group)
     return torch.zeros_like(rows).index_add(0, token, returned)
+
+
+def _leaving(node: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """The node of each choice [t, k] -> (the token of each row that leaves, by node; rows for each node). A dry run's
+    choices are as likely on one node as on another."""
+    wanted = torch.stack([(node == number).any(1) for number in range(nodes)])  # [nodes, t]
+    if is_fake(node):
+        each = round(len(node) * (1 - (1 - 1 / nodes) ** node.shape[1]))
+        return node.new_zeros(nodes * each), wanted.sum(1)
+    return wanted.nonzero()[:, 1], wanted.sum(1)
 
 
 def _exchanged_counts(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

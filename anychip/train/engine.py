@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.errors import InputError
 from anychip.model.arithmetic import is_routing_bias
 from anychip.model.decoder import Decoder
-from anychip.model.further import following
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
 from anychip.parallel.data import sum_copies
@@ -179,8 +177,7 @@ class Engine:
         states = part_model.further(hidden, part.input_ids, part.documents)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for depth, state in enumerate(states, start=1):
-            labels = following(part.labels, depth, filler=IGNORE_LABEL)
-            total = total + replace(self._head(), all_labelled=False).loss(state, labels)
+            total = total + self._head().loss(state[:, :-depth], part.labels[:, depth:])
         return total * (self._job.model.mtp_loss_scaling_factor / depths / self._size)
 
     def _pipeline_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
