@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_models import NAMED
 from rank_pool import run_ranks
 
 from anychip.chips.backend import detect_backend
@@ -65,7 +66,8 @@ class LayoutRun:
     @property
     def name(self) -> str:
         parts = [f"{key}={value}" for key, value in {**self.parallel, **self.job}.items()]
-        return ",".join([*parts, f"micro_batch={self.micro_batch_size}"]).replace(" ", "")
+        name = ",".join([*parts, f"micro_batch={self.micro_batch_size}"])
+        return "".join(sign for sign in name if sign not in " '{}")
 
     @property
     def world_size(self) -> int:
@@ -79,13 +81,20 @@ class LayoutRun:
         )
 
 
+def model_of(run: LayoutRun) -> ModelConfig:
+    """MODEL, or one with experts: `model` names it, `changes` are other fields."""
+    if "model" not in run.job:
+        return MODEL
+    return ModelConfig(**{**NAMED[run.job["model"]], **run.job.get("changes", {})})
+
+
 def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, Engine, Optimizer]:
     """This process's part of the job, its parameters filled from SEED."""
     backend = detect_backend()
     job = TrainingJob(
         title="layout",
         directory=Path(),
-        model=MODEL,
+        model=model_of(run),
         source=RandomTokens(run.job.get("documents", False), "preference" in run.job),
         initialize=lambda parameters: None,
         evaluate=None,
@@ -107,7 +116,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)  # of the master weights
     processes = Processes.join(job.parallel, backend.device(0), backend.collective_backend)
     engine = Engine(job, processes, dtype)
-    initialize_parts(engine.parameters, MODEL, SEED)
+    initialize_parts(engine.parameters, job.model, SEED)
     initialize_adapters(engine.parameters, SEED)
     return job, processes, engine, Optimizer(engine.trainable, job.optimizer, dtype)
 
@@ -124,8 +133,8 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
                 for name, p in engine.parameters.items()
                 if p.grad is not None
             }
-        norms.append(float(gradient_norm(engine.parameters.values(), processes)))
-        scale_gradients(engine.parameters.values(), norms[-1], 1.0)
+        norms.append(float(gradient_norm(engine.learned, processes)))
+        scale_gradients(engine.learned, norms[-1], 1.0)
         optimizer.step(1e-3)
         for parameter in engine.parameters.values():
             parameter.grad = None

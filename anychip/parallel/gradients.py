@@ -12,6 +12,8 @@ from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
 COPY_AXES = ("replicate", "shard", "context", "tensor")
+# What expert parallelism makes of the shard axis. An expert's parameters are cut along all of it.
+_SHARD_PARTS = {"outer": "shard", "across": "shard", "within": "shard"}
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> Tensor:
@@ -46,7 +48,7 @@ def sharded_axes(parameter: Tensor) -> set[str]:
         return set()
     names = parameter.device_mesh.mesh_dim_names or ()
     return {
-        axis
+        _SHARD_PARTS.get(axis, axis)
         for name, placement in zip(names, parameter.placements, strict=True)
         if placement != Replicate()
         for axis in name.split("_")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from anychip.parallel.messages import axes_of, telling
@@ -24,14 +25,16 @@ _SHARED = Path("/dev/shm")
 _PAGE = 1 << 21
 
 
-def share_host_memory(modules: Sequence[FSDPModule], group: dist.ProcessGroup) -> None:
-    """Let the shards of these modules travel through shared memory, if all of `group` are here and can do so.
+def share_host_memory(modules: Sequence[FSDPModule], mesh: DeviceMesh | None) -> None:
+    """Let the shards of these modules over a mesh (shard, or replicate x shard) travel through shared memory, if all
+    who have a shard of the same copy are on one host.
 
-    Every process of the group must ask, for the same modules: they meet.
+    Every process of the mesh must ask, for the same modules: they meet.
     """
-    if group.size() == 1 or not _is_gloo(group) or not hasattr(FSDPModule, "set_custom_all_gather"):
+    if not modules or mesh is None or not hasattr(FSDPModule, "set_custom_all_gather"):
         return
-    if not _all_here(group):
+    group = mesh.get_group(mesh.ndim - 1)
+    if group.size() == 1 or not _is_gloo(group) or not _all_here(group):
         return
     exchange = HostExchange(group)
     for module in modules:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from anychip.chips.operators import Operators, reference
 from anychip.model.arithmetic import parameter_shapes
 from anychip.model.decoder import Decoder
-from anychip.model.init import init_tensor
+from anychip.model.init import init_experts, init_tensor
 from anychip.model.lora import add_adapters, freeze, init_adapter, is_adapter
 from anychip.parallel.context import apply_context_parallel
-from anychip.parallel.data import apply_sharding
+from anychip.parallel.data import READING_AXES, apply_sharding
+from anychip.parallel.expert import apply_expert_parallel
 from anychip.parallel.layout import check_layout
 from anychip.parallel.pipeline import keep_stage, layers_of_stages
 from anychip.parallel.processes import Processes
-from anychip.parallel.tensor import apply_tensor_parallel, local, part_of
+from anychip.parallel.tensor import apply_tensor_parallel, box_of, local, part_of
 from anychip.recipe.schema import LoraConfig, ModelConfig
 
 
@@ -44,6 +45,8 @@ def build_parts(
     `give_memory` takes it from the meta device to the process's own. With `lora` only its adapters are learned.
     """
     check_layout(processes.config, processes.layout, config)
+    if config.n_routed_experts:
+        processes.group(*READING_AXES)  # made by all processes, whether their stage has experts or not
     pipelined = processes.layout.pipeline > 1
     parts = []
     for stage in layers_of_stages(processes, config.num_hidden_layers) if pipelined else [None]:
@@ -65,11 +68,12 @@ def build_parts(
             apply_context_parallel(part, context, processes.config.context_method, operators)
         if (tensor := processes.mesh("tensor")) is not None:
             apply_tensor_parallel(part, tensor)
+        apply_expert_parallel(part, processes)
         if lora is not None:
             freeze(part)
         prepare(part)
         if (sharding := processes.sharding_mesh()) is not None:
-            apply_sharding(part, sharding, dtype, pipelined=pipelined)
+            apply_sharding(part, sharding, dtype, pipelined=pipelined, experts=processes.expert_sharding_mesh)
         give_memory(part, processes.device)
         parts.append(part)
     return parts
@@ -83,8 +87,21 @@ def named_parameters(parts: list[Decoder]) -> dict[str, nn.Parameter]:
 def initialize_parts(parameters: Mapping[str, Tensor], config: ModelConfig, seed: int) -> None:
     """Fill the parameters held here as a whole model of this seed would have them."""
     for name, shape in parameter_shapes(config):
-        if name in parameters:
+        if name not in parameters:
+            continue
+        if len(shape) == 3:
+            _initialize_experts(parameters[name], name, config, seed)
+        else:
             copy_part(parameters[name], init_tensor(name, shape, config, seed))
+
+
+def _initialize_experts(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
+    """One expert after the other: all of them together may be larger than what a process holds."""
+    first, *inside = box_of(parameter)
+    target = local(parameter.detach())
+    for place, expert in enumerate(range(*first.indices(parameter.shape[0]))):
+        whole_expert = init_experts(name, range(expert, expert + 1), tuple(parameter.shape[1:]), config, seed)[0]
+        target[place].copy_(whole_expert[tuple(inside)])
 
 
 def initialize_adapters(parameters: Mapping[str, Tensor], seed: int) -> None:

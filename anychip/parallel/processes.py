@@ -44,6 +44,60 @@ class Processes:
             else None
         )
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
+        self.expert_mesh: DeviceMesh | None = None  # of the processes that share the experts
+        self.expert_sharding_mesh: DeviceMesh | None = None  # that FSDP cuts each of their experts over
+        self.expert_node_group: dist.ProcessGroup | None = None  # those of `expert_mesh` in this node
+        self.expert_across_group: dist.ProcessGroup | None = None  # one of each node
+        if config.expert_parallel > 1:
+            self._split_shards()
+
+    def _split_shards(self) -> None:
+        """A second mesh, in which the shard axis is two: groups that hold all experts, and the experts of a group. Its
+        neighbours are the members of a group."""
+        layout, experts, node = self.layout, self.config.expert_parallel, self.config.expert_node_size
+        node = node if 1 < node < experts else experts
+        degrees = {
+            "pipeline": layout.pipeline,
+            "replicate": layout.replicate,
+            "outer": layout.shard // experts,
+            "across": experts // node,
+            "within": node,
+            "context": layout.context,
+            "tensor": layout.tensor,
+        }
+        wide = {axis: degree for axis, degree in degrees.items() if degree > 1}
+        mesh = init_device_mesh(self.exchange_device.type, tuple(wide.values()), mesh_dim_names=tuple(wide))
+
+        def over(*axes: str) -> DeviceMesh | None:
+            found = tuple(axis for axis in axes if axis in wide)
+            if not found:
+                return None
+            return mesh[found[0]] if len(found) == 1 else mesh[found]._flatten("_".join(found))
+
+        self.expert_mesh = over("across", "within")
+        if "across" in wide and "within" in wide:
+            self.expert_across_group, self.expert_node_group = mesh["across"].get_group(), mesh["within"].get_group()
+        sharing = over("outer", "context")
+        if sharing is not None and "replicate" in wide:
+            assert sharing.mesh_dim_names is not None
+            sharing = mesh["replicate", sharing.mesh_dim_names[0]]
+        self.expert_sharding_mesh = sharing
+
+    def expert_groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups that only expert parallelism talks in, by what they are."""
+        if self.expert_mesh is None:
+            return {}
+        found = {
+            "experts in a node": self.expert_node_group,
+            "experts across nodes": self.expert_across_group,
+            "experts": self.expert_mesh.get_group(),
+        }
+        if (sharing := self.expert_sharding_mesh) is not None:
+            found |= {
+                f"shares of experts ({name})": sharing.get_group(at)
+                for at, name in enumerate(sharing.mesh_dim_names or ())
+            }
+        return {name: group for name, group in found.items() if group is not None}
 
     @classmethod
     def join(

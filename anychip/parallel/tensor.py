@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
-from anychip.model.decoder import Adapter, Decoder, Linear, RMSNorm
+from anychip.model.decoder import Decoder
+from anychip.model.layers import Adapter, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
 from anychip.parallel.messages import telling
@@ -36,11 +37,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def part_of(like: Tensor, whole_tensor: Tensor) -> Tensor:
     """The part of a whole tensor that lies where `like`'s part of its own does."""
+    return whole_tensor[box_of(like)] if isinstance(like, DTensor) else whole_tensor
+
+
+def box_of(like: Tensor) -> tuple[slice, ...]:
+    """Where this process's part lies in the whole tensor."""
     if not isinstance(like, DTensor):
-        return whole_tensor
+        return tuple(slice(0, n) for n in like.shape)
     with _disable_current_modes():  # places are real numbers even where tensors are fake, as in a dry run
         sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return whole_tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+    return tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.norm is not None:
         _keep_whole(model.norm, mesh)
-    if model.lm_head is not None:
+    if getattr(model, "lm_head", None) is not None:
         _shard(model.lm_head, mesh, 0)
         model.lm_head.forward = partial(_column, model.lm_head)  # type: ignore[method-assign]
 

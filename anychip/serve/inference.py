@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anychip.errors import InputError
 from anychip.model.cache import KeyValueCache
 from anychip.model.decoder import Decoder, DecoderLayer
 from anychip.model.rope import RotaryTable
+from anychip.recipe.schema import ModelConfig
 from anychip.serve.attention import Span, StepAttention
 from anychip.serve.products import Precision, Product, choose_precision, make_product
 from anychip.serve.slots import Slots
@@ -71,6 +74,7 @@ class InferenceModel:
         matrices in 8 bits with a scale a row. `invariant` gives every sequence the same bits whatever is beside it.
         """
         self.config = decoder.config
+        _check_served(decoder.config)
         self.device = decoder.embed_tokens.weight.device
         self.precision = choose_precision(weights, self.device, int8=int8)
         self.invariant = invariant
@@ -85,7 +89,7 @@ class InferenceModel:
             if release:
                 layer.to("meta")
         self._norm = decoder.norm.weight.detach().to(self.precision.activations)
-        self._head = make_product(decoder.lm_head.weight, None, self.precision)
+        self._head = make_product(decoder.head_weight, None, self.precision)
         if release:
             decoder.to("meta")
 
@@ -107,7 +111,7 @@ class InferenceModel:
         spans = self._extend(pieces)
         attention = StepAttention(spans, slots)
         cos, sin = _rotation(spans)
-        x = F.embedding(input_ids, self._embedding).to(self.precision.activations)
+        x = _scaled(F.embedding(input_ids, self._embedding).to(self.precision.activations), self.config.input_mult)
         for index, layer in enumerate(self._layers):
             qkv = self._by_rows(partial(self._before_attention, layer), x)
             mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
@@ -115,7 +119,8 @@ class InferenceModel:
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
-        return self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
+        logits = self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
+        return _scaled(logits, self.config.logit_scale)
 
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.qkv(self._normed(x, layer.input_norm))
@@ -168,6 +173,19 @@ class InferenceModel:
         )
 
 
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a multiplier of muP, which most models do not have."""
+    return x if factor == 1.0 else x * factor
+
+
+def _check_served(config: ModelConfig) -> None:
+    if config.latent or config.n_routed_experts:
+        raise InputError(
+            f"a model with {'latent attention' if config.latent else 'experts'} is not served by this engine.",
+            do="Export it and serve it with vLLM, which has both.",
+        )
+
+
 def _wanted(span: Span, piece: Piece) -> range:
     return range(span.start if piece.every else span.end - 1, span.end)
 
@@ -179,7 +197,8 @@ def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
 
 
 def _layer_weights(layer: DecoderLayer, precision: Precision) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach().to(precision.activations),

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 
 # Share of a message that one process sends, for n processes: ring algorithms, bandwidth-optimal.
 _SENT = {
+    "alltoall": lambda n: (n - 1) / n,
     "allreduce": lambda n: 2 * (n - 1) / n,
     "allgather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,

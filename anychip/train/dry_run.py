@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 from anychip.data.batch import Batch
 from anychip.errors import InputError
 from anychip.model.decoder import Decoder
+from anychip.parallel.data import READING_AXES
 from anychip.parallel.gradients import gradient_norm
 from anychip.parallel.layout import AXES, resolve_layout
 from anychip.parallel.parts import allocate
@@ -117,7 +118,7 @@ def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
             operators_before = accounting.operators
             accounting.reset_peak()
             engine.forward_backward(_full_batch(job))
-            gradient_norm(engine.parameters.values(), processes)
+            gradient_norm(engine.learned, processes)
             gradients = [p.grad for p in engine.parameters.values() if p.grad is not None]
             gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
             optimizer.step(job.optimizer.lr)
@@ -203,10 +204,13 @@ def _fake_processes(world_size: int, rank: int) -> Iterator[None]:
 def _group_names(processes: Processes) -> dict[str, tuple[str, int]]:
     """The axes and the size of each group of this process, by the group's name."""
     groups: dict[str, tuple[str, int]] = {}
-    for axes in [(axis,) for axis in AXES] + [("shard", "context"), ("replicate", "context")]:
+    several = [("shard", "context"), ("replicate", "context"), READING_AXES]
+    for axes in [(axis,) for axis in AXES] + several:
         group = processes.group(*axes)
         if group is not None:
             groups.setdefault(group.group_name, (" x ".join(axes), group.size()))
+    for name, group in processes.expert_groups().items():
+        groups.setdefault(group.group_name, (name, group.size()))
     return groups
 
 

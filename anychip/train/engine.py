@@ -17,6 +17,7 @@ from torch import Tensor
 from anychip.chips.operators import Operators, reference
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.errors import InputError
+from anychip.model.arithmetic import is_routing_bias
 from anychip.model.decoder import Decoder
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
@@ -26,6 +27,7 @@ from anychip.parallel.pipeline import Pipeline
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
 from anychip.recipe.schema import ModelConfig
+from anychip.train.balance import Balance
 from anychip.train.job import TrainingJob
 from anychip.train.objective import Head, rows_of
 from anychip.train.recompute import apply_recompute
@@ -70,6 +72,8 @@ class Engine:
         self.parts = build_parts(job.model, processes, dtype, operators, prepare, give_memory, job.lora)
         self.parameters = named_parameters(self.parts)
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.learned = [p for name, p in self.trainable.items() if not is_routing_bias(name)]
+        self.balance = Balance(self.parts, job.model, processes)
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
     @property
@@ -106,6 +110,7 @@ class Engine:
         batch = self._job.objective.complete(batch)
         self._size = self._job.objective.size(batch)
         part = self._my_part(batch, rows)
+        self.balance.begin_step(len(batch.labels))
         self._all_labelled = batch.num_labels == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
             with watch(0):
@@ -114,8 +119,9 @@ class Engine:
         for number, start in enumerate(range(0, len(rows), self._job.micro_batch_size)):
             micro = rows_of(part, slice(start, start + self._job.micro_batch_size))
             with watch(number):
-                loss = self._loss(self._hidden(micro), micro)
-                loss.backward()
+                hidden = self._hidden(micro)
+                loss = self._loss(hidden, micro)
+                (loss + self._further_loss(hidden, micro)).backward()
             total += loss.detach()
         return total
 
@@ -152,7 +158,7 @@ class Engine:
     def _head(self) -> Head:
         mesh = self._processes.mesh("tensor")
         return Head(
-            local(self.parts[-1].lm_head.weight),
+            local(self.parts[-1].head_weight),
             self._job.loss_chunk_tokens,
             None if mesh is None else mesh.get_group(),
             self._operators.cross_entropy,
@@ -162,6 +168,17 @@ class Engine:
     def _loss(self, hidden: Tensor, part: Batch) -> Tensor:
         hidden = gather_sequence(hidden, self._processes.mesh("tensor"))
         return self._job.objective.loss(self._head(), hidden, part) / self._size
+
+    def _further_loss(self, hidden: Tensor, part: Batch) -> Tensor | float:
+        """The weighed mean of the losses of further tokens; 0 for a model or an objective without."""
+        part_model, depths = self.parts[0], self._job.model.num_nextn_predict_layers
+        if not depths or not self._job.objective.by_token:
+            return 0.0
+        states = part_model.further(hidden, part.input_ids, part.documents)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for depth, state in enumerate(states, start=1):
+            total = total + self._head().loss(state[:, :-depth], part.labels[:, depth:])
+        return total * (self._job.model.mtp_loss_scaling_factor / depths / self._size)
 
     def _pipeline_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """All that the last stage is given are labels."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import Literal
@@ -165,9 +165,13 @@ def run_training(job: TrainingJob) -> int:
                     clock = _go_on_from(job, step, cursor, log, batches, bar)
                     continue
 
-            if log and not done.problem and (step % job.log.interval == 0 or step in (1, job.steps)):
+            shown = not done.problem and (step % job.log.interval == 0 or step in (1, job.steps))
+            experts = engine.balance.measure() if shown else {}
+            if log and shown:
                 backend.synchronize()
-                metrics = _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak)
+                metrics = replace(
+                    _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak), experts=experts
+                )
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)

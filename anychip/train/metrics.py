@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class StepMetrics:
     seconds: float
     eta_seconds: float
     predicted: float | None = None  # tokens a second and device that a plan foresaw
+    experts: Mapping[str, float] = field(default_factory=dict)  # how evenly they are used; see train/balance.py
 
     def line(self, steps: int) -> str:
         parts = [
@@ -45,6 +46,8 @@ class StepMetrics:
         ]
         if self.mfu is not None:
             parts.append(f"mfu {self.mfu:.1%}")
+        if "expert_load_max" in self.experts:
+            parts.append(f"busiest expert {self.experts['expert_load_max']:.2f}x")
         parts.append(f"data {self.data_share:.1%}")
         if self.predicted is not None:
             parts.append(f"predicted {self.predicted:,.0f}")
@@ -90,7 +93,9 @@ class MetricsLog:
             self._board = None
 
     def write_step(self, metrics: StepMetrics) -> None:
-        self.write(asdict(metrics))
+        row = asdict(metrics)
+        experts = row.pop("experts")
+        self.write({**row, **experts})
 
     def forget_after(self, step: int) -> None:
         """Training went back to `step`: drop the rows of what it undid."""

@@ -48,8 +48,8 @@ class Muon:
         """A direction depends on the whole matrix, so processes that share one gather it and keep their part."""
         for shape, names in self._by_shape.items():
             directions = torch.stack([self._direction(name) for name in names]).to(self.product_dtype)
-            updates = orthogonalize(directions)
-            scale = 0.2 * max(shape) ** 0.5
+            updates = orthogonalize(directions.flatten(0, -3)).view_as(directions)  # an expert's matrix is one of many
+            scale = 0.2 * max(shape[-2:]) ** 0.5
             for name, update in zip(names, updates, strict=True):
                 parameter = self.parameters[name]
                 part = part_of(parameter, update)

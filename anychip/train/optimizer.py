@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
+from anychip.model.arithmetic import is_routing_bias
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import OptimizerConfig
 from anychip.train.muon import Muon
+
+
+def _is_layer_matrix(name: str) -> bool:
+    """Matrices of the layers, an expert's too."""
+    module, _, kind = name.rpartition(".")
+    return name.startswith(("layers.", "mtp.")) and kind == "weight" and "proj" in module.rpartition(".")[2]
 
 
 class Optimizer:
@@ -28,8 +35,9 @@ class Optimizer:
         operators: Operators = reference,
     ) -> None:
         self.config, self._operators = config, operators
-        matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.ndim == 2}
-        by_muon = matrices if config.name == "muon" else {}
+        self._routing = {name: p for name, p in parameters.items() if is_routing_bias(name)}
+        parameters = {name: p for name, p in parameters.items() if name not in self._routing}
+        by_muon = {name: p for name, p in parameters.items() if _is_layer_matrix(name)} if config.name == "muon" else {}
         self.muon = Muon(by_muon, config.muon_momentum, config.weight_decay, product_dtype) if by_muon else None
         self._parameters = {name: p for name, p in parameters.items() if name not in by_muon}
         self._exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
@@ -40,11 +48,21 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """Apply the gradients with this learning rate. Norms and biases are not decayed."""
-        decayed = [name for name, p in self._parameters.items() if p.ndim >= 2]
+        decayed = [name for name, p in self._parameters.items() if p.ndim >= 2 and not name.endswith("bias")]
         self._adamw(decayed, lr, self.config.weight_decay)
         self._adamw([name for name in self._parameters if name not in set(decayed)], lr, 0.0)
         if self.muon is not None:
             self.muon.step(lr)
+        self._balance()
+
+    @torch.no_grad()
+    def _balance(self) -> None:
+        """What a router's bias has as a gradient is the experts' load: up where it is below the mean, down above (arXiv
+        2408.15664, algorithm 1)."""
+        for parameter in self._routing.values():
+            if parameter.grad is not None:
+                load = parameter.grad
+                parameter.add_((load.mean() - load).sign(), alpha=self.config.router_bias_update_rate)
 
     def _adamw(self, names: Iterable[str], lr: float, weight_decay: float) -> None:
         """AdamW is elementwise: each process updates its own part of every tensor."""

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from anychip.model.decoder import Decoder
+from anychip.model.decoder import Decoder, further_modules
 
 
 def apply_recompute(model: Decoder, mode: Literal["none", "selective", "full"]) -> None:
     """full: keep each layer's input only. selective: keep what products and attention need, compute norms and SwiGLU
     again."""
     layer: Any
-    for layer in model.layers:
+    for layer in (*model.layers, *(module.layer for module in further_modules(model))):
         if mode == "full":
             layer.forward = _recomputed(layer.forward)
         layer.keep_cheap = mode != "selective"

@@ -102,6 +102,12 @@ class Replay:
                 "(pipeline_parallel with data_parallel_shard) has none to show.",
                 do="Set guard.replay_interval=0, or one of these degrees to 1.",
             )
+        if layout.shard > 1 and engine.balance.routers:
+            raise InputError(
+                "guard.replay_interval repeats another process's tokens, which experts that are shared see in another "
+                "order.",
+                do="Set guard.replay_interval=0, or parallel.data_parallel_shard=1.",
+            )
         self._config, self._key, self._engine, self._processes = config, key, engine, processes
         self._printer, self._beat = Printer(engine, processes.device), beat
         self._group = processes.group("replicate", "shard")

@@ -68,7 +68,7 @@ def train_step(
     problem, bad_tensor = fault.describe() if fault else guard.judge(loss, grad_norm), ""
     if not problem:
         heartbeat.beat("optimizer")
-        scale_gradients(engine.parameters.values(), grad_norm, grad_clip)
+        scale_gradients(engine.learned, grad_norm, grad_clip)
         optimizer.step(lr)
     elif not fault:
         bad_tensor = first_bad_tensor(engine.parameters)
@@ -83,7 +83,7 @@ def _gradients(
     heartbeat.beat("forward_backward")
     loss, fault = checks.replayed(batch) if checks.replayed else (engine.forward_backward(batch), None)
     heartbeat.beat("reduce")
-    return float(loss), float(gradient_norm(engine.parameters.values(), processes)), fault
+    return float(loss), float(gradient_norm(engine.learned, processes)), fault
 
 
 def _drop_gradients(engine: Engine) -> None:

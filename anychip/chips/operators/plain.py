@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from anychip.chips.operators.contract import Operators
@@ -95,13 +96,22 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _Swiglu.apply(gate, up)
 
 
+def rows_of_each(counts: Tensor, rows: int) -> list[int]:
+    """The counts as numbers. A dry run's have none: `rows` are then shared out as evenly as can be."""
+    if isinstance(counts, FakeTensor) or counts.device.type == "meta":
+        each, left = divmod(rows, len(counts))
+        return [each + (number < left) for number in range(len(counts))]
+    found: list[int] = counts.tolist()
+    return found
+
+
 class _GroupedMatmul(torch.autograd.Function):
     """One product an expert, written straight into its rows of the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
-        ctx.sizes = counts.tolist()
+        ctx.sizes = rows_of_each(counts, len(x))
         out = x.new_empty(x.shape[0], weights.shape[2])
         for rows, weight, result in zip(x.split(ctx.sizes), weights, out.split(ctx.sizes), strict=True):
             torch.mm(rows, weight, out=result)
