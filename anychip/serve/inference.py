@@ -25,6 +25,7 @@ from anychip.model.decoder import Decoder, DecoderLayer
 from anychip.model.rope import RotaryTable
 from anychip.recipe.schema import ModelConfig
 from anychip.serve.attention import Span, StepAttention
+from anychip.serve.parts import WHOLE, Part
 from anychip.serve.products import Precision, Product, choose_precision, make_product
 from anychip.serve.slots import Slots
 
@@ -67,14 +68,17 @@ class InferenceModel:
         release: bool = False,
         int8: bool = False,
         invariant: bool = False,
+        part: Part = WHOLE,
     ) -> None:
         """Prepare `decoder` with its matrices in `weights` (fp32 or bf16).
 
         `release` empties the decoder layer by layer, so that the model is in memory once and not twice. `int8` keeps
         matrices in 8 bits with a scale a row. `invariant` gives every sequence the same bits whatever is beside it.
+        `part` is what this process computes of each step.
         """
-        self.config = decoder.config
+        self.config, self.part = decoder.config, part
         _check_served(decoder.config)
+        self._here = part.config(decoder.config)  # heads of this process
         self.device = decoder.embed_tokens.weight.device
         self.precision = choose_precision(weights, self.device, int8=int8)
         self.invariant = invariant
@@ -85,21 +89,21 @@ class InferenceModel:
         self._layers: list[LayerWeights] = []
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            self._layers.append(_layer_weights(layer, self.precision))
+            self._layers.append(_layer_weights(layer, self.precision, part))
             if release:
                 layer.to("meta")
         self._norm = decoder.norm.weight.detach().to(self.precision.activations)
-        self._head = make_product(decoder.head_weight, None, self.precision)
+        self._head = make_product(part.rows(decoder.head_weight), None, self.precision)
         if release:
             decoder.to("meta")
 
     def new_cache(self, capacity: int) -> KeyValueCache:
         """An empty cache for one sequence of at most `capacity` tokens."""
-        return KeyValueCache(self.config, 1, capacity, self.precision.activations, self.device)
+        return KeyValueCache(self._here, 1, capacity, self.precision.activations, self.device)
 
     def new_slots(self, count: int, context_length: int) -> Slots:
         """Caches of `count` sequences that attend together."""
-        return Slots(self.config, count, context_length, self.precision.activations, self.device)
+        return self.part.new_slots(self._here, count, context_length, self.precision.activations, self.device)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, pieces: Sequence[Piece], slots: Slots | None = None) -> Tensor:
@@ -108,6 +112,7 @@ class InferenceModel:
 
         Pieces whose caches are in `slots` attend together where that is faster.
         """
+        self.part.announce(input_ids, pieces)
         spans = self._extend(pieces)
         attention = StepAttention(spans, slots)
         cos, sin = _rotation(spans)
@@ -120,7 +125,7 @@ class InferenceModel:
         if len(kept) < len(x):
             x = x[kept]
         logits = self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
-        return _scaled(logits, self.config.logit_scale)
+        return _scaled(self.part.join(logits), self.config.logit_scale)
 
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.qkv(self._normed(x, layer.input_norm))
@@ -128,9 +133,9 @@ class InferenceModel:
     def _after_attention(self, layer: LayerWeights, rows: Tensor) -> Tensor:
         """What a layer does to each token by itself: rows [tokens, h + n * d], its input beside the mixed values."""
         x, mixed = rows.split((self.config.hidden_size, rows.shape[1] - self.config.hidden_size), dim=-1)
-        x = x + layer.o(mixed)
+        x = x + self.part.sum(layer.o(mixed))
         gate, up = layer.gate_up(self._normed(x, layer.post_attention_norm)).chunk(2, dim=-1)
-        return x + layer.down(F.silu(gate) * up)
+        return x + self.part.sum(layer.down(F.silu(gate) * up))
 
     def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
@@ -165,7 +170,7 @@ class InferenceModel:
 
     def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, attention: StepAttention) -> Tensor:
         """qkv [tokens, n + 2k, d] -> mixed values [tokens, n * d]."""
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
+        heads, groups = self._here.num_attention_heads, self._here.num_key_value_heads
         turning = qkv.narrow(1, 0, heads + groups)
         turned = torch.addcmul(turning * cos, turning.roll(self.config.head_dim // 2, dims=-1), sin).to(qkv.dtype)
         return attention(
@@ -196,15 +201,16 @@ def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def _layer_weights(layer: DecoderLayer, precision: Precision) -> LayerWeights:
+def _layer_weights(layer: DecoderLayer, precision: Precision, part: Part) -> LayerWeights:
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+    qkv = [part.rows(linear.weight) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    gate_up = [part.rows(linear.weight) for linear in (mlp.gate_proj, mlp.up_proj)]
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach().to(precision.activations),
-        qkv=make_product(qkv, None, precision),
-        o=make_product(attention.o_proj.weight, attention.o_proj.bias, precision),
+        qkv=make_product(torch.cat(qkv), None, precision),
+        o=make_product(part.columns(attention.o_proj.weight), part.once(attention.o_proj.bias), precision),
         post_attention_norm=layer.post_attention_layernorm.weight.detach().to(precision.activations),
-        gate_up=make_product(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), None, precision),
-        down=make_product(mlp.down_proj.weight, mlp.down_proj.bias, precision),
+        gate_up=make_product(torch.cat(gate_up), None, precision),
+        down=make_product(part.columns(mlp.down_proj.weight), part.once(mlp.down_proj.bias), precision),
     )

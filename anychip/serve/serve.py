@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anychip.errors import InputError
-from anychip.serve.talker import WeightType, open_talker
+from anychip.errors import InputError, UnfitError
+from anychip.serve.talker import Talker, WeightType, open_talker
+
+if TYPE_CHECKING:
+    from anychip.serve.parts import FollowingPart
 
 
 def serve(
@@ -32,11 +36,15 @@ def serve(
     thinking: bool = False,
     drain_seconds: int = 30,
 ) -> None:
-    """Serve the model in a run or an export until it is told to end. Returns when all is finished."""
+    """Serve the model in a run or an export until it is told to end. Returns when all is finished.
+
+    Started by torchrun, each process holds its part of the model, and the first one talks to the world.
+    """
     from anychip.serve.api.keys import read_keys
     from anychip.serve.api.limits import Limits
     from anychip.serve.api.server import is_loopback, run_server
     from anychip.serve.api.service import Service
+    from anychip.serve.parts import FollowingPart, join_parts
 
     keys = read_keys(api_keys)
     if not keys and not is_loopback(host):  # before minutes of loading
@@ -45,6 +53,7 @@ def serve(
             where="serve",
             do="Give --api-keys FILE or set ANYCHIP_API_KEYS, or serve on 127.0.0.1.",
         )
+    part = join_parts()
     talker = open_talker(
         path,
         sampling or {},
@@ -53,10 +62,27 @@ def serve(
         context_length=context_length,
         prefill_tokens=prefill_tokens,
         invariant=batch_invariant,
+        part=part,
     )
+    if isinstance(part, FollowingPart):
+        _follow(part, talker)
+        return
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
     service = Service(talker, name or path.resolve().name, limits, thinking=thinking)
     run_server(service, keys, host=host, port=port, hosts=hosts, origins=origins, drain_seconds=drain_seconds)
+    part.end()
+
+
+def _follow(part: FollowingPart, talker: Talker) -> None:
+    """Until the leader has answered all that it will; a signal to end is the leader's to act on."""
+    for end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(end, signal.SIG_IGN)
+    try:
+        part.follow(talker.engine.model)
+    except RuntimeError as error:
+        raise UnfitError(
+            "the process that leads this server is gone.", where=f"process {part.rank}", do="See what it said."
+        ) from error
 
 
 def serve_by_vllm(path: Path, *, name: str | None, host: str, port: int, context_length: int | None) -> None:

@@ -109,15 +109,19 @@ class Slots:
             chosen = source
         else:
             chosen = oldest
-            chosen.keys[..., :common, :] = source.keys[..., :common, :]
-            chosen.values[..., :common, :] = source.values[..., :common, :]
-            chosen.length, chosen._alpha, chosen.tokens = common, source._alpha, source.tokens[:common]
+            self.copy(source, chosen, common)
         chosen.truncate(common)
         del chosen.tokens[common:]
         self.reused_tokens += common
         self._clock += 1
         chosen.busy, chosen.used, chosen.shared = True, self._clock, None
         return chosen
+
+    def copy(self, source: Slot, target: Slot, tokens: int) -> None:
+        """Let a slot hold the first tokens of another one."""
+        target.keys[..., :tokens, :] = source.keys[..., :tokens, :]
+        target.values[..., :tokens, :] = source.values[..., :tokens, :]
+        target.length, target._alpha, target.tokens = tokens, source._alpha, source.tokens[:tokens]
 
     def leave(self, slot: Slot) -> None:
         """The request of this slot has ended; its tokens stay for others."""

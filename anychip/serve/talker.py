@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anychip.data.tokenizer import Tokenizer
     from anychip.model.decoder import Decoder
     from anychip.serve.engine import Engine
+    from anychip.serve.parts import Part
 
 Message = Mapping[str, str]  # role (system, user or assistant) and content
 WeightType = Literal["auto", "bf16", "fp32", "int8"]
@@ -74,18 +75,23 @@ def make_talker(
     context_length: int | None = None,
     prefill_tokens: int = 512,
     invariant: bool = False,
+    part: Part | None = None,
 ) -> Talker:
-    """Prepare a loaded model for talking. Its decoder is used up: the weights move into the engine."""
+    """Prepare a loaded model for talking, or this process's part of it. Its decoder is used up: the weights move into
+    the engine."""
     import torch
 
     from anychip.serve.engine import Engine
     from anychip.serve.inference import InferenceModel
+    from anychip.serve.parts import WHOLE
 
     stored = model.decoder.head_weight.dtype
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(weights, stored)
     if chosen not in (torch.bfloat16, torch.float32):
         chosen = torch.float32  # fp16 weights lose bits in bf16
-    inference = InferenceModel(model.decoder, chosen, release=True, int8=weights == "int8", invariant=invariant)
+    inference = InferenceModel(
+        model.decoder, chosen, release=True, int8=weights == "int8", invariant=invariant, part=part or WHOLE
+    )
     longest = inference.config.max_position_embeddings
     if context_length is not None and context_length > longest:
         raise InputError(
