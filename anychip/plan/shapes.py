@@ -20,6 +20,24 @@ _DTYPES: dict[str, Any] = {"auto": "bf16", "bf16": "bf16", "fp32": "fp32"}
 def workload_of(recipe: Recipe) -> Workload:
     """The step that a recipe describes."""
     model, training = recipe.model, recipe.training
+    latent = experts = None
+    if model.latent:
+        latent = LatentAttention(
+            q_rank=model.q_lora_rank,
+            kv_rank=model.kv_lora_rank,
+            nope_dim=model.qk_nope_head_dim,
+            rope_dim=model.qk_rope_head_dim,
+            value_dim=model.v_head_dim,
+        )
+    if model.n_routed_experts:
+        experts = Experts(
+            count=model.n_routed_experts,
+            top_k=model.num_experts_per_tok,
+            ffn=model.moe_intermediate_size,
+            shared_ffn=model.n_shared_experts * model.moe_intermediate_size,
+            dense_layers=model.first_k_dense_replace,
+            ranking_bias=model.topk_method == "noaux_tc",
+        )
     return Workload(
         name=recipe.name,
         layers=model.num_hidden_layers,
@@ -32,7 +50,11 @@ def workload_of(recipe: Recipe) -> Workload:
         seq_length=training.seq_length,
         global_batch=training.global_batch_size,
         dtype=_DTYPES[training.compute_dtype],
-        biases="telechat2",
+        biases=model.biases,
+        tied_embeddings=model.tie_word_embeddings,
+        latent=latent,
+        experts=experts,
+        predicted_tokens=model.num_nextn_predict_layers,
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
 
@@ -65,6 +87,7 @@ class Work:
     top_k: Floats
     moe_ffn: Floats
     shared_ffn: Floats
+    ranking_bias: Floats  # 1: a router has a bias an expert
     tied: Floats
     positions: Floats
     extra_layers: Floats  # multi-token prediction
@@ -116,6 +139,7 @@ def _row(w: Workload) -> dict[str, float]:
         "top_k": experts.top_k,
         "moe_ffn": experts.ffn,
         "shared_ffn": experts.shared_ffn,
+        "ranking_bias": float(experts.ranking_bias),
         "tied": float(w.tied_embeddings),
         "positions": w.learned_positions,
         "extra_layers": w.predicted_tokens,
