@@ -218,7 +218,7 @@ class Parameters:
         """All parameters of the model; multi-token prediction adds whole layers."""
         share = w.moe_layers / w.layers
         ends = self.embedding + self.head + self.final_norm
-        extra = w.extra_layers * (self.layer(np.minimum(1.0, w.moe_layers)) + 2 * w.hidden**2)
+        extra = w.extra_layers * (self.layer(np.minimum(1.0, w.moe_layers)) + 2 * w.hidden**2 + 3 * w.hidden)
         return np.asarray(w.layers * self.layer(share) + ends + extra)
 
 
@@ -238,9 +238,9 @@ def parameters(w: Work) -> Parameters:
         ),
         dense_split=w.ffn * (up + w.hidden) + w.bias_all * w.ffn * (1 + w.gated),
         dense_whole=norm + (w.bias_all + w.bias_telechat2) * w.hidden,
-        expert=w.experts * w.moe_ffn * (up + w.hidden),
+        expert=w.experts * (w.moe_ffn * (up + w.hidden) + w.bias_telechat2 * w.hidden),
         moe_split=w.shared_ffn * (up + w.hidden),
-        moe_whole=norm + w.experts * w.hidden,
+        moe_whole=(norm + w.experts * (w.hidden + w.ranking_bias) + w.bias_telechat2 * (w.shared_ffn > 0) * w.hidden),
         embedding=w.vocab * w.hidden + w.positions * w.hidden,
         head=(1 - w.tied) * w.vocab * w.hidden,
         final_norm=norm,
