@@ -7,27 +7,19 @@ one matrix, interleaved per key/value head: rows [i * 2d, i * 2d + d) are the ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anychip.errors import InputError
+from anychip.families.json_fields import LARGEST as _LARGEST
+from anychip.families.json_fields import MOST_LAYERS as _MOST_LAYERS
+from anychip.families.json_fields import number
+from anychip.families.json_fields import shown as _shown
+from anychip.families.published import PublishedTensor
 from anychip.families.templates import prompt_parts as prompt_parts
 from anychip.recipe.schema import ModelConfig
 
 ARCHITECTURES = ("TeleChat2ForCausalLM", "TeleChatForCausalLM", "TelechatForCausalLM")
 MODEL_TYPE = "telechat"
-
-
-@dataclass(frozen=True)
-class PublishedTensor:
-    """A tensor of a published checkpoint and the logical tensors that it is made of.
-
-    `logical` holds one name, or keys and values (k_proj, v_proj) that are interleaved per head.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    logical: tuple[str, ...]
 
 
 def published_tensors(config: ModelConfig) -> Iterator[PublishedTensor]:
@@ -50,12 +42,31 @@ def published_tensors(config: ModelConfig) -> Iterator[PublishedTensor]:
         yield PublishedTensor(
             f"{to}.post_attention_layernorm.weight", (hidden,), (f"{of}.post_attention_layernorm.weight",)
         )
+        if config.has_experts(layer):
+            yield from _experts(config, to, of)
+            continue
         yield PublishedTensor(f"{to}.mlp.gate_proj.weight", (ffn, hidden), (f"{of}.mlp.gate_proj.weight",))
         yield PublishedTensor(f"{to}.mlp.up_proj.weight", (ffn, hidden), (f"{of}.mlp.up_proj.weight",))
         yield PublishedTensor(f"{to}.mlp.down_proj.weight", (hidden, ffn), (f"{of}.mlp.down_proj.weight",))
         yield PublishedTensor(f"{to}.mlp.down_proj.bias", (hidden,), (f"{of}.mlp.down_proj.bias",))
     yield PublishedTensor("transformer.ln_f.weight", (hidden,), ("norm.weight",))
     yield PublishedTensor("lm_head.weight", (config.vocab_size, hidden), ("lm_head.weight",))
+
+
+def _experts(config: ModelConfig, to: str, of: str) -> Iterator[PublishedTensor]:
+    """A router, and each expert by itself; those of one kind of all experts together."""
+    hidden, inner, count = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    yield PublishedTensor(f"{to}.mlp.router.weight", (count, hidden), (f"{of}.mlp.gate.weight",))
+    for name, shape in (
+        ("gate_proj.weight", (inner, hidden)),
+        ("up_proj.weight", (inner, hidden)),
+        ("down_proj.weight", (hidden, inner)),
+        ("down_proj.bias", (hidden,)),
+    ):
+        for expert in range(count):
+            yield PublishedTensor(
+                f"{to}.mlp.local_experts.{expert}.{name}", shape, (f"{of}.mlp.experts.{name}",), expert
+            )
 
 
 # Buffers that old checkpoints carry and nobody needs.
@@ -70,7 +81,13 @@ def config_to_json(config: ModelConfig, dtype: str, bos: int | None, eos: int, p
     scaling = config.rope_scaling
     base_length = scaling.base_length if scaling else config.max_position_embeddings
     training_length = scaling.training_length if scaling else config.max_position_embeddings
+    experts = {}
+    if config.n_routed_experts:
+        _check_experts(config)
+        experts = {"norm_topk_prob": config.norm_topk_prob, "router_aux_loss_coef": config.router_aux_loss_coef}
+        experts |= {name: getattr(config, name) for name in _EXPERTS}
     return {
+        **experts,
         "architectures": [ARCHITECTURES[0]],
         "model_type": MODEL_TYPE,
         "vocab_size": config.vocab_size,
@@ -99,6 +116,18 @@ def config_to_json(config: ModelConfig, dtype: str, bos: int | None, eos: int, p
     }
 
 
+_EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")  # no config.json of one is public
+
+
+def _check_experts(config: ModelConfig) -> None:
+    other = config.scoring_func != "softmax" or config.topk_method != "greedy" or config.routed_scaling_factor != 1.0
+    if other or config.n_shared_experts or config.first_k_dense_replace:
+        raise InputError(
+            f"family {config.family}: experts are chosen by softmax scores alone, in every layer, and none is shared.",
+            do="Set model.scoring_func=softmax, topk_method=greedy, n_shared_experts=0 and first_k_dense_replace=0.",
+        )
+
+
 # Published name first, then the Llama-like one that some copies use.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
@@ -114,23 +143,22 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 }
 _OPTIONAL = {"num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range"}
 _REFUSED_IF_TRUE = ("apply_residual_connection_post_layernorm", "embed_layernorm", "tie_word_embeddings")
-_LARGEST = 1 << 40
-_MOST_LAYERS = 10_000
-_EXPERT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_config")
+_OTHER_EXPERT_FIELDS = ("num_experts", "num_local_experts", "moe_config")
 
 
 def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
     """A ModelConfig from a published config.json, and warnings about values that are probably wrong in it.
 
-    Raises InputError for another architecture, for experts, and for settings that this decoder does not compute.
+    Raises InputError for another architecture and for settings that this decoder does not compute.
     """
     architectures = raw.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     if names and not any(name in ARCHITECTURES for name in names):
         raise InputError(f"is a {_shown(names[0])}, not one of {', '.join(ARCHITECTURES)}.", where=where)
-    if any(raw.get(name) for name in _EXPERT_FIELDS):
+    if not raw.get("n_routed_experts") and any(raw.get(name) for name in _OTHER_EXPERT_FIELDS):
         raise InputError(
-            "describes a mixture of experts, which this family's dense decoder does not compute.", where=where
+            f"describes a mixture of experts in fields that are not known; this family's are {', '.join(_EXPERTS)}.",
+            where=where,
         )
     for flag in _REFUSED_IF_TRUE:
         if raw.get(flag):
@@ -151,6 +179,11 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, l
     if fields.get("rope_theta", 1) < 1:
         raise InputError(f"has rope_theta {fields['rope_theta']}, which is below 1.", where=where)
     fields["rope_scaling"] = _rope_scaling(raw, where)
+    if raw.get("n_routed_experts"):
+        fields |= {name: int(number(raw, name, where)) for name in _EXPERTS}
+        fields |= {"family": "telechat2-moe", "norm_topk_prob": bool(raw.get("norm_topk_prob", True))}
+        if raw.get("router_aux_loss_coef"):
+            fields["router_aux_loss_coef"] = float(number(raw, "router_aux_loss_coef", where))
     from pydantic import ValidationError
 
     try:
@@ -190,12 +223,6 @@ def _length(name: str, value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
         raise InputError(f"has {name} {_shown(value)}, which is not a positive number of tokens.", where=where)
     return value
-
-
-def _shown(value: object) -> str:
-    """A value from a file, short and without control characters."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def same_scaling(one: ModelConfig, other: ModelConfig, length: int) -> bool:

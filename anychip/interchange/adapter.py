@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from anychip.errors import InputError
-from anychip.families.telechat2 import PublishedTensor, published_tensors
+from anychip.families.layouts import published_tensors
+from anychip.families.published import PublishedTensor
 from anychip.files import fsync_directory, write_json
 from anychip.interchange.layout import to_published
 from anychip.interchange.safetensors_file import write_safetensors

@@ -13,10 +13,11 @@ from torch import Tensor
 from anychip import __version__
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
-from anychip.families.telechat2 import PublishedTensor, config_to_json, published_tensors
+from anychip.families.layouts import Layout, config_to_json, published_tensors
+from anychip.families.published import PublishedTensor
 from anychip.families.templates import JINJA, Template
 from anychip.files import fsync_directory, sha256_file, write_json, write_text
-from anychip.interchange.layout import to_published
+from anychip.interchange.layout import remembering, to_published
 from anychip.interchange.load import check_tokenizer_fits, newest_checkpoint
 from anychip.interchange.logit_check import check_logits
 from anychip.interchange.model_card import model_card
@@ -106,16 +107,14 @@ def _write_export(
         ((_, tensor),) = store.read(info, [f"model.{name}"])
         return tensor.to(dtype)
 
-    _write_weights(folder, config, dtype, recipe.export.max_shard_bytes, read)
-    torch_name = str(dtype).removeprefix("torch.")
-    write_json(
-        folder / "config.json",
-        config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
-    )
+    layout, torch_name = recipe.export.layout, str(dtype).removeprefix("torch.")
+    fields = config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, layout)
+    _write_weights(folder, config, layout, dtype, recipe.export.max_shard_bytes, remembering(read))
+    write_json(folder / "config.json", fields)
     _write_tokenizer(folder, tokenizer, config, recipe.tune.template)
     write_json(folder / "generation_config.json", _generation_config(recipe.serve.sampling, tokenizer))
-    published = PublishedDirectory(folder)
-    check = check_logits(config, read, published.read, folder)
+    published = PublishedDirectory(folder, known=(config, layout) if layout == "llama" else None)
+    check = check_logits(config, read, published.read, folder, layout)
     record = {
         "anychip": __version__,
         "source": {"run": recipe.name, "stage": stage, "step": info.step},
@@ -128,15 +127,20 @@ def _write_export(
 
 
 def _write_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int, read: Callable[[str], Tensor]
+    folder: Path,
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    read: Callable[[str], Tensor],
 ) -> None:
-    shards = _shards(config, dtype, max_shard_bytes)
+    shards = _shards(config, layout, dtype, max_shard_bytes)
     total = sum(_nbytes(tensor, dtype) for shard in shards for tensor in shard)
     weight_map = {}
     with progress("export", total, "bytes") as bar:
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = _read_published(config, shard, read, bar)
+            tensors = (data.to(dtype) for data in _read_published(config, shard, read, bar))
             write_safetensors(folder / name, [(t.name, t.shape) for t in shard], dtype, tensors)
             weight_map.update({tensor.name: name for tensor in shard})
     if len(shards) > 1:
@@ -149,15 +153,17 @@ def _read_published(
 ) -> Iterator[Tensor]:
     for tensor in shard:
         data = to_published(config, tensor, [read(name) for name in tensor.logical])
-        yield data
+        yield data.contiguous()
         bar.advance(data.numel() * data.element_size())
 
 
-def _shards(config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int) -> list[list[PublishedTensor]]:
+def _shards(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, max_shard_bytes: int
+) -> list[list[PublishedTensor]]:
     """Tensors in order, cut where a file would become larger than allowed (a larger tensor has a file of its own)."""
     shards: list[list[PublishedTensor]] = [[]]
     size = 0
-    for tensor in published_tensors(config):
+    for tensor in published_tensors(config, layout):
         nbytes = _nbytes(tensor, dtype)
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append([])

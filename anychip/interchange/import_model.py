@@ -11,7 +11,7 @@ from anychip.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from anychip.errors import InputError
 from anychip.families.telechat2 import same_scaling
 from anychip.files import write_json
-from anychip.interchange.layout import to_logical
+from anychip.interchange.layout import logical_tensors
 from anychip.interchange.load import check_tokenizer_fits
 from anychip.interchange.logit_check import check_logits
 from anychip.interchange.published import PublishedDirectory
@@ -22,7 +22,11 @@ from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.directory import retire
 
 # A longer or shorter context and another way to start are the recipe's choice; for rope_scaling see `same_scaling`.
-_COMPARED_OTHERWISE = {"preset", "initializer_range", "max_position_embeddings", "rope_scaling"}
+# Losses of the router and of further tokens, and a capacity, are of training; published configurations do not say them.
+_COMPARED_OTHERWISE = {
+    *("preset", "initializer_range", "max_position_embeddings", "rope_scaling"),
+    *("router_aux_loss_coef", "router_z_loss_coef", "moe_capacity_factor", "mtp_loss_scaling_factor"),
+}
 
 
 def import_model(source: Path, recipe: Recipe, run: RunDirectory) -> Path:
@@ -40,12 +44,15 @@ def import_model(source: Path, recipe: Recipe, run: RunDirectory) -> Path:
     check_tokenizer_fits(tokenizer, published.config, source)
     _check_same_tokenizer(tokenizer, recipe, run, source)
     store = CheckpointStore(run.checkpoints)
-    expected = sum(1 for _ in published.tensors())
+    expected = sum(1 for tensor in published.tensors() if not tensor.repeats)
     with store.stream(0, {"weights_only": True}) as stream, progress("import", expected, "tensors") as bar:
-        for tensor in published.tensors():
-            for name, part in to_logical(published.config, tensor, published.read(tensor.name)).items():
-                stream.add(f"model.{name}", part.float().contiguous())
+
+        def read_published(name: str) -> Tensor:
             bar.advance()
+            return published.read(name)
+
+        for name, tensor in logical_tensors(published.config, published.tensors(), read_published):
+            stream.add(f"model.{name}", tensor.float().contiguous())
     info = store.open(0)
 
     def read(name: str) -> Tensor:

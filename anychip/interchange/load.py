@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anychip.data.tokenizer import Tokenizer, load_tokenizer
 from anychip.errors import InputError
 from anychip.families.templates import JINJA, TEMPLATES, Template
-from anychip.interchange.layout import to_logical
+from anychip.interchange.layout import logical_tensors
 from anychip.interchange.published import PublishedDirectory, read_json_object
 from anychip.model.decoder import Decoder
 from anychip.recipe.schema import ModelConfig, SamplingConfig
@@ -97,11 +97,7 @@ def _load_published(path: Path) -> LoadedModel:
     directory = PublishedDirectory(path)
     for warning in directory.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    tensors = (
-        part
-        for tensor in directory.tensors()
-        for part in to_logical(directory.config, tensor, directory.read(tensor.name)).items()
-    )
+    tensors = logical_tensors(directory.config, directory.tensors(), directory.read)
     return LoadedModel(
         decoder=_fill(directory.config, tensors, path),
         tokenizer=load_tokenizer(path),

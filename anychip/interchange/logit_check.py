@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anychip.errors import UnfitError
+from anychip.families.layouts import Layout
 from anychip.interchange.reference import Read, reference_logits
 from anychip.model.decoder import DecoderLayer
 from anychip.model.layers import RMSNorm
@@ -41,7 +42,9 @@ class LogitCheck:
         return self.relative <= self.threshold  # false for NaN
 
 
-def check_logits(config: ModelConfig, read_logical: Read, read_published: Read, where: object) -> LogitCheck:
+def check_logits(
+    config: ModelConfig, read_logical: Read, read_published: Read, where: object, layout: Layout = "family"
+) -> LogitCheck:
     """Compare the decoder on logical tensors with the reference on published ones, one layer in memory at a time.
 
     Both `read_*` return tensors that were already rounded to the conversion's dtype. Raises UnfitError when the
@@ -53,7 +56,7 @@ def check_logits(config: ModelConfig, read_logical: Read, read_published: Read, 
     with torch.no_grad(), progress("logit check", 2, "passes") as bar:
         ours = _decoder_logits(config, read_logical, tokens)
         bar.advance()
-        theirs = reference_logits(config, read_published, tokens)
+        theirs = reference_logits(config, read_published, tokens, layout)
         bar.advance()
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     check = LogitCheck(
@@ -77,13 +80,15 @@ def _decoder_logits(config: ModelConfig, read: Callable[[str], Tensor], tokens: 
     rope = rope_scale(config, len(tokens))
     cos, sin = cos_sin(config, torch.arange(len(tokens)), rope.alpha)
     scale = rope.mscale**2 / config.head_dim**0.5
-    x = read("embed_tokens.weight")[tokens].float()[None]
-    layer = DecoderLayer(config, 0)
+    x = read("embed_tokens.weight")[tokens].float()[None] * config.input_mult
+    layers: dict[bool, DecoderLayer] = {}  # one with experts, one without
     for number in range(config.num_hidden_layers):
-        prefix = f"layers.{number}."
+        kind = config.has_experts(number)
+        layer = layers.get(kind) or layers.setdefault(kind, DecoderLayer(config, number))
         for name, parameter in layer.named_parameters():
-            parameter.copy_(read(prefix + name))
+            parameter.copy_(read(f"layers.{number}.{name}"))
         x = layer(x, cos, sin, scale)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.copy_(read("norm.weight"))
-    return norm(x)[0] @ read("lm_head.weight").float().t()
+    head = read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+    return norm(x)[0] @ head.float().t() * config.logit_scale

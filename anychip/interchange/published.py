@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from anychip.errors import InputError
-from anychip.families.telechat2 import IGNORED_SUFFIXES, PublishedTensor, config_from_json, published_tensors
+from anychip.families.layouts import IGNORED_SUFFIXES, Layout, config_from_json, published_tensors
+from anychip.families.published import PublishedTensor
 from anychip.interchange.safetensors_file import SafetensorsFile
 from anychip.interchange.source import WeightFile, open_regular, read_tensor
 from anychip.interchange.torch_bin import TorchBinFile
+from anychip.recipe.schema import ModelConfig
 
 _MAX_JSON_BYTES = 64 << 20
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,10 +31,16 @@ class PublishedDirectory:
     plain name beside it, and only regular files are opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: tuple[ModelConfig, Layout] | None = None) -> None:
+        """known: the model that was just written there, and how."""
         self.path = path
-        raw = read_json_object(path / "config.json")
-        self.config, self.warnings = config_from_json(raw, str(path / "config.json"))
+        self.layout: Layout = "family"
+        self.warnings: list[str] = []
+        if known is not None:
+            self.config, self.layout = known
+        else:
+            raw = read_json_object(path / "config.json")
+            self.config, self.warnings = config_from_json(raw, str(path / "config.json"))
         self._files: dict[str, WeightFile] = {}
         for file in _weight_files(path):
             for name in file.entries:
@@ -48,10 +56,10 @@ class PublishedDirectory:
         return read_tensor(self._files[name], name)
 
     def tensors(self) -> Iterator[PublishedTensor]:
-        return published_tensors(self.config)
+        return published_tensors(self.config, self.layout)
 
     def _check_tensors(self) -> None:
-        expected = {tensor.name: tensor.shape for tensor in self.tensors()}
+        expected = {t.name: t.shape for t in self.tensors() if not t.repeats or t.name in self._files}
         missing = [name for name in expected if name not in self._files]
         extra = [name for name in self._files if name not in expected]
         if missing or extra:

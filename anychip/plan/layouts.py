@@ -16,7 +16,8 @@ _ZEROS = range(4)
 def layout_of(recipe: Recipe, devices: int) -> Layout:
     """The layout that a recipe's `parallel` and `training` sections describe on `devices` devices.
 
-    FSDP2 gathers parameters layer by layer (ZeRO 3), but a stage of a pipeline keeps them for a step (ZeRO 2).
+    FSDP2 gathers parameters layer by layer (ZeRO 3), but a stage of a pipeline keeps them, and adds up whole gradients,
+    until its last micro-batch (ZeRO 1).
     Raises InputError when the degrees do not make up `devices`.
     """
     parallel = recipe.parallel
@@ -36,7 +37,7 @@ def layout_of(recipe: Recipe, devices: int) -> Layout:
         vpp=(2 if folded else parallel.virtual_pipeline) if pipelined else 1,
         cp=parallel.context_parallel,
         ep=parallel.expert_parallel,
-        zero=(2 if pipelined else 3) if sharded else 0,
+        zero=(1 if pipelined else 3) if sharded else 0,
         shard=parallel.data_parallel_shard * parallel.context_parallel if sharded and replicate > 1 else 0,
         micro_batch=recipe.training.micro_batch_size,
         recompute=recipe.training.recompute,

@@ -20,6 +20,24 @@ _DTYPES: dict[str, Any] = {"auto": "bf16", "bf16": "bf16", "fp32": "fp32"}
 def workload_of(recipe: Recipe) -> Workload:
     """The step that a recipe describes."""
     model, training = recipe.model, recipe.training
+    latent = experts = None
+    if model.latent:
+        latent = LatentAttention(
+            q_rank=model.q_lora_rank,
+            kv_rank=model.kv_lora_rank,
+            nope_dim=model.qk_nope_head_dim,
+            rope_dim=model.qk_rope_head_dim,
+            value_dim=model.v_head_dim,
+        )
+    if model.n_routed_experts:
+        experts = Experts(
+            count=model.n_routed_experts,
+            top_k=model.num_experts_per_tok,
+            ffn=model.moe_intermediate_size,
+            shared_ffn=model.n_shared_experts * model.moe_intermediate_size,
+            dense_layers=model.first_k_dense_replace,
+            ranking_bias=model.topk_method == "noaux_tc",
+        )
     return Workload(
         name=recipe.name,
         layers=model.num_hidden_layers,
@@ -32,7 +50,11 @@ def workload_of(recipe: Recipe) -> Workload:
         seq_length=training.seq_length,
         global_batch=training.global_batch_size,
         dtype=_DTYPES[training.compute_dtype],
-        biases="telechat2",
+        biases=model.biases,
+        tied_embeddings=model.tie_word_embeddings,
+        latent=latent,
+        experts=experts,
+        predicted_tokens=model.num_nextn_predict_layers,
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
 
@@ -65,6 +87,7 @@ class Work:
     top_k: Floats
     moe_ffn: Floats
     shared_ffn: Floats
+    ranking_bias: Floats  # 1: a router has a bias an expert
     tied: Floats
     positions: Floats
     extra_layers: Floats  # multi-token prediction
@@ -116,6 +139,7 @@ def _row(w: Workload) -> dict[str, float]:
         "top_k": experts.top_k,
         "moe_ffn": experts.ffn,
         "shared_ffn": experts.shared_ffn,
+        "ranking_bias": float(experts.ranking_bias),
         "tied": float(w.tied_embeddings),
         "positions": w.learned_positions,
         "extra_layers": w.predicted_tokens,
@@ -194,7 +218,7 @@ class Parameters:
         """All parameters of the model; multi-token prediction adds whole layers."""
         share = w.moe_layers / w.layers
         ends = self.embedding + self.head + self.final_norm
-        extra = w.extra_layers * (self.layer(np.minimum(1.0, w.moe_layers)) + 2 * w.hidden**2)
+        extra = w.extra_layers * (self.layer(np.minimum(1.0, w.moe_layers)) + 2 * w.hidden**2 + 3 * w.hidden)
         return np.asarray(w.layers * self.layer(share) + ends + extra)
 
 
@@ -214,9 +238,9 @@ def parameters(w: Work) -> Parameters:
         ),
         dense_split=w.ffn * (up + w.hidden) + w.bias_all * w.ffn * (1 + w.gated),
         dense_whole=norm + (w.bias_all + w.bias_telechat2) * w.hidden,
-        expert=w.experts * w.moe_ffn * (up + w.hidden),
+        expert=w.experts * (w.moe_ffn * (up + w.hidden) + w.bias_telechat2 * w.hidden),
         moe_split=w.shared_ffn * (up + w.hidden),
-        moe_whole=norm + w.experts * w.hidden,
+        moe_whole=(norm + w.experts * (w.hidden + w.ranking_bias) + w.bias_telechat2 * (w.shared_ffn > 0) * w.hidden),
         embedding=w.vocab * w.hidden + w.positions * w.hidden,
         head=(1 - w.tied) * w.vocab * w.hidden,
         final_norm=norm,

@@ -45,6 +45,7 @@ class Experts:
     shared_ffn: int = 0  # total inner width of the experts that see every token
     dense_layers: int = 0  # leading layers that keep the dense feed-forward
     every: int = 1  # of the others, one layer in `every` has experts
+    ranking_bias: bool = False  # a router keeps a bias for each expert
 
 
 @dataclass(frozen=True)

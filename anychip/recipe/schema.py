@@ -577,6 +577,10 @@ class EvalConfig(Section):
 
 class ExportConfig(Section):
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    layout: Literal["family", "llama"] = Field(
+        "family",
+        description="llama: names that any program knows (Llama, Mixtral), without remote code, where they can say it",
+    )
     max_shard_bytes: Positive = 5_000_000_000
     license: str = "apache-2.0"
 

@@ -141,7 +141,7 @@ def test_dynamic_scaling_of_factor_one_is_the_published_rule() -> None:
     assert config.rope_scaling == RopeScaling(base_length=32768, training_length=32768)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(name for name in PRESETS if name.startswith("telechat2")))
 def test_every_model_field_survives_config_json(name: str) -> None:
     config = preset(name).model_copy(update={"rms_norm_eps": 3e-6, "rope_theta": 1e6, "initializer_range": 0.01})
     again, _ = config_from_json(config_to_json(config, "bfloat16", 1, 2, 3), "config.json")

@@ -183,7 +183,7 @@ def test_an_import_that_changes_logits_leaves_no_checkpoint(tmp_path: Path, monk
         parts = to_logical(config, tensor, data)
         return dict(zip(parts, reversed(list(parts.values())), strict=True))
 
-    monkeypatch.setattr("anychip.interchange.import_model.to_logical", swapped)
+    monkeypatch.setattr("anychip.interchange.layout.to_logical", swapped)
     run = RunDirectory(tmp_path / "again")
     with pytest.raises(UnfitError, match="logits"):
         import_model(source, import_recipe(source), run)

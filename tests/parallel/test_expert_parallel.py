@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from layout_runs import LayoutRun, read, run_layouts, train
+from rank_pool import run_ranks
+from test_reshard import load_all, save_all
 
 from anychip.errors import InputError
 from anychip.parallel.layout import check_layout, resolve_layout
@@ -119,3 +121,13 @@ def test_what_cannot_be_is_refused(parallel: dict[str, Any], changes: dict[str, 
     layout = resolve_layout(config, config.processes_a_copy)
     with pytest.raises(InputError, match=message):
         check_layout(config, layout, ModelConfig(**{**MODEL.model_dump(), **changes}))
+
+
+def test_a_checkpoint_of_shared_experts_fills_any_other_layout(tmp_path: Path) -> None:
+    """The same bits by name: four processes in two groups, a group of two, and one process."""
+    job = {**SIGMOID, "dtype": "float32"}
+    saved = LayoutRun(shards(4, 2), 4, job)
+    run_ranks(4, save_all, ([saved], tmp_path), tmp_path)
+    for number, run in enumerate((LayoutRun(shards(2, 2), 4, job), LayoutRun({}, 4, job))):
+        run_ranks(run.world_size, load_all, ([(number, (saved, run))], tmp_path), tmp_path)
+        assert all((tmp_path / f"loaded-{number}.{rank}").exists() for rank in range(run.world_size))

@@ -80,7 +80,7 @@ def test_layouts_of_recipes_and_back() -> None:
     words = ["parallel.tensor_parallel=8", "parallel.pipeline_parallel=8", "parallel.virtual_pipeline=3",
              "parallel.pipeline_schedule=interleaved", "parallel.data_parallel_shard=16"]  # fmt: skip
     layout = layout_of(recipe(*words), 8192)
-    assert (layout.dp, layout.tp, layout.pp, layout.vpp, layout.zero, layout.shard) == (128, 8, 8, 3, 2, 16)
+    assert (layout.dp, layout.tp, layout.pp, layout.vpp, layout.zero, layout.shard) == (128, 8, 8, 3, 1, 16)
     assert layout_of(recipe(*overrides_of(layout)), 8192) == layout
     with pytest.raises(InputError, match="needs 1024 devices"):
         layout_of(recipe(*words), 100)
