@@ -20,6 +20,7 @@ from anychip.recipe.schema import (
     ParallelConfig,
     Recipe,
 )
+from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
@@ -69,6 +70,7 @@ class TrainingJob:
     deterministic: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
     operators: Mapping[str, str] = field(default_factory=dict)
+    profile: Path | None = None  # of the chip, by `anychip probe`; what `operators` says goes first
     objective: Objective = field(default_factory=NextToken)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
@@ -107,6 +109,7 @@ def training_job(
         eval_interval=training.eval_interval,
         deterministic=training.deterministic,
         operators=training.operators,
+        profile=directory / CHIP_PROFILE,
         parallel=recipe.parallel,
         guard=recipe.guard,
         predicted=predicted,
