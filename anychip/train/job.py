@@ -22,6 +22,7 @@ from anychip.recipe.schema import (
 )
 from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
+from anychip.train.observe import Observer
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -72,6 +73,7 @@ class TrainingJob:
     operators: Mapping[str, str] = field(default_factory=dict)
     profile: Path | None = None  # of the chip, by `anychip probe`; what `operators` says goes first
     objective: Objective = field(default_factory=NextToken)
+    observer: Observer = field(default_factory=Observer)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
 

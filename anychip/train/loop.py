@@ -95,6 +95,7 @@ def run_training(job: TrainingJob) -> int:
         saves.leave()
         return step
 
+    job.observer.attach(job, engine, processes)
     is_writer = processes.is_first
     if is_writer:
         cursor.write(RunDirectory(job.directory))
@@ -139,8 +140,9 @@ def run_training(job: TrainingJob) -> int:
                 partial(replay.forward_backward, step) if replay and replay.due(step) else None,
                 copies.flipped if copies else None,
             )
+            job.observer.begin(step, lr)
             done = train_step(
-                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks
+                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks, job.observer
             )
             fence().check_lease()
             bar.advance()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,8 +38,8 @@ def awkward_cases(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
     yield from _losses(shapes, dtype)
     yield from _below_normal(dtype)
     if dtype == torch.float32:
-        yield adamw_case("tiny gradients", 1e-12)
-        yield adamw_case("large gradients", 1e8)
+        yield adamw_case("tiny gradients", 1e-12, 400.0)
+        yield adamw_case("large gradients", 1e8, 20.0)
         yield gradient_norm_case("large gradients", 1e16)
     else:
         yield Case("cast", "ties, ends and specials", dtype, lambda draw: ([_ties(dtype)], {}), 1,
@@ -65,8 +66,9 @@ def _attention(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
         mask = draw.integers(16, shapes.rows, 1, shapes.tokens, shapes.tokens) == 0
         return arguments, {**keywords, "mask": mask | torch.eye(shapes.tokens, dtype=torch.bool)}
 
-    yield attention_case(shapes, dtype, "sharp scores", sharp, slack=3.0)
-    yield attention_case(shapes, dtype, "equal keys, values of one sign", equal_keys, slack=2.0)
+    yield attention_case(shapes, dtype, "sharp scores", sharp, slack=8.0)
+    alike = attention_case(shapes, dtype, "equal keys, values of one sign", equal_keys, slack=2.0)
+    yield replace(alike, differentiable=())  # the exact gradient of q is zero
     yield attention_case(shapes, dtype, "nearly everything hidden", nearly_hidden)
 
 
@@ -91,7 +93,7 @@ def _norms(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _products(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
-    size = (min(shapes.intermediate, 512), shapes.hidden)
+    size = (128, max(shapes.hidden, 2048))  # long sums even of a small model
 
     def positive(draw: Draw, tokens: int, width: int) -> Tensor:
         """A sum that grows with every term: an accumulator that is too short stops growing."""

@@ -241,7 +241,9 @@ def _loss(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
                ((0, "hidden states"), (1, "weight")), function=head_cross_entropy)  # fmt: skip
 
 
-def adamw_case(inputs: str, gradient_size: float) -> Case:
+def adamw_case(inputs: str, gradient_size: float, roundings: float) -> Case:
+    """`roundings`: of parameters, counted in updates; where gradients are tiny, weight decay is all of an update."""
+
     def make(draw: Draw) -> Arguments:
         shapes = [(96, 80), (33,)]
 
@@ -253,7 +255,7 @@ def adamw_case(inputs: str, gradient_size: float) -> Case:
         state: list[Any] = [normal(0.5), normal(gradient_size), normal(gradient_size / 4), squares, steps]
         return state, {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
-    return Case("adamw", inputs, torch.float32, make, 4, 16.0, wrap=_updates,
+    return Case("adamw", inputs, torch.float32, make, 4, roundings, wrap=_updates,
                 results=("update", "update of a vector"))  # fmt: skip
 
 
@@ -288,6 +290,6 @@ def gradient_norm_case(inputs: str, size: float) -> Case:
 
 
 def _optimizer(shapes: Shapes) -> Iterator[Case]:
-    yield adamw_case("normal", 1.0)
+    yield adamw_case("normal", 1.0, 20.0)
     yield clip_case("normal", lambda draw: draw.normal(128, 64, dtype=torch.float32))
     yield gradient_norm_case("normal", 1.0)

@@ -9,7 +9,7 @@ of both signs cancel; we allow s = 4 * u32 * (1 + sqrt(n)). So
     norm    |found - exact| / |exact|            <=  roundings * u + s
     rows    the same for each row and column     <=  6 x that, of at least a tenth of a typical row
     bias    the part of the difference that is   <=  roundings * u / 4 + 6 * (off by the norm) / sqrt(elements) + s
-            parallel to the exact result
+            parallel to the exact result             where elements are as many as share the norm
 
 Elements near zero do not decide: nothing is judged element by element. The bias finds what norms hide: cutting off
 instead of rounding is off by 0.7 u in one direction, and a sum that is 0.4 % too large lies inside bfloat16's limit of
@@ -71,12 +71,18 @@ def flaw(found: Tensor, exact: Tensor, allowed: Limits, size: float | None = Non
     if off > allowed.norm:
         return Flaw("is wrong", off, allowed.norm)
     leaning = abs((difference * exact).sum().item()) / whole**2
-    bias = allowed.bias + _DEVIATIONS * off / exact.numel() ** 0.5
+    bias = allowed.bias + _DEVIATIONS * off / _elements(exact) ** 0.5
     if leaning > bias:
         return Flaw("leans to one side", leaning, bias)
     if size is None and (worst := _worst_line(difference, exact)) > _ROWS * allowed.norm:
         return Flaw("is wrong in places", worst, _ROWS * allowed.norm)
     return None
+
+
+def _elements(exact: Tensor) -> float:
+    """How many elements share the norm: all of equal ones, one where one outweighs the others."""
+    squares = exact.square() / exact.square().max()
+    return (squares.sum().square() / squares.square().sum()).item()
 
 
 def _worst_line(difference: Tensor, exact: Tensor) -> float:

@@ -101,7 +101,7 @@ def _attention_low_accumulation(
     shares = _scores(q, k, scale, causal, mask).softmax(-1)
     values = wide(v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
     total = torch.zeros(*shares.shape[:-1], v.shape[3], dtype=values.dtype, device=q.device)
-    for share, value in zip(shares.split(8, -1), values.split(8, -2), strict=True):
+    for share, value in zip(shares.split(1, -1), values.split(1, -2), strict=True):
         total = (total + share @ value).bfloat16().to(values.dtype)
     return total.to(q.dtype)
 
