@@ -48,6 +48,11 @@ class RunDirectory:
         return self.root / CHIP_PROFILE
 
     @property
+    def trace(self) -> Path:
+        """What `anychip verify trace` recorded."""
+        return self.root / "trace.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Pretraining checkpoints, `step-N/` each."""
         return self.root / "checkpoints"

@@ -5,10 +5,11 @@ norms, updates. What each is computed from was visited before it, so errors are 
 
     floor + growth x (largest error of what was visited before it in this step)
 
-off, in shares of its norm, where the floor is 4 u of the less precise dtype and growth is 8; 64 for gradients of queries
-and keys, which are differences of nearly equal numbers. A step of Adam turns small gradients into large updates: an
-update whose gradient is off by e may be off by 4 sqrt(e) besides, because that is what some elements' changed signs
-amount to. The first tensor over its limit is where the runs part; what follows only inherits it.
+off, in shares of its norm, where the floor is 16 u of the less precise dtype and 2^-21, which the sketches themselves
+are off by; growth is 8, or 64 for gradients of queries and keys, which are differences of nearly equal numbers. A step
+of Adam turns small gradients into large updates: an update whose gradient is off by e may be off by 4 sqrt(e) besides,
+because that is what some elements' changed signs amount to. The first tensor over its limit is where the runs part;
+what follows only inherits it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from anychip.verify.trace import Sketch, Trace, TracedStep, read_trace
 
 Direction = Literal["start", "forward", "backward", "update"]
 Outcome = Literal["equal", "rounding", "bug"]
-_FLOOR, _GROWTH, _GROWTH_OF_SCORES = 4.0, 8.0, 64.0
+_FLOOR, _GROWTH, _GROWTH_OF_SCORES = 16.0, 8.0, 64.0
+_SKETCHING = 2.0**-21
 _SIGNS, _DECAY_DEVIATIONS, _DECAY_FLOOR = 4.0, 12.0, 2e-3
 _LIST = 12
 
@@ -202,7 +204,7 @@ class _Judge:
         if visit.name == "decay":
             return self._decay_limit(gradients, one, other)
         scores = visit.kind == "gradient" and visit.name.endswith(("rotated_q", "rotated_k"))
-        limit = _FLOOR * self._unit + (_GROWTH_OF_SCORES if scores else _GROWTH) * seen
+        limit = _FLOOR * self._unit + _SKETCHING + (_GROWTH_OF_SCORES if scores else _GROWTH) * seen
         if visit.kind == "update":
             limit += _SIGNS * math.sqrt(max(gradients, self._unit))
         if visit.kind == "parameter" and one.step > 1:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from anychip import __version__
+from anychip.chips.backend import detect_backend
 from anychip.model.arithmetic import parameter_shapes
 from anychip.parallel.context import split_positions
 from anychip.parallel.gradients import COPY_AXES, gradient_norm, sharded_axes
@@ -26,7 +28,7 @@ from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob
 from anychip.train.observe import Observer
 from anychip.verify.names import Activation, Kind, activations
-from anychip.verify.sketch import LENGTH, SQUARES, summarize
+from anychip.verify.sketch import COUNT, LENGTH, summarize
 from anychip.verify.trace import Sketch, TracedStep, TraceWriter
 
 _ROW_STRIDE = 1 << 24  # tokens a row may have: a token's number is its row's times this plus its position
@@ -36,14 +38,15 @@ Key = tuple[Kind, str]
 class Recorder(Observer):
     """Traces step 1, then every `interval` steps, and the loss of every step, into a file.
 
-    `seconds` counts the time it took of this process. Compiled layers are not traced: their hooks would not run.
+    `seconds` counts the time that it took of this process. Layers must not be compiled: their hooks would not run.
     """
 
     def __init__(self, path: Path, interval: int, header: dict[str, Any], max_bytes: int) -> None:
         self._path, self._interval, self._header, self._max_bytes = path, interval, header, max_bytes
         self._writer: TraceWriter | None = None
-        self._step, self._lr, self._tracing, self._passes = 0, 0.0, False, 0
-        self._inside: bool = False
+        self._step, self._lr, self._tracing = 0, 0.0, False
+        self._passes: dict[int, int] = {}  # forward passes of each part in this step
+        self._pass: int | None = None  # the one that a part is in
         self._sums: dict[Key, Tensor] = {}
         self._scalars: dict[str, float] = {}
         self._before: dict[str, Tensor] = {}
@@ -60,13 +63,21 @@ class Recorder(Observer):
             *(("update", name) for name, _ in parameter_shapes(job.model)),
         ]
         if processes.is_first:
-            self._writer = TraceWriter(self._path, {**self._header, "layout": processes.layout.describe()},
-                                       self._max_bytes)  # fmt: skip
+            header = {
+                **self._header,
+                "anychip": __version__,
+                "chip": detect_backend().vendor,
+                "dtype": str(engine.parts[0].compute_dtype).removeprefix("torch."),
+                "layout": processes.layout.describe(),
+                "micro_batch_size": job.micro_batch_size,
+                "interval": self._interval,
+            }
+            self._writer = TraceWriter(self._path, header, self._max_bytes)
         for part in engine.parts:
             self._watch(part)
 
     def begin(self, step: int, lr: float) -> None:
-        self._step, self._lr, self._passes = step, lr, 0
+        self._step, self._lr, self._passes = step, lr, {}
         self._tracing = step == 1 or step % self._interval == 0
         self._sums, self._scalars = {}, {"lr": lr}
 
@@ -118,12 +129,8 @@ class Recorder(Observer):
         total = self._processes.sum(torch.stack(rows)).cpu()
         self._sums = {}
         if self._writer is not None:
-            tensors = {
-                key: Sketch.of(row)
-                for key, row in zip(self._keys, total, strict=True)
-                if row[0] > 0 or row[SQUARES] > 0
-            }
-            self._writer.write_step(TracedStep(self._step, tensors, dict(self._scalars)))
+            seen = {key: Sketch.of(row) for key, row in zip(self._keys, total, strict=True) if row[COUNT] > 0}
+            self._writer.write_step(TracedStep(self._step, seen, dict(self._scalars)))
 
     # Forward passes
 
@@ -147,12 +154,14 @@ class Recorder(Observer):
             mlp.swiglu = self._wrapped(mlp.swiglu, split[f"{prefix}.mlp.swiglu"], lambda x: x)
 
     def _enter(self, part: Any, inputs: Any) -> None:
-        self._inside = torch.is_grad_enabled()
+        """Only this step's own passes count: what is computed again to check them comes after them."""
+        if self._tracing and torch.is_grad_enabled():
+            number = self._passes.get(id(part), 0)
+            self._passes[id(part)] = number + 1
+            self._pass = number if number < len(self._rows) // self._job.micro_batch_size else None
 
     def _leave(self, part: Any, inputs: Any, output: Any) -> None:
-        if self._inside and part is self._engine.parts[-1]:
-            self._passes += 1
-        self._inside = False
+        self._pass = None
 
     def _hook(self, activation: Activation, module: Any, inputs: Any, output: Tensor) -> None:
         self._see(activation, output, lambda x: x)
@@ -174,7 +183,7 @@ class Recorder(Observer):
         def run(*args: Any, **keywords: Any) -> Tensor:
             nonlocal calls
             out = operator(*args, **keywords)
-            if self._tracing and self._inside:
+            if self._pass is not None:
                 which = "q" if calls % 2 == 0 else "k"
                 calls += 1
                 self._see(Activation(f"{prefix}.rotated_{which}", "columns"), out, lambda x: x.flatten(2))
@@ -183,11 +192,12 @@ class Recorder(Observer):
         return run
 
     def _see(self, activation: Activation, output: Tensor, shape: Callable[[Tensor], Tensor]) -> None:
-        """Sketch an output now, and its gradient when backward comes to it; what is computed again is not seen again."""
-        if not (self._tracing and self._inside):
+        """Sketch an output now, and its gradient when backward comes to it. What backward computes again is not inside
+        a part's forward pass, and not seen again."""
+        if self._pass is None:
             return
         started = time.perf_counter()
-        start = self._rows.start + self._passes * self._job.micro_batch_size
+        start = self._rows.start + self._pass * self._job.micro_batch_size
         self._note_tokens("activation", activation, shape(output.detach()), start)
         if output.requires_grad:
             seen: list[None] = []

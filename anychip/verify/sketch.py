@@ -24,8 +24,8 @@ _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # of splitmix64, as
 def summarize(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[260]: count, sum, sum of squares and number of infinities and NaN (which count as zero in the rest), sketch.
 
-    x [r, c] on any device; rows [r] and columns [c] int64 on the CPU say where it lies in the whole. In fp32, or fp64 if
-    x is.
+    x [r, c] on any device; rows [r] and columns [c] int64 on the CPU say where it lies in the whole. In fp32, or in
+    fp64 if x is.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     finite = x.isfinite()
