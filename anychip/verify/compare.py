@@ -25,7 +25,7 @@ import numpy as np
 from anychip.errors import InputError
 from anychip.verify.curves import CurveVerdict, compare_curves
 from anychip.verify.msprobe import is_msprobe_dump, read_msprobe
-from anychip.verify.names import Kind
+from anychip.verify.names import KINDS, Kind
 from anychip.verify.trace import Sketch, Trace, TracedStep, read_trace
 
 Direction = Literal["start", "forward", "backward", "update"]
@@ -140,9 +140,7 @@ def _unshared(one: TracedStep, other: TracedStep) -> Iterator[str]:
 
 def _order(one: TracedStep, other: TracedStep) -> Iterator[_Visit]:
     """What both hold, in the order in which a step computes it; entries of a kind stand in forward order."""
-    shared = [key for key in one.tensors if key in other.tensors]
-    of_kind = {kind: [name for k, name in shared if k == kind] for kind in ("parameter", "activation", "gradient",
-                                                                           "parameter_gradient", "update")}  # fmt: skip
+    of_kind = {kind: list(_held(kind, one, other)) for kind in KINDS}
     yield from (_Visit("start", "parameter", name) for name in of_kind["parameter"])
     yield from (_Visit("forward", "activation", name) for name in of_kind["activation"])
     yield _Visit("forward", "number", "loss")
@@ -152,6 +150,18 @@ def _order(one: TracedStep, other: TracedStep) -> Iterator[_Visit]:
     yield _Visit("update", "number", "lr")
     yield from (_Visit("update", "update", name) for name in of_kind["update"])
     yield _Visit("update", "number", "decay")
+
+
+def _held(kind: Kind, one: TracedStep, other: TracedStep) -> Iterator[str]:
+    """Names of a kind that both hold; a gradient or update also when one lacks it that has the tensor itself."""
+    owner = _OWNERS.get(kind)
+    for k, name in {**one.tensors, **other.tensors}:
+        in_both = (k, name) in one.tensors and (k, name) in other.tensors
+        if k == kind and (in_both or (owner and (owner, name) in one.tensors and (owner, name) in other.tensors)):
+            yield name
+
+
+_OWNERS: dict[Kind, Kind] = {"gradient": "activation", "parameter_gradient": "parameter", "update": "parameter"}
 
 
 def _backward(outputs: list[str], parameters: list[str]) -> Iterator[_Visit]:
@@ -229,6 +239,8 @@ class _Judge:
                 return _not_finite_is_all(abs(a - b)), "the strength"
             return _not_finite_is_all(abs(a - b) / max(abs(a), abs(b), 1e-300)), "the value"
         key = (visit.kind, visit.name)
+        if key not in one.tensors or key not in other.tensors:
+            return math.inf, f"only one of them has {_WORDS[visit.kind]}: that"
         return distance(one.tensors[key], other.tensors[key], _WORDS[visit.kind])
 
 

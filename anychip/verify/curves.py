@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,7 @@ def _judge(differences: np.ndarray, quantile: float) -> tuple[float, float]:
     return float(mean), float(quantile * widened)
 
 
+@lru_cache
 def student_quantile(probability: float, freedom: int) -> float:
     """The t below which Student's distribution has this probability (at least one half)."""
     low, high = 0.0, 1e3

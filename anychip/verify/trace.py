@@ -45,8 +45,8 @@ class Sketch:
     @classmethod
     def of(cls, summary: Any) -> Sketch:
         """From sketch.summarize's [260], summed over parts."""
-        numbers = summary.tolist()
-        return cls(*numbers[:4], np.asarray(numbers[4:], dtype=np.float32))
+        count, total, squares, nonfinite, *sketch = summary.tolist()
+        return cls(count, total, squares, nonfinite, np.asarray(sketch, dtype=np.float32))
 
     @property
     def norm(self) -> float:

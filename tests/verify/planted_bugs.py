@@ -106,7 +106,7 @@ def wrong_epsilon() -> None:
 
 
 def missing_bias() -> None:
-    """One projection's bias is not added (nor learned)."""
+    """One projection's bias is not added. Biases start at zero, so that backward shows it first."""
 
     def change(forward: Any, module: Any) -> Any:
         return lambda x, remake=None: F.linear(x, module.weight.to(x.dtype))

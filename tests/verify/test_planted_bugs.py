@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (bugs.stale_keys, "forward", f"{L}.self_attn.attended"),
         (bugs.off_by_one_mask, "forward", f"{L}.self_attn.attended"),
         (bugs.wrong_epsilon, "forward", f"{L}.post_attention_layernorm"),
-        (bugs.missing_bias, "forward", f"{L}.self_attn.o_proj"),
+        (bugs.missing_bias, "backward", f"{L}.self_attn.o_proj.bias"),
         (bugs.wrong_norm_placement, "forward", f"{L}.post_attention_layernorm"),
         (bugs.transposed_heads, "forward", f"{L}.self_attn.attended"),
         (bugs.dropped_micro_batch, "forward", "embed_tokens"),

@@ -95,6 +95,7 @@ def _once(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _main(path: Path) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     from anychip.chips.backend import detect_backend
     from anychip.chips.operators.registry import overrides_of
@@ -109,7 +110,7 @@ def _main(path: Path) -> None:
     backend = detect_backend()
     backend.prepare_process()
     device = backend.device(rank)
-    store = dist.FileStore(str(path.with_name("processes.store")), job.world_size)
+    store = FileStore(str(path.with_name("processes.store")), job.world_size)
     dist.init_process_group(
         group_backends(device, backend.collective_backend),
         store=store,

@@ -31,7 +31,7 @@ def install_collective_faults() -> None:
 
 
 def _wrapped(original: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
-    spoil = {
+    spoil: Callable[..., Any] = {
         "all_reduce.last_rank": _last_rank,
         "all_reduce.low_accumulation": _low_accumulation,
         "all_reduce.biased": _biased,

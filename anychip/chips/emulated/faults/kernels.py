@@ -101,10 +101,11 @@ def _truncated(x: Tensor, bits: int = 16) -> Tensor:
 
 
 def _truncates(args: list[Any], result: Tensor) -> Tensor:
-    _, left, right = _factors(args)
+    added, left, right = _factors(args)
     if result.dtype == torch.float32:
         return _truncated(result, 8)
-    return _truncated((left.double() @ right.double()).float()).to(result.dtype)
+    exact = left.double() @ right.double() + (0.0 if added is None else added.double())
+    return _truncated(exact.float()).to(result.dtype)
 
 
 def _last_column(args: list[Any], result: Tensor) -> Tensor:
