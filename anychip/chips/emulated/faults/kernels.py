@@ -160,14 +160,10 @@ def _flushed(args: list[Any], result: Tensor) -> Tensor:
 
 
 def _cast_truncates(args: list[Any], result: Tensor) -> Tensor:
-    source = args[0]
+    source = args[1]
     if result.dtype != torch.bfloat16 or source.dtype != torch.float32:
         return result
     return _truncated(source).bfloat16()
-
-
-def _copy_truncates(args: list[Any], result: Tensor) -> Tensor:
-    return _cast_truncates([args[1]], result)
 
 
 def _overflows(args: list[Any], result: Tensor) -> Tensor:
@@ -199,7 +195,7 @@ _WRONG: Mapping[str, tuple[list[str], Spoil]] = {
     "sum.low_accumulation": (_SUMS, _low_sum),
     "embedding.backward": (["embedding_dense_backward"], _once_a_token),
     "elementwise.flush_to_zero": (_ELEMENTWISE, _flushed),
-    "cast.truncates": (["_to_copy"], _cast_truncates),
+    "cast.truncates": (["copy_"], _cast_truncates),
     "norm.overflow": (["linalg_vector_norm", "norm.ScalarOpt_dim"], _overflows),
     "silu.backward": (["silu_backward"], _derivative_of_sigmoid),
     "softmax.overflow": (["_log_softmax"], _no_maximum),
