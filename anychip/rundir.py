@@ -10,6 +10,8 @@ from anychip.errors import InputError
 from anychip.files import write_json, write_text
 from anychip.recipe import Recipe, dump_recipe, load_recipe
 
+CHIP_PROFILE = "chip-profile.json"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -34,6 +36,21 @@ class RunDirectory:
     def plan(self) -> Path:
         """What `anychip plan --save` predicted for this run's own layout; the training log shows it."""
         return self.root / "plan.json"
+
+    @property
+    def probe(self) -> Path:
+        """What `anychip probe` measured: `probe.json`, `probe.html`, and progress to continue from."""
+        return self.root / "probe"
+
+    @property
+    def chip_profile(self) -> Path:
+        """Operators that `anychip probe` found wrong; training then takes the reference."""
+        return self.root / CHIP_PROFILE
+
+    @property
+    def trace(self) -> Path:
+        """What `anychip verify trace` recorded."""
+        return self.root / "trace.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from anychip.data.batch import Batch
     from anychip.train.job import Evaluate
+    from anychip.train.observe import Observer
     from anychip.tune.sft import SftData
 
 
@@ -69,7 +71,11 @@ def run_stages(recipe: Recipe, run: RunDirectory) -> None:
 
 def run_stage(name: str, recipe: Recipe, run: RunDirectory) -> None:
     """Run one stage unless it has ended; the stages before it must have ended."""
-    stage = STAGES[name]
+    _run(STAGES[name], recipe, run)
+
+
+def _run(stage: Stage, recipe: Recipe, run: RunDirectory) -> None:
+    name = stage.name
     if not stage.wanted(recipe):
         raise InputError(f"the recipe has no section for the stage {name}.", where=run.root, do=f"Add tune.{name}.")
     for earlier in stage.after:
@@ -143,7 +149,30 @@ def _data_is_there(recipe: Recipe, run: RunDirectory) -> bool:
     return is_there(recipe, run)
 
 
-def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+def trace_run(recipe: Recipe, run: RunDirectory, *, interval: int, out: Path | None, max_bytes: int) -> None:
+    """Pretrain as the stage does, from its start, and record a trace.
+
+    Raises InputError when the run has been trained already: what was not recorded then cannot be now.
+    """
+    from anychip.verify.record import Recorder
+
+    if run.finished("train") is not None or any(run.checkpoints.glob("step-*")):
+        raise InputError(
+            "has been trained, at least in part; a trace records a run from its first step.",
+            where=run.root,
+            do="Give the traced run another name: --set name=NAME.",
+        )
+    if recipe.training.compile:
+        print("training.compile is off while a run is traced", flush=True)
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": False})})
+    path = out or run.trace
+    header = {"recipe": recipe.name, "fingerprint": _fingerprint(STAGES["train"], recipe)}
+    observer = Recorder(path, interval, header, max_bytes)
+    _run(replace(STAGES["train"], run=partial(_train, observer=observer)), recipe, run)
+    print(f"trace: {path}")
+
+
+def _train(recipe: Recipe, run: RunDirectory, observer: Observer | None = None) -> dict[str, Any]:
     from anychip.data.loader import TrainingData
     from anychip.parallel.parts import initialize_parts
     from anychip.plan.saved import predicted_rate
@@ -157,7 +186,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     identity = _fingerprint(STAGES["train"], recipe)
     predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
     job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
-    return {"step": run_training(job)}
+    return {"step": run_training(job if observer is None else replace(job, observer=observer))}
 
 
 def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:

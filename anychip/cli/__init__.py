@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from anychip.cli import chips, data, interchange, launch, plan, stages, supervise, talk
+from anychip.cli import chips, data, interchange, launch, plan, stages, supervise, talk, verify
 from anychip.cli.groups import DefaultCommandGroup
 from anychip.errors import AnychipError
 
@@ -32,6 +32,7 @@ app.command()(talk.generate)
 app.command()(talk.serve)
 app.command()(chips.chips)
 app.command()(chips.doctor)
+app.command()(verify.probe)
 app.command()(launch.launch)
 app.command()(supervise.supervise)
 app.command()(supervise.explain)
@@ -54,6 +55,11 @@ data_app.command()(data.prepare)
 data_app.command()(data.inspect)
 data_app.command()(data.ledger)
 app.add_typer(data_app, name="data")
+
+verify_app = typer.Typer(help="Do two runs, on other chips or layouts, compute the same?", no_args_is_help=True)
+verify_app.command()(verify.trace)
+verify_app.command()(verify.compare)
+app.add_typer(verify_app, name="verify")
 
 bench_app = typer.Typer(help="Measure what is here.", no_args_is_help=True)
 bench_app.command("chip")(chips.bench_chip)

@@ -20,7 +20,9 @@ from anychip.recipe.schema import (
     ParallelConfig,
     Recipe,
 )
+from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
+from anychip.train.observe import Observer
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -69,7 +71,9 @@ class TrainingJob:
     deterministic: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
     operators: Mapping[str, str] = field(default_factory=dict)
+    profile: Path | None = None  # of the chip, by `anychip probe`; what `operators` says goes first
     objective: Objective = field(default_factory=NextToken)
+    observer: Observer = field(default_factory=Observer)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
 
@@ -107,6 +111,7 @@ def training_job(
         eval_interval=training.eval_interval,
         deterministic=training.deterministic,
         operators=training.operators,
+        profile=directory / CHIP_PROFILE,
         parallel=recipe.parallel,
         guard=recipe.guard,
         predicted=predicted,

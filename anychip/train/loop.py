@@ -24,6 +24,7 @@ import torch
 
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
 from anychip.chips.operators import OperatorFallback, operators_for
+from anychip.chips.profile import choices
 from anychip.data.batch import Batch
 from anychip.data.cursor import DataCursor
 from anychip.errors import AnychipError
@@ -82,7 +83,7 @@ def run_training(job: TrainingJob) -> int:
     joined = time.perf_counter()
     if not processes.is_first:
         warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it
-    operators = operators_for(backend.vendor, job.operators)
+    operators = operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators))
     engine = Engine(job, processes, dtype, operators)
     optimizer = Optimizer(engine.trainable, job.optimizer, dtype, operators)
     built = time.perf_counter()
@@ -94,6 +95,7 @@ def run_training(job: TrainingJob) -> int:
         saves.leave()
         return step
 
+    job.observer.attach(job, engine, processes)
     is_writer = processes.is_first
     if is_writer:
         cursor.write(RunDirectory(job.directory))
@@ -138,8 +140,9 @@ def run_training(job: TrainingJob) -> int:
                 partial(replay.forward_backward, step) if replay and replay.due(step) else None,
                 copies.flipped if copies else None,
             )
+            job.observer.begin(step, lr)
             done = train_step(
-                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks
+                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks, job.observer
             )
             fence().check_lease()
             bar.advance()

@@ -14,6 +14,7 @@ from anychip.train.copies import Flip
 from anychip.train.engine import Engine
 from anychip.train.guard import Guard, first_bad_tensor
 from anychip.train.heartbeat import Heartbeat
+from anychip.train.observe import Observer
 from anychip.train.optimizer import Optimizer
 from anychip.train.replay import ReplayFault
 
@@ -50,6 +51,7 @@ def train_step(
     guard: Guard,
     heartbeat: Heartbeat,
     checks: Checks = Checks(),
+    observer: Observer = Observer(),
 ) -> StepResult:
     """Gradients of a global batch, judged, clipped and applied: on all processes or on none.
 
@@ -68,8 +70,11 @@ def train_step(
     problem, bad_tensor = fault.describe() if fault else guard.judge(loss, grad_norm), ""
     if not problem:
         heartbeat.beat("optimizer")
+        observer.reduced(loss, grad_norm)
         scale_gradients(engine.learned, grad_norm, grad_clip)
+        observer.clipped()
         optimizer.step(lr)
+        observer.updated()
     elif not fault:
         bad_tensor = first_bad_tensor(engine.parameters)
     _drop_gradients(engine)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anychip.chips.backend import detect_backend
 from anychip.chips.operators import operators_for
+from anychip.chips.profile import choices
 from anychip.errors import InputError
 from anychip.files import sha256_file
 from anychip.model.lora import is_adapter
@@ -18,7 +19,7 @@ from anychip.parallel.parts import initialize_adapters
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
 from anychip.recipe.schema import CheckpointConfig, DpoConfig, SftConfig
-from anychip.rundir import RunDirectory
+from anychip.rundir import CHIP_PROFILE, RunDirectory
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.manifest import MANIFEST_NAME
 from anychip.train.engine import Engine
@@ -102,6 +103,7 @@ def _job(
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         deterministic=recipe.training.deterministic,
         operators=recipe.training.operators,
+        profile=directory.parent / CHIP_PROFILE,
         parallel=recipe.parallel,
         guard=recipe.guard,
         lora=config.lora,
@@ -137,7 +139,10 @@ def _frozen_engine(job: TrainingJob, recipe: Recipe, start: Path) -> tuple[Engin
     backend.prepare_process()
     device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
     processes = Processes.join(job.parallel, device, backend.collective_backend)
-    dtype, operators = compute_dtype(job.compute_dtype, backend), operators_for(backend.vendor, job.operators)
+    dtype, operators = (
+        compute_dtype(job.compute_dtype, backend),
+        operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators)),
+    )
     frozen = Engine(replace(job, lora=None), processes, dtype, operators)
     _load(recipe, start, frozen.parameters)
     for parameter in frozen.parameters.values():

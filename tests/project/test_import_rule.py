@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "parallel", "plan"},
     {"launch"},
     {"train"},
-    {"tune", "evals", "supervise"},
+    {"tune", "evals", "supervise", "verify"},
     {"interchange"},
     {"serve"},
     {"report"},

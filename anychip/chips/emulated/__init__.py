@@ -9,6 +9,7 @@ on (quirks.py). It says nothing about how a real chip computes.
     device.py       makes it known to PyTorch as "emulated" and its collectives as "emulated_ccl"
     namespace.py    `torch.emulated`
     autocast.py     what `torch.autocast("emulated")` casts
+    faults/         what it computes wrong, from the variable ANYCHIP_EMULATED_FAULTS
     watch.py        finds tensors that stayed on the CPU
     backend.py      the chip as training sees it
 """

@@ -38,11 +38,15 @@ def load_device() -> Quirks:
     rename_privateuse1_backend(DEVICE_TYPE)
 
     from anychip.chips.emulated import autocast, namespace
+    from anychip.chips.emulated.faults.collectives import install_collective_faults
+    from anychip.chips.emulated.faults.kernels import install_kernel_faults
 
     torch._register_device_module(DEVICE_TYPE, namespace)
     autocast.register_rules()
+    install_kernel_faults()
     if torch.distributed.is_available():
         _register_collectives(native, quirks)
+        install_collective_faults()
     return quirks
 
 

@@ -38,10 +38,19 @@ def operators_for(
                 f"{name}: {choice} is not a choice of operator.",
                 do=f"Name one of {', '.join(OPERATORS)} and give it one of {', '.join(CHOICES)}.",
             )
-    known = OVERRIDES.get(vendor, {}) if overrides is None else overrides
+    known = overrides_of(vendor) if overrides is None else overrides
     chosen = {
         name: CheckedOperator(name, override, getattr(reference, name))
         for name, override in known.items()
         if profile.get(name, "vendor") == "vendor"
     }
     return replace(reference, **chosen)
+
+
+def overrides_of(vendor: str) -> Mapping[str, Override]:
+    """A vendor's own operators. The emulated chip has some only to have them wrong, when told to."""
+    if vendor != "emulated":
+        return OVERRIDES.get(vendor, {})
+    from anychip.chips.emulated.faults.operators import faulty_overrides
+
+    return faulty_overrides()
