@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,10 @@ def run_stage(name: str, recipe: Recipe, run: RunDirectory) -> None:
     record = stage.run(recipe, run)
     seconds = time.monotonic() - started
     if _is_first_process():
+        if recipe.attest.active:
+            from anychip.attest.record import record_stage
+
+            record_stage(run, name, record)
         run.finish(name, {"fingerprint": _fingerprint(stage, recipe), "seconds": round(seconds, 3), **record})
     print(f"{name}: done in {seconds:.1f} s", flush=True)
 
@@ -144,6 +148,7 @@ def _data_is_there(recipe: Recipe, run: RunDirectory) -> bool:
 
 
 def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.data.loader import TrainingData
     from anychip.parallel.parts import initialize_parts
     from anychip.plan.saved import predicted_rate
@@ -157,7 +162,8 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     identity = _fingerprint(STAGES["train"], recipe)
     predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
     job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
-    return {"step": run_training(job)}
+    with attesting(recipe, run, "pretrain") as witness:
+        return {"step": run_training(replace(job, witness=witness))}
 
 
 def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
@@ -173,18 +179,22 @@ def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
 
 
 def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.tune.run import run_sft
     from anychip.tune.sft import SftData
 
     data = SftData(recipe, run)
     evaluate = _held_out_loss(data) if data.split.held_out_phrasings else None
-    return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe))}
+    with attesting(recipe, run, "sft") as witness:
+        return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe), witness)}
 
 
 def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.tune.run import run_dpo
 
-    return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe))}
+    with attesting(recipe, run, "dpo") as witness:
+        return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 
 def _held_out_loss(data: SftData) -> Evaluate:

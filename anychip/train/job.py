@@ -21,6 +21,7 @@ from anychip.recipe.schema import (
     Recipe,
 )
 from anychip.train.objective import NextToken, Objective
+from anychip.train.witness import Witness
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -72,6 +73,7 @@ class TrainingJob:
     objective: Objective = field(default_factory=NextToken)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
+    witness: Witness | None = None  # writes down where the weights come from
 
 
 def training_job(

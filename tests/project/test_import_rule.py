@@ -21,7 +21,7 @@ LEVELS = [
     {"train"},
     {"tune", "evals", "supervise"},
     {"interchange"},
-    {"serve"},
+    {"serve", "attest"},
     {"report"},
     {"stages"},
     {"cli"},
