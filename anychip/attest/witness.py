@@ -38,6 +38,8 @@ from anychip.train.checkpoint.ranks import Ranks
 from anychip.train.guard import LOG_NAME as GUARD_LOG
 from anychip.train.witness import Witness
 
+_OWN_EXTRA = ("identity", "arithmetic", "skipped", "guard", "attest")  # what any checkpoint says; the rest is its story
+
 
 class Trace:
     """What was trained since the last claim."""
@@ -207,7 +209,7 @@ class ChainWitness:
             why = f"the checkpoint of step {info.step} of {self._stage} is of a state that was never claimed here"
             self._open.append("gap", {"why": why})
             return str(claim)
-        how = {key: value for key, value in info.extra.items() if key in ("grown_from", "imported", "weights_only")}
+        how = {key: value for key, value in info.extra.items() if key not in _OWN_EXTRA}
         body = {"stage": self._stage, "step": info.step, "manifest": manifest, "how": "brought from elsewhere"}
         return self._open.append("derived", {**body, "parent": None, "said": how})
 
