@@ -24,7 +24,13 @@ from anychip.errors import InputError, UnfitError
 from anychip.files import fsync_directory, write_json, write_text
 from anychip.rundir import RunDirectory
 
-CARD, BOM, LICENSE, RECIPE, EVALUATION = "README.md", "mlbom.cdx.json", "LICENSE", "training_recipe.yaml", "evaluation.json"
+CARD, BOM, LICENSE, RECIPE, EVALUATION = (
+    "README.md",
+    "mlbom.cdx.json",
+    "LICENSE",
+    "training_recipe.yaml",
+    "evaluation.json",
+)
 
 
 def make_release(

@@ -38,11 +38,9 @@ class PublicKey:
         return sha256(self.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
     def verifies(self, signature: bytes, payload: bytes) -> bool:
+        how: Any = () if isinstance(self.key, ed25519.Ed25519PublicKey) else (ec.ECDSA(HASHES[self.key.curve.name]()),)
         try:
-            if isinstance(self.key, ed25519.Ed25519PublicKey):
-                self.key.verify(signature, pae(payload))
-            else:
-                self.key.verify(signature, pae(payload), ec.ECDSA(HASHES[self.key.curve.name]()))
+            self.key.verify(signature, pae(payload), *how)
         except InvalidSignature:
             return False
         return True
@@ -67,8 +65,7 @@ def pae(payload: bytes) -> bytes:
 
 
 def open_envelope(envelope: Any, name: str, keys: list[PublicKey]) -> dict[str, Any]:
-    """The statement in an envelope that each of `keys` signed. Raises Refused: `key` when one of them did not sign,
-    `signature` when what it signed is something else."""
+    """The statement in an envelope that each of `keys` signed. Refused: `key` when one of them did not sign."""
     if need(envelope, "payloadType", str) != PAYLOAD_TYPE or set(envelope) != {"payload", "payloadType", "signatures"}:
         raise Refused("form", f"{name} is not an envelope with an in-toto statement.")
     payload, signatures = from_base64(need(envelope, "payload", str), name), {}

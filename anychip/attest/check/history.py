@@ -28,6 +28,7 @@ class History:
     manifests: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    starts: list[tuple[Any, Any, Any]] = field(default_factory=list)  # body, inputs, members
     export: dict[str, Any] | None = None
     _at: dict[str, str] = field(default_factory=dict)  # stage -> the state it is in
     _data: dict[str, Any] = field(default_factory=dict)  # stage -> what it was pinned to read
@@ -59,8 +60,6 @@ def read_history(text: bytes, objects: Mapping[str, bytes]) -> History:
     lines = text.split(b"\n")
     if lines.pop() != b"":
         history.findings.problem("truncated", "the last line of the chain is not whole.")
-    if not lines:
-        history.findings.problem("truncated", "the chain is empty.")
     places = {sha256(line): place for place, line in reversed(list(enumerate(lines)))}
     for place, line in enumerate(lines):
         try:
@@ -96,6 +95,7 @@ def _start(history: History, body: dict[str, Any], me: str) -> None:
     stage, step, resumed = need(body, "stage", str), need(body, "step", int), body.get("resumed")
     history._members = need(body, "members", str)
     members, inputs = history.lookup(history._members, "members"), history.lookup(need(body, "inputs", str), "inputs")
+    history.starts.append((body, inputs, members))
     ranks = [need(member, "rank", int) for member in need(members, "ranks", list)]
     if ranks != list(range(need(body, "processes", int))) or not ranks:
         history.findings.problem("chip", "the chips of some ranks are not recorded.")
@@ -134,7 +134,7 @@ def _claim(history: History, body: dict[str, Any], me: str) -> None:
     skipped = need(body, "skipped", list)
     if rows[0] != [_position(step, skipped) for step in range(first, last)]:
         raise Refused("steps", f"{stage} left out batches between steps {first} and {last}, and does not say so.")
-    if len(need(body, "ledger", str)) != 64 or not isinstance(body.get("seconds"), int | float):
+    if len(need(body, "ledger", str)) != 64 or type(body.get("seconds")) not in (int, float):
         raise Refused("form", "a claim lacks its ledger or its time.")
 
 
@@ -167,14 +167,19 @@ def _rollback(history: History, body: dict[str, Any], me: str) -> None:
 
 
 def _derived(history: History, body: dict[str, Any], me: str) -> None:
-    """A checkpoint that was computed from another one without training: merged, grown; or brought from elsewhere."""
-    stage, step, parent = need(body, "stage", str), need(body, "step", int), body.get("parent")
+    """A checkpoint that nobody trained: merged or grown from another one, or brought from elsewhere."""
+    stage, step, parent, how = (
+        need(body, "stage", str),
+        need(body, "step", int),
+        body.get("parent"),
+        need(body, "how", str),
+    )
     if parent is None:
         if stage in history._at:
             raise Refused("fork", f"weights of another origin take the place of {stage}.")
         history._at[stage] = me
     elif parent not in history.states:
-        raise Refused("fork", f"{need(body, 'how', str)} begins with a state that this chain does not have.")
+        raise Refused("fork", f"{how} begins with a state that this chain does not have.")
     else:
         history.parents[me] = parent
     history.states[me] = (stage, step)

@@ -57,18 +57,14 @@ def check_release(folder: Path, keys: Keys) -> tuple[Findings, History | None]:
 
 def about_data(history: History) -> dict[str, str]:
     """The digests of all corpora and tokenizers that the chain names."""
-    found: dict[str, str] = {}
-    for link in history.links:
-        if link["kind"] == "start":
-            data = need(history.lookup(link["body"]["inputs"], "inputs"), "data", dict)
-            found |= {name: digest for name in data if (digest := need(data, name, str))}
-    return found
+    pinned = [need(inputs, "data", dict) for _, inputs, _ in history.starts]
+    return {name: need(data, name, str) for data in pinned for name in data}
 
 
 def about_chips(history: History) -> dict[str, str]:
     """The digests of all lists of chips that the chain names."""
-    lists = [link["body"]["members"] for link in history.links if link["kind"] == "start"]
-    return {f"members-{number}": digest for number, digest in enumerate(dict.fromkeys(lists), start=1)}
+    lists = dict.fromkeys(need(body, "members", str) for body, _, _ in history.starts)
+    return {f"members-{number}": digest for number, digest in enumerate(lists, start=1)}
 
 
 ABOUT = {"data-owner": about_data, "chip-vendor": about_chips}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from anychip.attest.check.envelope import PublicKey
 from anychip.attest.check.findings import Findings, need
-
-if TYPE_CHECKING:
-    from anychip.attest.check.envelope import PublicKey
-    from anychip.attest.check.history import History
+from anychip.attest.check.history import History
 
 
 def say(findings: Findings, history: History, files: int, keys: dict[str, list[PublicKey]]) -> None:
@@ -17,19 +15,16 @@ def say(findings: Findings, history: History, files: int, keys: dict[str, list[P
     signers = ", ".join(f"{role} {key.id[:12]}" for role, them in keys.items() for key in them)
     export = history.export or {}
     line = history.lineage(need(export, "state", str))
-    starts = [link["body"] for link in history.links if link["kind"] == "start"]
     stages = " <- ".join(f"{stage} step {step}" for stage, step in _ends(history, line))
-    origin = history.links[history.digests.index(line[-1])]
     findings.shown += [
         f"Signed by: {signers}. All {files} files are those that were signed.",
         f"The chain has {len(history.links)} links, in order, none missing. It ends with the export of {stages}.",
-        f"{len(starts)} starts, {kinds['rollback']} times back to an older state, {kinds['repair']} repairs after a "
+        f"{len(history.starts)} starts, {kinds['rollback']} returns to an older state, {kinds['repair']} repairs after a "
         f"process died, {kinds['guard']} interventions of the guard. Every state goes on from the one before it.",
     ]
     seen: list[Any] = []
-    for body in starts:
-        inputs = history.lookup(body["inputs"], "inputs")
-        told = [_code(inputs), *_chips(history.lookup(body["members"], "members")["ranks"]), _policy(inputs["policy"])]
+    for body, inputs, members in history.starts:
+        told = [_code(inputs), *_chips(members["ranks"]), _policy(inputs["policy"])]
         new = [text for text in told if text not in seen]
         seen += new
         if new:
@@ -40,7 +35,7 @@ def say(findings: Findings, history: History, files: int, keys: dict[str, list[P
         "That no other training began like this one: only this chain was signed.",
         "That installed files were as their lists (RECORD) say, or that the operating system told the truth.",
     ]
-    if origin["kind"] == "derived":
+    if (origin := history.links[history.digests.index(line[-1])])["kind"] == "derived":
         body = origin["body"]
         findings.not_shown.append(f"Where the first weights come from ({body['how']}, {body['manifest'][:12]}).")
     for role, what in {"data-owner": "Whose data it is", "chip-vendor": "That the chips are genuine"}.items():
@@ -62,7 +57,7 @@ def _code(inputs: dict[str, Any]) -> str:
 
 
 def _chips(ranks: list[Any]) -> list[str]:
-    names = Counter(f"{rank['maker']} {rank['model']} (driver {rank.get('driver')})" for rank in ranks)
+    names = Counter(f"{rank['maker']} {rank.get('model')} (driver {rank.get('driver')})" for rank in ranks)
     return [f"{count} x {name}" for name, count in names.items()]
 
 
