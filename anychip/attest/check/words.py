@@ -19,8 +19,8 @@ def say(findings: Findings, history: History, files: int, keys: dict[str, list[P
     findings.shown += [
         f"Signed by: {signers}. All {files} files are those that were signed.",
         f"The chain has {len(history.links)} links, in order, none missing. It ends with the export of {stages}.",
-        f"{len(history.starts)} starts, {kinds['rollback']} returns to an older state, {kinds['repair']} repairs after a "
-        f"process died, {kinds['guard']} interventions of the guard. Every state goes on from the one before it.",
+        f"{len(history.starts)} starts, {kinds['rollback']} returns to an older state, {kinds['repair']} repairs after "
+        f"a process died, {kinds['guard']} interventions of the guard. Every state goes on from the one before it.",
     ]
     seen: list[Any] = []
     for body, inputs, members in history.starts:
