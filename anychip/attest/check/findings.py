@@ -85,10 +85,10 @@ def read(path: Path, name: str) -> bytes:
     raise Refused("form", f"{name} is not a file, or larger than {_LARGEST_FILE} bytes.")
 
 
-def need(value: Any, key: str, kind: type) -> Any:
-    """`value[key]`, of this type."""
+def need(value: Any, key: str, kind: type, *, optional: bool = False) -> Any:
+    """`value[key]`, of this type; or None where that is allowed."""
     found = value.get(key) if isinstance(value, dict) else None
-    if type(found) is not kind:
+    if type(found) is not kind and not (optional and found is None):
         raise Refused("form", f"the field {key} is missing or of another type.")
     return found
 

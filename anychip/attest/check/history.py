@@ -32,6 +32,7 @@ class History:
     export: dict[str, Any] | None = None
     _at: dict[str, str] = field(default_factory=dict)  # stage -> the state it is in
     _data: dict[str, Any] = field(default_factory=dict)  # stage -> what it was pinned to read
+    _stored: dict[str, str] = field(default_factory=dict)  # state -> manifest
     _members: str = ""
 
     @property
@@ -49,7 +50,7 @@ class History:
     def lineage(self, state: str) -> list[str]:
         """A state and those it came from, newest first."""
         found = [state]
-        while (parent := self.parents.get(found[-1])) and parent not in found:
+        while parent := self.parents.get(found[-1]):
             found.append(parent)
         return found
 
@@ -92,12 +93,12 @@ def _check_place(history: History, link: Any, place: int, places: dict[str, int]
 
 
 def _start(history: History, body: dict[str, Any], me: str) -> None:
-    stage, step, resumed = need(body, "stage", str), need(body, "step", int), body.get("resumed")
+    stage, step, resumed = need(body, "stage", str), need(body, "step", int), need(body, "resumed", str, optional=True)
     history._members = need(body, "members", str)
     members, inputs = history.lookup(history._members, "members"), history.lookup(need(body, "inputs", str), "inputs")
     history.starts.append((body, inputs, members))
     ranks = [need(member, "rank", int) for member in need(members, "ranks", list)]
-    if ranks != list(range(need(body, "processes", int))) or not ranks:
+    if need(body, "processes", int) != len(ranks) or ranks != list(range(len(ranks))) or not ranks:
         history.findings.problem("chip", "the chips of some ranks are not recorded.")
     judge(need(inputs, "policy", dict), members["ranks"], history.findings)
     data = need(inputs, "data", dict)
@@ -112,10 +113,10 @@ def _start(history: History, body: dict[str, Any], me: str) -> None:
         raise Refused("steps", f"{stage} begins at step {step}.")
     history._at[stage] = me
     history.states[me] = (stage, 0)
-    weights = body.get("weights")
+    weights = need(body, "weights", str, optional=True)
+    if weights is not None and weights not in history.manifests:
+        raise Refused("fork", f"{stage} begins with weights that this chain does not have.")
     if weights is not None:
-        if weights not in history.manifests:
-            raise Refused("fork", f"{stage} begins with weights that this chain does not have.")
         history.parents[me] = history.manifests[weights]
 
 
@@ -153,7 +154,7 @@ def _saved(history: History, body: dict[str, Any], me: str) -> None:
     state, manifest = need(body, "claim", str), need(body, "manifest", str)
     if state not in history.states:
         raise Refused("missing link", "a checkpoint was stored whose state nobody claimed.")
-    if any(held == state and other != manifest for other, held in history.manifests.items()):
+    if history._stored.setdefault(state, manifest) != manifest:
         raise Refused("fork", "two different checkpoints are said to be of one state.")
     if history.manifests.setdefault(manifest, state) != state:
         raise Refused("fork", "one checkpoint is said to be of two states.")

@@ -1,7 +1,6 @@
 """Which chips may train, and whose software may be there. Training enforces it, and the verifier judges it again.
 
-A policy is `{allow_vendors, deny_vendors, deny_country}`, lists of names in lower case. Chips and software say by whom
-they are made: `{vendor, maker, country}`.
+A policy is `{allow_vendors, deny_vendors, deny_country}`, names in lower case, about a `{vendor, maker, country}`.
 """
 
 from __future__ import annotations
