@@ -94,6 +94,10 @@ def _run(stage: Stage, recipe: Recipe, run: RunDirectory) -> None:
     record = stage.run(recipe, run)
     seconds = time.monotonic() - started
     if _is_first_process():
+        if recipe.attest.active:
+            from anychip.attest.record import record_stage
+
+            record_stage(run, name, record)
         run.finish(name, {"fingerprint": _fingerprint(stage, recipe), "seconds": round(seconds, 3), **record})
     print(f"{name}: done in {seconds:.1f} s", flush=True)
 
@@ -173,6 +177,7 @@ def trace_run(recipe: Recipe, run: RunDirectory, *, interval: int, out: Path | N
 
 
 def _train(recipe: Recipe, run: RunDirectory, observer: Observer | None = None) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.data.loader import TrainingData
     from anychip.parallel.parts import initialize_parts
     from anychip.plan.saved import predicted_rate
@@ -186,7 +191,8 @@ def _train(recipe: Recipe, run: RunDirectory, observer: Observer | None = None) 
     identity = _fingerprint(STAGES["train"], recipe)
     predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
     job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
-    return {"step": run_training(job if observer is None else replace(job, observer=observer))}
+    with attesting(recipe, run, "pretrain") as witness:
+        return {"step": run_training(replace(job, witness=witness, observer=observer or job.observer))}
 
 
 def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
@@ -202,18 +208,22 @@ def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
 
 
 def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.tune.run import run_sft
     from anychip.tune.sft import SftData
 
     data = SftData(recipe, run)
     evaluate = _held_out_loss(data) if data.split.held_out_phrasings else None
-    return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe))}
+    with attesting(recipe, run, "sft") as witness:
+        return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe), witness)}
 
 
 def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.tune.run import run_dpo
 
-    return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe))}
+    with attesting(recipe, run, "dpo") as witness:
+        return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 
 def _held_out_loss(data: SftData) -> Evaluate:

@@ -238,6 +238,10 @@ CHINESE = {
     "sampling.top_p": "合起来达到这一概率的最可能的词元",
     "sampling.repetition_penalty": "大于 1 时，出现过的词元更不容易再出现",
     "sampling.max_new_tokens": "最长的回答",
+    "attest.record": "在 attest/ 中保存记录链；下面任何一条策略也会使它保存",
+    "attest.allow_vendors": "只有这些厂商的芯片可以参加训练；空：不限",
+    "attest.deny_vendors": "这些厂商的芯片不得参加训练",
+    "attest.deny_country": "总部在这些国家（两个字母）的厂商的芯片不得参加训练",
 }
 
 

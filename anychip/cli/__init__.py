@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from anychip.cli import chips, data, interchange, launch, plan, stages, supervise, talk, verify
+from anychip.cli import attest, chips, data, interchange, launch, plan, stages, supervise, talk, verify
 from anychip.cli.groups import DefaultCommandGroup
 from anychip.errors import AnychipError
 
@@ -37,6 +37,7 @@ app.command()(launch.launch)
 app.command()(supervise.supervise)
 app.command()(supervise.explain)
 app.command()(supervise.chaos)
+app.command()(attest.release)
 
 plan_app = typer.Typer(
     help="Which layout, how fast, how much memory, how many days: `anychip plan RECIPE --cluster CLUSTER`.",
@@ -60,6 +61,12 @@ verify_app = typer.Typer(help="Do two runs, on other chips or layouts, compute t
 verify_app.command()(verify.trace)
 verify_app.command()(verify.compare)
 app.add_typer(verify_app, name="verify")
+attest_app = typer.Typer(help="Check and sign where a model comes from.", no_args_is_help=True)
+attest_app.command()(attest.check)
+attest_app.command()(attest.show)
+attest_app.command()(attest.keygen)
+attest_app.command()(attest.sign)
+app.add_typer(attest_app, name="attest")
 
 bench_app = typer.Typer(help="Measure what is here.", no_args_is_help=True)
 bench_app.command("chip")(chips.bench_chip)

@@ -28,6 +28,7 @@ from anychip.progress import Progress, progress
 from anychip.recipe.schema import ModelConfig, Recipe, SamplingConfig
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
+from anychip.train.checkpoint.manifest import MANIFEST_NAME
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -117,7 +118,12 @@ def _write_export(
     check = check_logits(config, read, published.read, folder, layout)
     record = {
         "anychip": __version__,
-        "source": {"run": recipe.name, "stage": stage, "step": info.step},
+        "source": {
+            "run": recipe.name,
+            "stage": stage,
+            "step": info.step,
+            "manifest": sha256_file(info.path / MANIFEST_NAME),
+        },
         "dtype": torch_name,
         "logit_check": check.as_record(),
         "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},

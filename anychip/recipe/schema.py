@@ -597,6 +597,23 @@ class ServeConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
 
 
+class AttestConfig(Section):
+    """What a run writes down so that others can check where its weights come from, and which chips may take part."""
+
+    record: bool = Field(False, description="keep the chain in attest/; so does every policy below")
+    allow_vendors: list[str] = Field(
+        default_factory=list, description="the only vendors or makers whose chips may train; empty: all"
+    )
+    deny_vendors: list[str] = Field(default_factory=list, description="vendors or makers whose chips may not train")
+    deny_country: list[Annotated[str, Field(pattern=r"^[A-Za-z]{2}$")]] = Field(
+        default_factory=list, description="countries (two letters) whose makers' chips may not train"
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.record or bool(self.allow_vendors or self.deny_vendors or self.deny_country)
+
+
 class Recipe(Section):
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run directory is runs/NAME")]
@@ -613,6 +630,7 @@ class Recipe(Section):
     eval: EvalConfig = EvalConfig()
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
+    attest: AttestConfig = AttestConfig()
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Recipe:

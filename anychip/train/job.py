@@ -23,6 +23,7 @@ from anychip.recipe.schema import (
 from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
 from anychip.train.observe import Observer
+from anychip.train.witness import Witness
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -76,6 +77,7 @@ class TrainingJob:
     observer: Observer = field(default_factory=Observer)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
+    witness: Witness | None = None  # writes down where the weights come from
 
 
 def training_job(

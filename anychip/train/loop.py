@@ -80,6 +80,8 @@ def run_training(job: TrainingJob) -> int:
     device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
+    if job.witness:
+        job.witness.begin(processes, backend, job.directory)
     joined = time.perf_counter()
     if not processes.is_first:
         warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it
@@ -167,6 +169,8 @@ def run_training(job: TrainingJob) -> int:
                     cursor = cursor.without(cursor.position(step), position + 1)
                     clock = _go_on_from(job, step, cursor, log, batches, bar)
                     continue
+            if job.witness:
+                job.witness.stepped(step, cursor.position(step - 1), batch, done.loss, done.grad_norm)
 
             shown = not done.problem and (step % job.log.interval == 0 or step in (1, job.steps))
             experts = engine.balance.measure() if shown else {}

@@ -55,6 +55,8 @@ class Saves:
         """Fill model, optimizer and guard from the newest good copy or checkpoint, or initialise them; returns the
         step, and where the data stands. Raises InputError when what is there is of another recipe."""
         newest = self._newest()
+        if self._job.witness:
+            self._job.witness.restored(newest.step if newest else 0, newest, self._engine.arithmetic)
         if newest is None or len(self._engine.trainable) < len(self._engine.parameters):  # no checkpoint has the rest
             self._job.initialize(self._engine.parameters)
         if newest is None:
@@ -144,6 +146,8 @@ class Saves:
             "skipped": cursor.as_json(),
             "guard": self._guard.state().model_dump(),
         }
+        if self._job.witness:
+            extra["attest"] = self._job.witness.claim(step, cursor)
         if self._memory and not last and self._is_due_in_memory(step):
             self._copy(self._memory, step, extra)
         if not (last or self._is_due(step, self._job.checkpoint.save_interval)):
@@ -157,6 +161,8 @@ class Saves:
             if last:
                 raise
             print(f"warning: checkpoint of step {step} failed, training goes on: {error}", file=sys.stderr, flush=True)
+        if self._job.witness:
+            self._job.witness.settle()
 
     def _copy(self, memory: MemoryCopies, step: int, extra: dict[str, Any]) -> None:
         """Copy to memory, unless the copy before is still on its way anywhere: training does not wait for it."""

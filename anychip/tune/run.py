@@ -26,20 +26,28 @@ from anychip.train.engine import Engine
 from anychip.train.job import BatchSource, Evaluate, TrainingJob
 from anychip.train.loop import run_training
 from anychip.train.precision import compute_dtype
+from anychip.train.witness import Witness
 from anychip.tune.adapters import adapter_directory, merge_adapter
 from anychip.tune.dpo import DpoData, dpo_config, reference_log_probabilities
 from anychip.tune.preference import Preference
 from anychip.tune.sft import SftData, sft_config
 
 
-def run_sft(recipe: Recipe, run: RunDirectory, data: SftData, evaluate: Evaluate | None, identity: str) -> int:
+def run_sft(
+    recipe: Recipe,
+    run: RunDirectory,
+    data: SftData,
+    evaluate: Evaluate | None,
+    identity: str,
+    witness: Witness | None = None,
+) -> int:
     """Tune the newest pretrained weights; returns the last step."""
     config, start = sft_config(recipe), run.checkpoints
     job = _job("sft", recipe, config, run.sft, start, data, identity)
-    return _train(replace(job, evaluate=evaluate), recipe, config, run.sft, start)
+    return _train(replace(job, evaluate=evaluate, witness=witness), recipe, config, run.sft, start)
 
 
-def run_dpo(recipe: Recipe, run: RunDirectory, identity: str) -> int:
+def run_dpo(recipe: Recipe, run: RunDirectory, identity: str, witness: Witness | None = None) -> int:
     """Tune the newest tuned weights, or else the pretrained ones, on preferences; returns the last step."""
     config, data = dpo_config(recipe), DpoData(recipe, run)
     start = run.checkpoints if recipe.tune.sft is None else run.sft / "checkpoints"
@@ -49,6 +57,7 @@ def run_dpo(recipe: Recipe, run: RunDirectory, identity: str) -> int:
         micro_batch_size=2 * config.micro_batch_size,
         global_batch_size=2 * config.global_batch_size,
         objective=Preference(config.loss, config.beta),
+        witness=witness,
     )
     if config.reference == "precomputed" and run_is_over(job):
         return job.steps

@@ -21,7 +21,7 @@ LEVELS = [
     {"train"},
     {"tune", "evals", "supervise", "verify"},
     {"interchange"},
-    {"serve"},
+    {"serve", "attest"},
     {"report"},
     {"stages"},
     {"cli"},
