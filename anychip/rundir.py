@@ -64,6 +64,11 @@ class RunDirectory:
         return self.root / "dpo"
 
     @property
+    def grpo(self) -> Path:
+        """Tuning by rewards, as `sft`; with `success.json`, and `answers/` to read."""
+        return self.root / "grpo"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 

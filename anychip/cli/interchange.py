@@ -24,7 +24,7 @@ def init(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption =
 def export(
     run_directory: RunArgument,
     out: Annotated[Path | None, typer.Option(help="Where to write; default RUN/export.")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft or dpo; default: the newest that exists.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, dpo, grpo; default: the newest.")] = None,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as PEFT reads it.")] = False,
 ) -> None:

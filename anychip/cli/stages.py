@@ -49,6 +49,13 @@ def dpo(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = 
     run_stage("dpo", *open_run(recipe, overrides or [], runs))
 
 
+def grpo(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Tune by rewards on the model's own answers to questions that can be checked."""
+    from anychip.stages import open_run, run_stage
+
+    run_stage("grpo", *open_run(recipe, overrides or [], runs))
+
+
 def evaluate(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Measure held-out bits per byte, beside xz -9 and a 5-gram model."""
     from anychip.stages import open_run, run_stage

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from anychip.model.arithmetic import flops_per_token, num_parameters
-from anychip.recipe.schema import DpoConfig, Recipe, SftConfig
+from anychip.recipe.schema import DpoConfig, GrpoConfig, Recipe, SftConfig
 from anychip.rundir import RunDirectory
 
 
@@ -62,10 +62,12 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
         f"- pretraining: {training.steps:,} steps of {training.global_batch_size} x {training.seq_length} tokens, "
         f"{recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, seed {recipe.seed}",
     ]
-    if recipe.tune.sft and source["stage"] in ("sft", "dpo"):
+    if recipe.tune.sft and source["stage"] in ("sft", "dpo", "grpo"):
         lines.append(f"- supervised tuning: {_tuning(recipe.tune.sft)}")
-    if recipe.tune.dpo and source["stage"] == "dpo":
+    if recipe.tune.dpo and source["stage"] in ("dpo", "grpo"):
         lines.append(f"- preference tuning ({recipe.tune.dpo.loss}): {_tuning(recipe.tune.dpo)}")
+    if recipe.tune.grpo and source["stage"] == "grpo":
+        lines.append(f"- tuning by rewards: {_tuning(recipe.tune.grpo)}")
     summary = _json(run.data / "summary.json")
     for name, counts in summary.get("sources", {}).items():
         train = counts.get("train", {})
@@ -75,7 +77,7 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _tuning(config: SftConfig | DpoConfig) -> str:
+def _tuning(config: SftConfig | DpoConfig | GrpoConfig) -> str:
     paths = ", ".join(source.path for source in config.sources)
     adapters = f", adapters of rank {config.lora.rank} merged in" if config.lora else ""
     return f"{config.steps:,} steps on {paths}{adapters}"

@@ -14,6 +14,7 @@ _STAGE_NAMES = {
     "train": ("pretraining", "预训练"),
     "sft": ("tuning", "微调"),
     "dpo": ("preference tuning", "偏好微调"),
+    "grpo": ("tuning by rewards", "奖励微调"),
     "eval": ("evaluation", "评测"),
     "export": ("export", "导出"),
     "report": ("report", "报告"),

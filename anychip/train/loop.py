@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -131,6 +131,10 @@ def run_training(job: TrainingJob) -> int:
                 batches.restart(step, cursor)
                 continue
             clock.data_seconds += time.perf_counter() - waited
+            measured: Mapping[str, float] = {}
+            if job.answering is not None:
+                heartbeat.beat("answer")
+                batch, measured = job.answering.answer(engine, batch, cursor.position(step))
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             step += 1
@@ -167,7 +171,7 @@ def run_training(job: TrainingJob) -> int:
 
             if log and not done.problem and (step % job.log.interval == 0 or step in (1, job.steps)):
                 backend.synchronize()
-                metrics = _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak)
+                metrics = _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak, measured)
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)
@@ -245,6 +249,7 @@ def _measure(
     lr: float,
     devices: int,
     peak: float | None,
+    measured: Mapping[str, float],
 ) -> StepMetrics:
     seconds = time.perf_counter() - clock.started
     rate = clock.tokens / seconds / devices
@@ -264,6 +269,7 @@ def _measure(
         seconds=seconds,
         eta_seconds=(job.steps - step) * seconds / (step - clock.step),
         predicted=job.predicted,
+        measured=measured,
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class StepMetrics:
     seconds: float
     eta_seconds: float
     predicted: float | None = None  # tokens a second and device that a plan foresaw
+    measured: Mapping[str, float] = field(default_factory=dict)  # about what the model wrote for this step
 
     def line(self, steps: int) -> str:
         parts = [
@@ -39,6 +40,7 @@ class StepMetrics:
             f"loss {self.loss:.3f}",
             f"grad_norm {self.grad_norm:.2f}",
             f"lr {self.lr:.1e}",
+            *(f"{name} {value:.4g}" for name, value in self.measured.items()),
             f"mem {self.memory_bytes / 2**30:.1f}GiB",
             f"tok/s/dev {self.tokens_per_second:,.0f}",
             f"TFLOP/s/dev {self.tflops:.2f}",
@@ -90,7 +92,8 @@ class MetricsLog:
             self._board = None
 
     def write_step(self, metrics: StepMetrics) -> None:
-        self.write(asdict(metrics))
+        row = asdict(metrics)
+        self.write(row | row.pop("measured"))
 
     def forget_after(self, step: int) -> None:
         """Training went back to `step`: drop the rows of what it undid."""
