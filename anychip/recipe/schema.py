@@ -459,7 +459,7 @@ class GrpoConfig(Section):
     answers_at_once: Positive = Field(64, description="answers in work at a time, per process")
     max_new_tokens: Positive = Field(64, description="longest answer, its end included")
     largest_difference: Annotated[float, Field(gt=0)] = Field(
-        0.05,
+        0.02,
         description="mean absolute difference between log-probabilities of sampler and training, in nats a token, "
         "above which the run stops",
     )
