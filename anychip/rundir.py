@@ -73,6 +73,11 @@ class RunDirectory:
         return self.root / "eval.json"
 
     @property
+    def tasks(self) -> Path:
+        """Results of the recipe's task files."""
+        return self.root / "tasks.json"
+
+    @property
     def export(self) -> Path:
         return self.root / "export"
 

@@ -245,6 +245,17 @@ def _eval(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     return {"evaluation": evaluate_run(run, recipe)}
 
 
+def _tasks(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.serve.evaluate import described, evaluate_tasks, keep_results, open_model
+
+    model = open_model(str(run.root), chat=recipe.eval.chat)
+    records = evaluate_tasks(model, [Path(task) for task in recipe.eval.tasks], harness=recipe.eval.harness)
+    keep_results(run.tasks, records)
+    for record in records:
+        print(f"  {described(record)}")
+    return {"tasks": len(records)}
+
+
 def _export(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.interchange.export import export_run
 
@@ -284,8 +295,10 @@ STAGES: dict[str, Stage] = {
               wanted=lambda recipe: recipe.tune.dpo is not None),
         Stage("grpo", _grpo, ["tune.grpo", "tune.template"], after=["train", "sft", "dpo"],
               wanted=lambda recipe: recipe.tune.grpo is not None),
-        Stage("eval", _eval, ["eval"], after=["train"]),
-        Stage("export", _export, ["export"], after=["train", "sft", "dpo", "grpo", "eval"]),
+        Stage("eval", _eval, ["eval.baselines", "eval.max_tokens"], after=["train"]),
+        Stage("tasks", _tasks, ["eval"], after=["train", "sft", "dpo", "grpo"],
+              wanted=lambda recipe: bool(recipe.eval.tasks)),
+        Stage("export", _export, ["export"], after=["train", "sft", "dpo", "grpo", "eval", "tasks"]),
         Stage("samples", _samples, [], after=["sft", "dpo", "grpo"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("report", _report, [], after=["train"]),
     )

@@ -12,6 +12,8 @@ from anychip.model.arithmetic import flops_per_token, num_parameters
 from anychip.recipe.schema import DpoConfig, GrpoConfig, Recipe, SftConfig
 from anychip.rundir import RunDirectory
 
+_BEFORE_AFTER = ("before", "after")
+
 
 def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> str:
     """Markdown with YAML front matter. Numbers come from the run; what was not measured is not mentioned."""
@@ -90,10 +92,38 @@ def _evaluation(run: RunDirectory) -> str:
         for name, value in measured.items()
         if isinstance(value, dict) and isinstance(value.get("bits_per_byte"), float)
     ]
-    if not rows:
+    parts = []
+    if rows:
+        head = "Held-out text, bits per byte (lower is better); the pretrained model.\n\n"
+        parts.append(head + "\n".join(["| | bits per byte |", "|---|---|", *rows]))
+    if tasks := _task_rows(run):
+        head = "| task | metric | value | standard error | documents | run by |\n|---|---|---|---|---|---|\n"
+        parts.append(head + "\n".join(tasks))
+    if success := _success(run):
+        parts.append(success)
+    return "\n\n".join(["## Evaluation", *parts]) if parts else ""
+
+
+def _task_rows(run: RunDirectory) -> list[str]:
+    return [
+        f"| {record['task']} | {metric} | {found['value']:.4f} | "
+        f"{'' if found['standard_error'] is None else format(found['standard_error'], '.4f')} | "
+        f"{record['documents']:,} | {record['runner']} |"
+        for record in _json(run.tasks).get("tasks", [])
+        for metric, found in record["metrics"].items()
+    ]
+
+
+def _success(run: RunDirectory) -> str:
+    """What tuning by rewards did to held-out questions."""
+    measured = _json(run.grpo / "success.json")
+    if not measured:
         return ""
-    head = "## Evaluation\n\nHeld-out text, bits per byte (lower is better); the pretrained model.\n\n"
-    return head + "\n".join(["| | bits per byte |", "|---|---|", *rows])
+    shares = [f"{measured[name]['success']:.1%} ± {measured[name]['standard_error']:.1%}" for name in _BEFORE_AFTER]
+    return (
+        f"Held-out questions with answers that a program checks ({measured['questions']:,}): {shares[0]} right before "
+        f"tuning by rewards, {shares[1]} after (likeliest answer; standard errors)."
+    )
 
 
 def _conversion(conversion: dict[str, Any]) -> str:

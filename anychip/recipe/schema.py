@@ -312,7 +312,7 @@ class DialogSource(Section):
 
     path: str = Field(
         description="a .jsonl (or a .json list) of dialogs; or `python:docstrings`, pairs made from installed "
-        "documentation strings; or `puzzle:largest`, short questions about the largest of four numbers"
+        "documentation strings; or `puzzle:letters`, short questions about the last of four letters"
     )
     weight: Annotated[float, Field(gt=0)] = Field(
         1.0, description="times each dialog is read in an epoch; 0.5 reads it in every second one"
@@ -502,6 +502,11 @@ class TuneConfig(Section):
 class EvalConfig(Section):
     baselines: bool = Field(True, description="also measure xz -9 and a 5-gram model on the same held-out text")
     max_tokens: Positive = Field(262_144, description="held-out tokens scored")
+    tasks: list[str] = Field(
+        default_factory=list, description="task files in lm-eval's form, run over the newest tuned model"
+    )
+    harness: bool = Field(False, description="run the task files by lm-eval instead of our own runner")
+    chat: bool = Field(True, description="ask the tasks in the chat template")
 
 
 class ExportConfig(Section):

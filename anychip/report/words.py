@@ -16,6 +16,7 @@ _STAGE_NAMES = {
     "dpo": ("preference tuning", "偏好微调"),
     "grpo": ("tuning by rewards", "奖励微调"),
     "eval": ("evaluation", "评测"),
+    "tasks": ("tasks", "任务评测"),
     "export": ("export", "导出"),
     "report": ("report", "报告"),
     "samples": ("samples", "样例"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -107,6 +108,15 @@ def _said(order: dict[str, object], folder: Path, out: IO[bytes], err: IO[bytes]
             said = b""
         os.close(reading)
     return said
+
+
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def program_in(answer: str) -> str:
+    """The last fenced block of a model's answer, or all of it."""
+    blocks = _FENCE.findall(answer)
+    return blocks[-1] if blocks else answer
 
 
 def _shown(file: IO[bytes]) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from itertools import permutations
+from string import ascii_lowercase
 
 from anychip.tune.dialogs import Dialog, question_and_answer
 
-_NUMBERS_ASKED = 4
+_QUESTIONS, _LETTERS_ASKED = 4000, 4
 
 
-def largest_number() -> list[Dialog]:
-    """Which of four different digits is the largest: 5,040 questions, each a subject of its own below `largest`."""
-    return [
-        question_and_answer(
-            f"Which is the largest: {', '.join(map(str, numbers))}?", str(max(numbers)), f"largest.{numbers}"
-        )
-        for numbers in permutations(range(10), _NUMBERS_ASKED)
-    ]
+def last_letter() -> list[Dialog]:
+    """Which of four different letters comes last in the alphabet: 4,000 questions, each a subject of its own below
+    `letters`, so that each is held out by itself. Who names one of the four by chance is right once in four, and who
+    always says z, about once in six."""
+    chance, asked = random.Random(0), dict[str, None]()
+    while len(asked) < _QUESTIONS:
+        asked[", ".join(chance.sample(ascii_lowercase, _LETTERS_ASKED))] = None
+    return [question_and_answer(f"Which comes last: {listed}?", max(listed), f"letters.{listed}") for listed in asked]
 
 
-PUZZLES: dict[str, Callable[[], list[Dialog]]] = {"puzzle:largest": largest_number}
+PUZZLES: dict[str, Callable[[], list[Dialog]]] = {"puzzle:letters": last_letter}

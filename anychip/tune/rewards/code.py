@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
-from anychip.sandbox import Limits, isolation, run_python
+from anychip.sandbox import Limits, isolation, program_in, run_python
 from anychip.tune.rewards.reward import Answered
-
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class Code:
@@ -28,9 +25,3 @@ class Code:
         if not answered.tests.strip():
             return 0.0
         return float(run_python(f"{program_in(answered.answer)}\n{answered.tests}", self._limits).passed)
-
-
-def program_in(answer: str) -> str:
-    """The last fenced block of an answer, or all of it."""
-    blocks = _FENCE.findall(answer)
-    return blocks[-1] if blocks else answer
