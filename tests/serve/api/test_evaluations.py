@@ -35,13 +35,17 @@ def model(served: Served) -> EngineModel:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def tasks(model: EngineModel, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A choice task, and a generation task whose answers are the model's own for a third of its documents."""
     folder = tmp_path_factory.mktemp("tasks")
     documents = [
         {"q": f"{one} {other}", "choices": WORDS[:4], "gold": (place + 2 * number) % 4, "answer": WORDS[number]}
         for place, one in enumerate(WORDS)
         for number, other in enumerate(WORDS)
     ]
+    said = model.generate([str(document["q"]) for document in documents[::3]], [" ", "a"], 6)
+    for document, answer in zip(documents[::3], said, strict=True):
+        document["answer"] = answer
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
     shared = {
         "dataset_path": "json",
