@@ -54,3 +54,14 @@ def import_(
     written = import_model(source, *opened)
     keep_recipe(*opened)
     typer.echo(f"wrote {written}")
+
+
+def merge(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Exported or published model directories.")],
+    out: Annotated[Path, typer.Option(help="Where to write; must not exist.")],
+    weight: Annotated[list[float] | None, typer.Option(help="One for each model, in order; default: equal.")] = None,
+) -> None:
+    """Average the weights of models of one shape."""
+    from anychip.interchange.merge import merge_models
+
+    typer.echo(f"wrote {merge_models(models, weight, out)}")

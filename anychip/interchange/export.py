@@ -106,7 +106,10 @@ def _write_export(
         ((_, tensor),) = store.read(info, [f"model.{name}"])
         return tensor.to(dtype)
 
-    _write_weights(folder, config, dtype, recipe.export.max_shard_bytes, read)
+    def read_published(tensor: PublishedTensor) -> Tensor:
+        return to_published(config, tensor, [read(name) for name in tensor.logical])
+
+    write_weights(folder, config, dtype, recipe.export.max_shard_bytes, read_published)
     torch_name = str(dtype).removeprefix("torch.")
     write_json(
         folder / "config.json",
@@ -127,16 +130,21 @@ def _write_export(
     write_text(folder / "README.md", model_card(recipe, run, record))
 
 
-def _write_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int, read: Callable[[str], Tensor]
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    read: Callable[[PublishedTensor], Tensor],
 ) -> None:
+    """The weight files of a published directory, and their index where there are several; one tensor in memory."""
     shards = _shards(config, dtype, max_shard_bytes)
     total = sum(_nbytes(tensor, dtype) for shard in shards for tensor in shard)
     weight_map = {}
     with progress("export", total, "bytes") as bar:
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = _read_published(config, shard, read, bar)
+            tensors = _watched(shard, read, bar)
             write_safetensors(folder / name, [(t.name, t.shape) for t in shard], dtype, tensors)
             weight_map.update({tensor.name: name for tensor in shard})
     if len(shards) > 1:
@@ -144,11 +152,11 @@ def _write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _read_published(
-    config: ModelConfig, shard: list[PublishedTensor], read: Callable[[str], Tensor], bar: Progress
+def _watched(
+    shard: list[PublishedTensor], read: Callable[[PublishedTensor], Tensor], bar: Progress
 ) -> Iterator[Tensor]:
     for tensor in shard:
-        data = to_published(config, tensor, [read(name) for name in tensor.logical])
+        data = read(tensor)
         yield data
         bar.advance(data.numel() * data.element_size())
 
