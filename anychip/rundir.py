@@ -81,8 +81,18 @@ class RunDirectory:
         return self.root / "dpo"
 
     @property
+    def grpo(self) -> Path:
+        """Tuning by rewards, as `sft`; with `success.json`, and `answers/` to read."""
+        return self.root / "grpo"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
+
+    @property
+    def tasks(self) -> Path:
+        """Results of the recipe's task files."""
+        return self.root / "tasks.json"
 
     @property
     def export(self) -> Path:

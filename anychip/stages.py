@@ -226,6 +226,30 @@ def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 
+def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.chips.backend import detect_backend
+    from anychip.serve.sampler import EngineSampler
+    from anychip.train.precision import compute_dtype
+    from anychip.tune.grpo import GrpoData
+    from anychip.tune.run import run_grpo
+    from anychip.tune.sampler import Sampler
+
+    dtype = compute_dtype(recipe.training.compute_dtype, detect_backend())
+
+    def make_sampler(data: GrpoData) -> Sampler:
+        end, at_once = data.tokenizer.eos_id, data.config.answers_at_once
+        if data.config.sampler == "anychip":
+            return EngineSampler(recipe.model, dtype, end, at_once)
+        from anychip.interchange.export import export_run
+        from anychip.serve.vllm_sampler import VllmSampler
+
+        export = run.grpo / f"start-{os.environ.get('RANK', '0')}"
+        export_run(run, stage="dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain", out=export)
+        return VllmSampler(recipe.model, dtype, end, at_once, export)
+
+    return {"step": run_grpo(recipe, run, _fingerprint(STAGES["grpo"], recipe), make_sampler)}
+
+
 def _held_out_loss(data: SftData) -> Evaluate:
     """Loss on questions about known subjects in words that tuning never uses."""
     from anychip.evals.bits_per_byte import measure_bits_per_byte
@@ -258,6 +282,17 @@ def _eval(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.evals.run import evaluate_run
 
     return {"evaluation": evaluate_run(run, recipe)}
+
+
+def _tasks(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.serve.evaluate import described, evaluate_tasks, keep_results, open_model
+
+    model = open_model(str(run.root), chat=recipe.eval.chat)
+    records = evaluate_tasks(model, [Path(task) for task in recipe.eval.tasks], harness=recipe.eval.harness)
+    keep_results(run.tasks, records)
+    for record in records:
+        print(f"  {described(record)}")
+    return {"tasks": len(records)}
 
 
 def _export(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
@@ -297,9 +332,13 @@ STAGES: dict[str, Stage] = {
               wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("dpo", _dpo, ["tune.dpo", "tune.template"], after=["train", "sft"],
               wanted=lambda recipe: recipe.tune.dpo is not None),
-        Stage("eval", _eval, ["eval"], after=["train"]),
-        Stage("export", _export, ["export"], after=["train", "sft", "dpo", "eval"]),
-        Stage("samples", _samples, [], after=["sft", "dpo"], wanted=lambda recipe: recipe.tune.sft is not None),
+        Stage("grpo", _grpo, ["tune.grpo", "tune.template"], after=["train", "sft", "dpo"],
+              wanted=lambda recipe: recipe.tune.grpo is not None),
+        Stage("eval", _eval, ["eval.baselines", "eval.max_tokens"], after=["train"]),
+        Stage("tasks", _tasks, ["eval"], after=["train", "sft", "dpo", "grpo"],
+              wanted=lambda recipe: bool(recipe.eval.tasks)),
+        Stage("export", _export, ["export"], after=["train", "sft", "dpo", "grpo", "eval", "tasks"]),
+        Stage("samples", _samples, [], after=["sft", "dpo", "grpo"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("report", _report, [], after=["train"]),
     )
 }  # fmt: skip

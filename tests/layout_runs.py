@@ -22,8 +22,9 @@ from anychip.parallel.tensor import local, whole
 from anychip.recipe.schema import CheckpointConfig, LogConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob
-from anychip.train.objective import NextToken
+from anychip.train.objective import NextToken, Objective
 from anychip.train.optimizer import Optimizer
+from anychip.tune.policy import Policy
 from anychip.tune.preference import Preference
 
 MODEL = ModelConfig(
@@ -40,10 +41,10 @@ SEQ_LENGTH, GLOBAL_BATCH, STEPS, SEED = 32, 16, 20, 3
 class RandomTokens:
     """Batches by step, rows with unequal numbers of labels: a mean of means would be wrong. With `documents` attention
     stays between tokens 0, which end a document here; with `preference` each row has a log-probability to be compared
-    with."""
+    with, and with `policy` each token has two, and each row an advantage."""
 
-    def __init__(self, documents: bool = False, preference: bool = False) -> None:
-        self._documents, self._preference = documents, preference
+    def __init__(self, documents: bool = False, preference: bool = False, policy: bool = False) -> None:
+        self._documents, self._preference, self._policy = documents, preference, policy
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 + step)
@@ -52,6 +53,10 @@ class RandomTokens:
         labels[::3, :9] = IGNORE_LABEL
         documents = number_documents(tokens[:, :-1] // 8, 0) if self._documents else None
         reference = -90 - 20 * torch.rand(GLOBAL_BATCH, generator=generator).double() if self._preference else None
+        if self._policy:
+            sampled, reference = (-4 - torch.rand(labels.shape, generator=generator).double() for _ in range(2))
+            advantages = torch.randn(GLOBAL_BATCH, generator=generator).double()
+            return Batch(tokens[:, :-1], labels, documents, reference, sampled, advantages)
         return Batch(tokens[:, :-1], labels, documents, reference)
 
 
@@ -95,7 +100,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         title="layout",
         directory=Path(),
         model=model_of(run),
-        source=RandomTokens(run.job.get("documents", False), "preference" in run.job),
+        source=RandomTokens(run.job.get("documents", False), "preference" in run.job, "policy" in run.job),
         initialize=lambda parameters: None,
         evaluate=None,
         identity="",
@@ -110,7 +115,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         loss_chunk_tokens=24,
         recompute=run.job.get("recompute", "none"),
         lora=LoraConfig(**run.job["lora"]) if "lora" in run.job else None,
-        objective=Preference(run.job["preference"], 0.3) if "preference" in run.job else NextToken(),
+        objective=_objective(run.job),
     )
     dtype = getattr(torch, run.job.get("dtype", "float64"))
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)  # of the master weights
@@ -119,6 +124,12 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
     initialize_parts(engine.parameters, job.model, SEED)
     initialize_adapters(engine.parameters, SEED)
     return job, processes, engine, Optimizer(engine.trainable, job.optimizer, dtype)
+
+
+def _objective(job: Mapping[str, Any]) -> Objective:
+    if "policy" in job:
+        return Policy(0.2, 0.28, 0.1, job["policy"], SEQ_LENGTH)
+    return Preference(job["preference"], 0.3) if "preference" in job else NextToken()
 
 
 def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def init(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption =
 def export(
     run_directory: RunArgument,
     out: Annotated[Path | None, typer.Option(help="Where to write; default RUN/export.")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft or dpo; default: the newest that exists.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, dpo, grpo; default: the newest.")] = None,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the LoRA adapter alone, as PEFT reads it.")] = False,
 ) -> None:
@@ -54,3 +54,14 @@ def import_(
     written = import_model(source, *opened)
     keep_recipe(*opened)
     typer.echo(f"wrote {written}")
+
+
+def merge(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Exported or published model directories.")],
+    out: Annotated[Path, typer.Option(help="Where to write; must not exist.")],
+    weight: Annotated[list[float] | None, typer.Option(help="One for each model, in order; default: equal.")] = None,
+) -> None:
+    """Average the weights of models of one shape."""
+    from anychip.interchange.merge import merge_models
+
+    typer.echo(f"wrote {merge_models(models, weight, out)}")

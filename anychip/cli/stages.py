@@ -49,11 +49,36 @@ def dpo(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = 
     run_stage("dpo", *open_run(recipe, overrides or [], runs))
 
 
-def evaluate(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Measure held-out bits per byte, beside xz -9 and a 5-gram model."""
+def grpo(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Tune by rewards on the model's own answers to questions that can be checked."""
     from anychip.stages import open_run, run_stage
 
-    run_stage("eval", *open_run(recipe, overrides or [], runs))
+    run_stage("grpo", *open_run(recipe, overrides or [], runs))
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL|URL", help="With --task: a run, export or server.")],
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    task: Annotated[list[Path] | None, typer.Option(help="A task file in lm-eval's form; may be repeated.")] = None,
+    harness: Annotated[bool, typer.Option(help="Run the task files by lm-eval.")] = False,
+    chat: Annotated[bool, typer.Option(help="Ask in the model's chat template.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+) -> None:
+    """Measure held-out bits per byte of a recipe's run, or run task files over a model."""
+    if not task:
+        from anychip.stages import open_run, run_stage
+
+        run_stage("eval", *open_run(Path(target), overrides or [], runs))
+        return
+    from anychip.serve.evaluate import described, evaluate_tasks, keep_results, open_model
+
+    records = evaluate_tasks(open_model(target, chat=chat), task, harness=harness, limit=limit)
+    for record in records:
+        typer.echo(described(record))
+    if output is not None:
+        keep_results(output, records)
 
 
 def report(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption = RUNS) -> None:

@@ -14,18 +14,23 @@ IGNORE_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """`n` sequences. All tensors are int64 of shape [n, seq].
+    """`n` sequences. Tokens, labels and documents are int64 of shape [n, seq].
 
     `labels` is already shifted by one: `labels[i, j]` is the token that follows `input_ids[i, j]`;
     IGNORE_LABEL (-100) means that a position carries no loss. `documents` number the documents of a row: attention
-    stays between equal numbers; None: a row is one text. `reference` [n], for preference tuning, holds the
-    log-probability of each row's labels under the model that it started from.
+    stays between equal numbers; None: a row is one text.
+
+    For tuning by comparison: `reference` is what the model that tuning started from says, the log-probability of each
+    row's labels [n] or of each label [n, seq]. Where answers were sampled, `sampled` [n, seq] holds the
+    log-probabilities under the weights that wrote them, and `advantages` [n] how much better than their group they are.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
 
     @cached_property
     def num_labels(self) -> int:

@@ -34,7 +34,7 @@ def export_adapter(run: RunDirectory, stage: str | None = None, out: Path | None
     Raises InputError when there is none, or when something else is in the target's place.
     """
     recipe = run.read_recipe()
-    tuned = {"dpo": (run.dpo, recipe.tune.dpo), "sft": (run.sft, recipe.tune.sft)}
+    tuned = {"grpo": (run.grpo, recipe.tune.grpo), "dpo": (run.dpo, recipe.tune.dpo), "sft": (run.sft, recipe.tune.sft)}
     names = [stage] if stage else [name for name, (_, config) in tuned.items() if config is not None and config.lora]
     if not names or names[0] not in tuned:
         raise InputError(

@@ -109,8 +109,13 @@ def _write_export(
         return tensor.to(dtype)
 
     layout, torch_name = recipe.export.layout, str(dtype).removeprefix("torch.")
+    remembered = remembering(read)
+
+    def read_published(tensor: PublishedTensor) -> Tensor:
+        return to_published(config, tensor, [remembered(name) for name in tensor.logical])
+
     fields = config_to_json(config, torch_name, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, layout)
-    _write_weights(folder, config, layout, dtype, recipe.export.max_shard_bytes, remembering(read))
+    write_weights(folder, config, layout, dtype, recipe.export.max_shard_bytes, read_published)
     write_json(folder / "config.json", fields)
     _write_tokenizer(folder, tokenizer, config, recipe.tune.template)
     write_json(folder / "generation_config.json", _generation_config(recipe.serve.sampling, tokenizer))
@@ -132,21 +137,22 @@ def _write_export(
     write_text(folder / "README.md", model_card(recipe, run, record))
 
 
-def _write_weights(
+def write_weights(
     folder: Path,
     config: ModelConfig,
     layout: Layout,
     dtype: torch.dtype,
     max_shard_bytes: int,
-    read: Callable[[str], Tensor],
+    read: Callable[[PublishedTensor], Tensor],
 ) -> None:
+    """The weight files of a published directory, and their index where there are several; one tensor in memory."""
     shards = _shards(config, layout, dtype, max_shard_bytes)
     total = sum(_nbytes(tensor, dtype) for shard in shards for tensor in shard)
     weight_map = {}
     with progress("export", total, "bytes") as bar:
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = (data.to(dtype) for data in _read_published(config, shard, read, bar))
+            tensors = (data.to(dtype) for data in _watched(shard, read, bar))
             write_safetensors(folder / name, [(t.name, t.shape) for t in shard], dtype, tensors)
             weight_map.update({tensor.name: name for tensor in shard})
     if len(shards) > 1:
@@ -154,11 +160,11 @@ def _write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _read_published(
-    config: ModelConfig, shard: list[PublishedTensor], read: Callable[[str], Tensor], bar: Progress
+def _watched(
+    shard: list[PublishedTensor], read: Callable[[PublishedTensor], Tensor], bar: Progress
 ) -> Iterator[Tensor]:
     for tensor in shard:
-        data = to_published(config, tensor, [read(name) for name in tensor.logical])
+        data = read(tensor)
         yield data.contiguous()
         bar.advance(data.numel() * data.element_size())
 

@@ -67,7 +67,8 @@ def check_tokenizer_fits(tokenizer: Tokenizer, config: ModelConfig, where: Path)
 
 def newest_checkpoint(run: RunDirectory, stage: str | None = None) -> tuple[str, CheckpointStore, CheckpointInfo]:
     """(stage, store, checkpoint) of the newest good checkpoint: tuned if there is one, unless `stage` says which."""
-    places = {"dpo": run.dpo / "checkpoints", "sft": run.sft / "checkpoints", "pretrain": run.checkpoints}
+    tuned = {"grpo": run.grpo, "dpo": run.dpo, "sft": run.sft}
+    places = {name: folder / "checkpoints" for name, folder in tuned.items()} | {"pretrain": run.checkpoints}
     if stage is not None and stage not in places:
         raise InputError(f"--stage {stage} is not known.", do=f"Allowed: {', '.join(places)}.")
     for name in [stage] if stage else list(places):

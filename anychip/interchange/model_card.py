@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from anychip.model.arithmetic import flops_per_token, num_parameters
-from anychip.recipe.schema import DpoConfig, Recipe, SftConfig
+from anychip.recipe.schema import DpoConfig, GrpoConfig, Recipe, SftConfig
 from anychip.rundir import RunDirectory
+
+_BEFORE_AFTER = ("before", "after")
 
 
 def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> str:
@@ -62,10 +64,12 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
         f"- pretraining: {training.steps:,} steps of {training.global_batch_size} x {training.seq_length} tokens, "
         f"{recipe.optimizer.name}, peak rate {recipe.optimizer.lr:g}, seed {recipe.seed}",
     ]
-    if recipe.tune.sft and source["stage"] in ("sft", "dpo"):
+    if recipe.tune.sft and source["stage"] in ("sft", "dpo", "grpo"):
         lines.append(f"- supervised tuning: {_tuning(recipe.tune.sft)}")
-    if recipe.tune.dpo and source["stage"] == "dpo":
+    if recipe.tune.dpo and source["stage"] in ("dpo", "grpo"):
         lines.append(f"- preference tuning ({recipe.tune.dpo.loss}): {_tuning(recipe.tune.dpo)}")
+    if recipe.tune.grpo and source["stage"] == "grpo":
+        lines.append(f"- tuning by rewards: {_tuning(recipe.tune.grpo)}")
     summary = _json(run.data / "summary.json")
     for name, counts in summary.get("sources", {}).items():
         train = counts.get("train", {})
@@ -75,7 +79,7 @@ def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> 
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _tuning(config: SftConfig | DpoConfig) -> str:
+def _tuning(config: SftConfig | DpoConfig | GrpoConfig) -> str:
     paths = ", ".join(source.path for source in config.sources)
     adapters = f", adapters of rank {config.lora.rank} merged in" if config.lora else ""
     return f"{config.steps:,} steps on {paths}{adapters}"
@@ -88,10 +92,38 @@ def _evaluation(run: RunDirectory) -> str:
         for name, value in measured.items()
         if isinstance(value, dict) and isinstance(value.get("bits_per_byte"), float)
     ]
-    if not rows:
+    parts = []
+    if rows:
+        head = "Held-out text, bits per byte (lower is better); the pretrained model.\n\n"
+        parts.append(head + "\n".join(["| | bits per byte |", "|---|---|", *rows]))
+    if tasks := _task_rows(run):
+        head = "| task | metric | value | standard error | documents | run by |\n|---|---|---|---|---|---|\n"
+        parts.append(head + "\n".join(tasks))
+    if success := _success(run):
+        parts.append(success)
+    return "\n\n".join(["## Evaluation", *parts]) if parts else ""
+
+
+def _task_rows(run: RunDirectory) -> list[str]:
+    return [
+        f"| {record['task']} | {metric} | {found['value']:.4f} | "
+        f"{'' if found['standard_error'] is None else format(found['standard_error'], '.4f')} | "
+        f"{record['documents']:,} | {record['runner']} |"
+        for record in _json(run.tasks).get("tasks", [])
+        for metric, found in record["metrics"].items()
+    ]
+
+
+def _success(run: RunDirectory) -> str:
+    """What tuning by rewards did to held-out questions."""
+    measured = _json(run.grpo / "success.json")
+    if not measured:
         return ""
-    head = "## Evaluation\n\nHeld-out text, bits per byte (lower is better); the pretrained model.\n\n"
-    return head + "\n".join(["| | bits per byte |", "|---|---|", *rows])
+    shares = [f"{measured[name]['success']:.1%} ± {measured[name]['standard_error']:.1%}" for name in _BEFORE_AFTER]
+    return (
+        f"Held-out questions with answers that a program checks ({measured['questions']:,}): {shares[0]} right before "
+        f"tuning by rewards, {shares[1]} after (likeliest answer; standard errors)."
+    )
 
 
 def _conversion(conversion: dict[str, Any]) -> str:

@@ -462,8 +462,8 @@ class DialogSource(Section):
     """A file of dialogs, and how often they are read."""
 
     path: str = Field(
-        description="a .jsonl (or a .json list) of dialogs, or `python:docstrings`: pairs made from installed "
-        "documentation strings"
+        description="a .jsonl (or a .json list) of dialogs; or `python:docstrings`, pairs made from installed "
+        "documentation strings; or `puzzle:letters`, short questions about the last of four letters"
     )
     weight: Annotated[float, Field(gt=0)] = Field(
         1.0, description="times each dialog is read in an epoch; 0.5 reads it in every second one"
@@ -561,6 +561,85 @@ class DpoConfig(Section):
         return self
 
 
+class RewardConfig(Section):
+    """A score of an answer, times a weight; an answer's reward is the sum over all rewards of the section."""
+
+    kind: Literal["exact", "pattern", "maths", "code", "custom"] = Field(
+        description="exact: is it the known answer; pattern: does a regular expression match; maths: is it "
+        "mathematically equal (math-verify); code: does it pass the tests; custom: a Python function"
+    )
+    weight: float = 1.0
+    pattern: str = Field("", description="pattern: the expression, which the whole answer must match")
+    function: str = Field("", description="custom: `module:function`, called with an answer, returns a number")
+    seconds: Annotated[float, Field(gt=0)] = Field(5.0, description="code: CPU time allowed")
+    memory_bytes: Positive = Field(512 << 20, description="code: memory allowed")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RewardConfig:
+        if bool(self.pattern) != (self.kind == "pattern"):
+            raise ValueError("kind pattern needs `pattern`, and no other kind takes it")
+        if bool(self.function) != (self.kind == "custom"):
+            raise ValueError("kind custom needs `function`, and no other kind takes it")
+        return self
+
+
+class GrpoConfig(Section):
+    """Group relative policy optimization (arXiv 2402.03300) with rewards that can be checked, from the last tuned
+    checkpoint, or else the pretrained one."""
+
+    sources: Annotated[list[DialogSource], Field(min_length=1)]
+    rewards: Annotated[list[RewardConfig], Field(min_length=1)] = [RewardConfig(kind="exact")]
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="answers to each question")
+    iterations: Positive = Field(1, description="updates of the model by the same answers")
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.04, description="weight of the divergence from the starting weights; 0: they are not kept in memory"
+    )
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="probabilities may fall by this share")
+    clip_high: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="probabilities may rise by this share; 0.28 in DAPO (arXiv 2503.14476)"
+    )
+    normalization: Literal["sequence", "token", "length"] = Field(
+        "sequence",
+        description="sequence: each answer counts alike (arXiv 2402.03300); token: each token (DAPO, arXiv 2503.14476);"
+        " length: sums over a constant, the longest answer (Dr. GRPO, arXiv 2503.20783)",
+    )
+    scale_rewards: bool = Field(
+        True, description="divide advantages by their group's standard deviation; Dr. GRPO does not"
+    )
+    sampler: Literal["anychip", "vllm"] = Field("anychip", description="what writes the answers")
+    answers_at_once: Positive = Field(64, description="answers in work at a time, per process")
+    max_new_tokens: Positive = Field(64, description="longest answer, its end included")
+    largest_difference: Annotated[float, Field(gt=0)] = Field(
+        0.02,
+        description="mean absolute difference between log-probabilities of sampler and training, in nats a token, "
+        "above which the run stops",
+    )
+    held_out_questions: Annotated[int, Field(ge=0)] = Field(
+        200, description="held-out questions asked of the model before and after; 0: none"
+    )
+    too_long: Literal["report", "refuse"] = Field(
+        "report", description="questions longer than seq_length - max_new_tokens: leave out, or stop"
+    )
+    steps: Positive = 100
+    seq_length: Positive = Field(256, description="question and answer")
+    micro_batch_size: Positive = Field(8, description="answers in training at a time, per process")
+    global_batch_size: Positive = Field(
+        64, description="answers a step; a multiple of `group_size` and of processes x `micro_batch_size`"
+    )
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, weight_decay=0.0, schedule=ScheduleConfig(warmup_steps=10))
+    lora: LoraConfig | None = None
+    system_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> GrpoConfig:
+        _adapters_take_adamw(self.lora, self.optimizer)
+        if self.global_batch_size % self.group_size:
+            raise ValueError(f"global_batch_size {self.global_batch_size} is not a multiple of {self.group_size}")
+        if self.max_new_tokens >= self.seq_length:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} leaves no room in seq_length {self.seq_length}")
+        return self
+
+
 class TuneConfig(Section):
     template: ChatTemplate = Field(
         "B",
@@ -568,11 +647,17 @@ class TuneConfig(Section):
     )
     sft: SftConfig | None = None
     dpo: DpoConfig | None = None
+    grpo: GrpoConfig | None = None
 
 
 class EvalConfig(Section):
     baselines: bool = Field(True, description="also measure xz -9 and a 5-gram model on the same held-out text")
     max_tokens: Positive = Field(262_144, description="held-out tokens scored")
+    tasks: list[str] = Field(
+        default_factory=list, description="task files in lm-eval's form, run over the newest tuned model"
+    )
+    harness: bool = Field(False, description="run the task files by lm-eval instead of our own runner")
+    chat: bool = Field(True, description="ask the tasks in the chat template")
 
 
 class ExportConfig(Section):

@@ -48,6 +48,9 @@ class Inputs:
     recipe_text: str
     metrics: Metrics | None
     sft_metrics: Metrics | None
+    grpo_metrics: Metrics | None
+    success: dict[str, Any] | None
+    tasks: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     samples: dict[str, Any] | None
     data: dict[str, Any] | None
@@ -64,6 +67,10 @@ def read_inputs(run: RunDirectory) -> Inputs:
         metrics=read_metrics(run.logs / "metrics.jsonl"),
         sft_metrics=read_metrics(run.sft / "logs" / "metrics.jsonl")
         or read_metrics(run.sft / "adapter" / "logs" / "metrics.jsonl"),
+        grpo_metrics=read_metrics(run.grpo / "logs" / "metrics.jsonl")
+        or read_metrics(run.grpo / "adapter" / "logs" / "metrics.jsonl"),
+        success=_json_object(run.grpo / "success.json"),
+        tasks=_json_object(run.tasks),
         evaluation=_json_object(run.evaluation),
         samples=_json_object(run.root / "samples.json"),
         data=_json_object(run.data / "summary.json"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anychip.errors import InputError
 from anychip.files import write_text
-from anychip.report import figures, words
+from anychip.report import figures, rewards, words
 from anychip.report.inputs import Inputs, read_inputs
 from anychip.report.templates import render_template
 from anychip.rundir import RunDirectory
@@ -37,6 +37,8 @@ def render(inputs: Inputs) -> str:
         speed=figures.speed(inputs),
         stages=words.stages(inputs),
         tuning=figures.tuning(inputs),
+        rewards=rewards.rewards(inputs),
+        tasks=rewards.tasks(inputs),
         data=figures.data(inputs),
         model=words.model(inputs),
         recipe_text=inputs.recipe_text,

@@ -19,7 +19,7 @@ from anychip.train.own_time import StepTime
 # A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
 _LEAST_SECONDS, _STEPS = 4.0, 3.0
 _START_SECONDS = 600.0  # until the first step is made: imports, compilation, reading a checkpoint
-_LONG_PHASES, _LONG_SECONDS = ("evaluate", "save"), 120.0
+_LONG_PHASES, _LONG_SECONDS = ("answer", "evaluate", "save"), 120.0
 _STACK_SECONDS, _POLL_SECONDS = 0.8, 0.05
 _RECENT_STEPS = 100
 _FRAMES = 40

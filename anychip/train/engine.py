@@ -77,6 +77,11 @@ class Engine:
         self._pipeline = self._build_pipeline(dtype) if processes.layout.pipeline > 1 else None
 
     @property
+    def processes(self) -> Processes:
+        """Those that hold the model together."""
+        return self._processes
+
+    @property
     def arithmetic(self) -> str:
         """What decides the order of sums, in words: the same words mean the same bits."""
         layout, threads = self._processes.layout.describe(), torch.get_num_threads()
@@ -137,18 +142,26 @@ class Engine:
             total = self._loss(self._hidden(part), part)
         return float(self._sum_losses(total)) / self._processes.layout.readers
 
-    @torch.no_grad()
     def log_probabilities(self, batch: Batch) -> Tensor:
         """The log-probability of the labels of each row of a global batch, [rows] in fp32 or wider on the CPU, the same
         on all processes. Not through a pipeline, nor with sequences split over contexts."""
+        return self._of_rows(batch, Head.log_probabilities, torch.Size([len(batch.labels)]))
+
+    def token_log_probabilities(self, batch: Batch) -> Tensor:
+        """As `log_probabilities`, of each label: [rows, seq], 0 where there is none."""
+        return self._of_rows(batch, Head.token_log_probabilities, batch.labels.shape)
+
+    @torch.no_grad()
+    def _of_rows(self, batch: Batch, read: Callable[[Head, Tensor, Tensor], Tensor], shape: torch.Size) -> Tensor:
+        """What `read` makes of the head, hidden states and labels of each row."""
         part, device = self._my_part(batch, self._rows), self._processes.device
         wide = torch.float64 if device.type == "cpu" else torch.float32
-        found = torch.zeros(len(batch.labels), dtype=wide, device=device)
+        found = torch.zeros(shape, dtype=wide, device=device)
         for start in range(0, len(self._rows), self._job.micro_batch_size):
             micro = rows_of(part, slice(start, start + self._job.micro_batch_size))
             hidden = gather_sequence(self._hidden(micro), self._processes.mesh("tensor"))
-            here = self._rows.start + start
-            found[here : here + len(hidden)] = self._head().log_probabilities(hidden, micro.labels).to(wide)
+            values, here = read(self._head(), hidden, micro.labels), self._rows.start + start
+            found[here : here + len(hidden)] = (values[:, : shape[1]] if len(shape) > 1 else values).to(wide)
         return self._sum_losses(found).cpu()
 
     def _hidden(self, part: Batch) -> Tensor:
@@ -204,9 +217,16 @@ class Engine:
             padded = F.pad(x[part], (0, wanted - length), value=filler)
             return take_part(padded, contexts, self._processes.place.context).to(self._processes.device)
 
-        documents = None if batch.documents is None else mine(batch.documents, -1)
-        reference = None if batch.reference is None else batch.reference[part].to(self._processes.device)
-        return Batch(mine(batch.input_ids, 0), mine(batch.labels, IGNORE_LABEL), documents, reference)
+        def known(x: Tensor | None) -> Tensor | None:
+            """A number a row, or a number a token."""
+            return None if x is None else x[part].to(self._processes.device) if x.dim() == 1 else mine(x, 0)
+
+        return Batch(
+            mine(batch.input_ids, 0),
+            mine(batch.labels, IGNORE_LABEL),
+            None if batch.documents is None else mine(batch.documents, -1),
+            *map(known, (batch.reference, batch.sampled, batch.advantages)),
+        )
 
     def _padded_length(self, length: int) -> int:
         """The next length that the layout divides; a pipeline passes one shape only."""

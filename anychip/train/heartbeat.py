@@ -27,7 +27,7 @@ from anychip.train.heartbeat_page import PageWriter
 from anychip.train.own_time import OwnTime, clock_of
 
 FOLDER_VARIABLE = "ANYCHIP_HEARTBEATS"
-PHASES = ("data", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save")
+PHASES = ("data", "answer", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save")
 _LINE_BYTES, _NODE_CHARACTERS = 256, 64
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ from anychip.train.objective import NextToken, Objective
 from anychip.train.observe import Observer
 from anychip.train.witness import Witness
 
+if TYPE_CHECKING:
+    from anychip.train.engine import Engine
+
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
 
@@ -37,6 +40,13 @@ class BatchSource(Protocol):
 
     def documents(self, step: int) -> list[str]:
         """The documents that the batch of `step` is made of, by id."""
+
+
+class Answering(Protocol):
+    """Makes the batch of a step from questions and the weights at hand. Called by all processes together."""
+
+    def answer(self, engine: Engine, batch: Batch, step: int) -> tuple[Batch, Mapping[str, float]]:
+        """The batch of `step` (from 0) with answers to what it asks, and what was measured about them, for the log."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class TrainingJob:
     profile: Path | None = None  # of the chip, by `anychip probe`; what `operators` says goes first
     objective: Objective = field(default_factory=NextToken)
     observer: Observer = field(default_factory=Observer)
+    answering: Answering | None = None  # what batches hold is written by the model that is trained
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
     witness: Witness | None = None  # writes down where the weights come from

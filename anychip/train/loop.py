@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -135,6 +135,10 @@ def run_training(job: TrainingJob) -> int:
                 batches.restart(step, cursor)
                 continue
             clock.data_seconds += time.perf_counter() - waited
+            measured: Mapping[str, float] = {}
+            if job.answering is not None:
+                heartbeat.beat("answer")
+                batch, measured = job.answering.answer(engine, batch, cursor.position(step))
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
             step += 1
@@ -177,7 +181,8 @@ def run_training(job: TrainingJob) -> int:
             if log and shown:
                 backend.synchronize()
                 metrics = replace(
-                    _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak), experts=experts
+                    _measure(job, backend, clock, step, done, lr, processes.layout.world_size, peak, measured),
+                    experts=experts,
                 )
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
@@ -256,6 +261,7 @@ def _measure(
     lr: float,
     devices: int,
     peak: float | None,
+    measured: Mapping[str, float],
 ) -> StepMetrics:
     seconds = time.perf_counter() - clock.started
     rate = clock.tokens / seconds / devices
@@ -275,6 +281,7 @@ def _measure(
         seconds=seconds,
         eta_seconds=(job.steps - step) * seconds / (step - clock.step),
         predicted=job.predicted,
+        measured=measured,
     )
 
 

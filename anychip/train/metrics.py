@@ -33,6 +33,7 @@ class StepMetrics:
     eta_seconds: float
     predicted: float | None = None  # tokens a second and device that a plan foresaw
     experts: Mapping[str, float] = field(default_factory=dict)  # how evenly they are used; see train/balance.py
+    measured: Mapping[str, float] = field(default_factory=dict)  # about what the model wrote for this step
 
     def line(self, steps: int) -> str:
         parts = [
@@ -40,6 +41,7 @@ class StepMetrics:
             f"loss {self.loss:.3f}",
             f"grad_norm {self.grad_norm:.2f}",
             f"lr {self.lr:.1e}",
+            *(f"{name} {value:.4g}" for name, value in self.measured.items()),
             f"mem {self.memory_bytes / 2**30:.1f}GiB",
             f"tok/s/dev {self.tokens_per_second:,.0f}",
             f"TFLOP/s/dev {self.tflops:.2f}",
@@ -94,8 +96,8 @@ class MetricsLog:
 
     def write_step(self, metrics: StepMetrics) -> None:
         row = asdict(metrics)
-        experts = row.pop("experts")
-        self.write({**row, **experts})
+        further = row.pop("experts") | row.pop("measured")
+        self.write(row | further)
 
     def forget_after(self, step: int) -> None:
         """Training went back to `step`: drop the rows of what it undid."""

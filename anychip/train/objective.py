@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -40,10 +40,19 @@ class Head:
 
     def log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The log-probability of each row's labels, [b] in fp32 or wider; differentiable as `loss` is."""
+        kept, losses = self._losses(hidden, labels)
+        return -losses.new_zeros(len(labels)).index_add(0, kept // labels.shape[1], losses)
+
+    def token_log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The log-probability of each label, [b, s] in fp32 or wider, 0 where there is none; differentiable."""
+        kept, losses = self._losses(hidden, labels)
+        return -losses.new_zeros(labels.numel()).index_copy(0, kept, losses).view_as(labels)
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which places of all rows carry labels, and the cross-entropy of each."""
         kept = (labels.flatten() != IGNORE_LABEL).nonzero().squeeze(1)
         states, targets = hidden.flatten(0, 1)[kept], labels.flatten()[kept]
-        losses = head_token_losses(states, self.weight, targets, self.chunk_tokens, self.group, self.cross_entropy)
-        return -losses.new_zeros(len(labels)).index_add(0, kept // labels.shape[1], losses)
+        return kept, head_token_losses(states, self.weight, targets, self.chunk_tokens, self.group, self.cross_entropy)
 
 
 class Objective(Protocol):
@@ -84,4 +93,4 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     def some(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x[rows]
 
-    return Batch(batch.input_ids[rows], batch.labels[rows], some(batch.documents), some(batch.reference))
+    return Batch(**{field.name: some(getattr(batch, field.name)) for field in fields(batch)})

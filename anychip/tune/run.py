@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from anychip.chips.backend import detect_backend
 from anychip.chips.operators import operators_for
 from anychip.chips.profile import choices
 from anychip.errors import InputError
-from anychip.files import sha256_file
+from anychip.files import sha256_file, write_json
 from anychip.model.lora import is_adapter
 from anychip.parallel.parts import initialize_adapters
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
-from anychip.recipe.schema import CheckpointConfig, DpoConfig, SftConfig
+from anychip.recipe.schema import CheckpointConfig, DpoConfig, GrpoConfig, SftConfig
 from anychip.rundir import CHIP_PROFILE, RunDirectory
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.manifest import MANIFEST_NAME
@@ -29,8 +29,16 @@ from anychip.train.precision import compute_dtype
 from anychip.train.witness import Witness
 from anychip.tune.adapters import adapter_directory, merge_adapter
 from anychip.tune.dpo import DpoData, dpo_config, reference_log_probabilities
+from anychip.tune.grpo import GrpoData
+from anychip.tune.policy import Policy
 from anychip.tune.preference import Preference
+from anychip.tune.rewards import make_reward
+from anychip.tune.rollouts import Rollouts
+from anychip.tune.sampler import Sampler
 from anychip.tune.sft import SftData, sft_config
+from anychip.tune.success import measure_success
+
+TuningConfig = SftConfig | DpoConfig | GrpoConfig
 
 
 def run_sft(
@@ -74,6 +82,33 @@ def run_dpo(recipe: Recipe, run: RunDirectory, identity: str, witness: Witness |
     return _train(job, recipe, config, run.dpo, start)
 
 
+def run_grpo(recipe: Recipe, run: RunDirectory, identity: str, make_sampler: Callable[[GrpoData], Sampler]) -> int:
+    """Tune the newest weights of the stages before by rewards, and ask held-out questions of those and of the result;
+    returns the last step."""
+    data = GrpoData(recipe, run)
+    config, reward = data.config, make_reward(data.config.rewards)
+    start = grpo_start(recipe, run)
+    job = replace(
+        _job("grpo", recipe, config, run.grpo, start, data, identity),
+        objective=Policy(config.clip_low, config.clip_high, config.beta, config.normalization, config.max_new_tokens),
+    )
+    sampler = make_sampler(data)
+    frozen = None if run_is_over(job) or not config.beta else _frozen_engine(job, recipe, start)[0]
+    rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, frozen, recipe.log.interval)
+    step = _train(replace(job, answering=rollouts), recipe, config, run.grpo, start)
+    if data.held_out and int(os.environ.get("RANK", "0")) == 0:
+        stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")
+        write_json(run.grpo / "success.json", measure_success(data, reward, sampler, *stores))
+    return step
+
+
+def grpo_start(recipe: Recipe, run: RunDirectory) -> Path:
+    """The checkpoints that tuning by rewards starts from."""
+    if recipe.tune.dpo is not None:
+        return run.dpo / "checkpoints"
+    return run.checkpoints if recipe.tune.sft is None else run.sft / "checkpoints"
+
+
 def run_is_over(job: TrainingJob) -> bool:
     """Whether the job has reached its last step, so that nothing of it is needed any more but a merge."""
     return job.lora is None and job.steps in CheckpointStore(job.directory / "checkpoints").steps()
@@ -82,7 +117,7 @@ def run_is_over(job: TrainingJob) -> bool:
 def _job(
     title: str,
     recipe: Recipe,
-    config: SftConfig | DpoConfig,
+    config: TuningConfig,
     directory: Path,
     start: Path,
     source: BatchSource,
@@ -119,7 +154,7 @@ def _job(
     )
 
 
-def _train(job: TrainingJob, recipe: Recipe, config: SftConfig | DpoConfig, stage: Path, start: Path) -> int:
+def _train(job: TrainingJob, recipe: Recipe, config: TuningConfig, stage: Path, start: Path) -> int:
     step = run_training(job)
     if config.lora is not None:
         merge_adapter(recipe, config.lora, CheckpointStore(start), stage)

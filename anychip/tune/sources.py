@@ -11,6 +11,7 @@ from anychip.errors import InputError
 from anychip.families.messages import Message
 from anychip.recipe.schema import DialogSource, SftConfig
 from anychip.tune.dialogs import Dialog, question_and_answer
+from anychip.tune.puzzles import PUZZLES
 from anychip.tune.read import read_dialogs
 
 DOCSTRINGS = "python:docstrings"
@@ -41,6 +42,8 @@ def with_system_prompt(dialog: Dialog, system_prompt: str) -> Dialog:
 
 
 def _read(source: DialogSource) -> list[Dialog]:
+    if source.path in PUZZLES:
+        return PUZZLES[source.path]()
     if source.path == DOCSTRINGS:
         return [question_and_answer(pair.question, pair.answer, pair.subject) for pair in documentation_pairs()]
     return read_dialogs(Path(source.path).expanduser(), source.format)

@@ -18,6 +18,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "dpo": {"preference": "dpo"},
     "ipo": {"preference": "ipo"},
     "dpo with lora": {"preference": "dpo", **LORA},
+    "policy": {"policy": "sequence"},
+    "policy by token": {"policy": "token"},
 }
 RUNS = [
     ("lora", LayoutRun({"data_parallel_replicate": 2}, 4, LORA)),
@@ -28,6 +30,9 @@ RUNS = [
     ("dpo", LayoutRun({"data_parallel_replicate": 2}, 4, JOBS["dpo"])),
     ("ipo", LayoutRun({"data_parallel_shard": 2}, 4, JOBS["ipo"])),
     ("dpo", LayoutRun({"tensor_parallel": 2}, 8, JOBS["dpo"])),
+    ("policy", LayoutRun({"data_parallel_replicate": 2}, 4, JOBS["policy"])),
+    ("policy by token", LayoutRun({"data_parallel_shard": 2}, 4, JOBS["policy by token"])),
+    ("policy", LayoutRun({"tensor_parallel": 2}, 8, JOBS["policy"])),
     ("dpo with lora", LayoutRun({"tensor_parallel": 2}, 8, JOBS["dpo with lora"])),
 ]
 STEPS = 4
@@ -76,6 +81,7 @@ def test_only_adapters_are_learned(one_process: dict[str, dict[str, Any]]) -> No
         ({"pipeline_parallel": 2}, LORA, "adapters .* pipeline"),
         ({"pipeline_parallel": 2}, JOBS["dpo"], "whole sequences"),
         ({"context_parallel": 2}, JOBS["dpo"], "whole sequences"),
+        ({"context_parallel": 2}, JOBS["policy"], "whole sequences"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(

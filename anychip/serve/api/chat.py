@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -52,26 +52,14 @@ async def _prepare(service: Service, asked: ChatRequest, count: int) -> list[Req
         thinking=service.thinking and constraints is None,
     )
     service.check_prompt(prompt)
-    sampling = service.sampling(asked, asked.max_completion_tokens or asked.max_tokens, len(prompt))
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
-    seed, name = service.seed(asked), new_id("chat")
-    return [
-        Request(
-            id=f"{name}/{number}",
-            prompt=prompt,
-            sampling=sampling,
-            stop_ids=service.talker.stop_ids,
-            seed=seed,
-            draws=f"choice {number}",
-            presence_penalty=asked.presence_penalty or 0.0,
-            frequency_penalty=asked.frequency_penalty or 0.0,
-            logit_bias=service.biases(asked),
-            constraint=None if constraints is None else constraints[number],
-            top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        )
-        for number in range(count)
-    ]
+    most = asked.max_completion_tokens or asked.max_tokens
+    shown_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    requests = service.requests(asked, new_id("chat"), prompt, most, service.seed(asked), top_logprobs=shown_logprobs)
+    if constraints is None:
+        return requests
+    return [replace(request, constraint=own) for request, own in zip(requests, constraints, strict=True)]
 
 
 async def _constraints(service: Service, asked: ChatRequest, count: int) -> list[GrammarConstraint] | None:

@@ -48,7 +48,7 @@ async def _prepare(service: Service, asked: CompletionRequest, prompts: list[str
     service.check_characters(sum(len(prompt) for prompt in prompts))
     control = frozenset(service.talker.tokenizer.special_tokens.values())
     seed, name = service.seed(asked), new_id("text")
-    requests = []
+    requests: list[Request] = []
     for place, given in enumerate(prompts):
         if isinstance(given, list) and not control.isdisjoint(given):
             raise ApiError(400, "prompt: control tokens cannot be given as numbers.", param="prompt")
@@ -56,23 +56,15 @@ async def _prepare(service: Service, asked: CompletionRequest, prompts: list[str
         service.check_prompt(prompt)
         if max(prompt) >= service.talker.engine.model.config.vocab_size:
             raise ApiError(400, "prompt: a token is outside the vocabulary.", param="prompt")
-        sampling = service.sampling(asked, asked.max_tokens or (1 if asked.max_tokens == 0 else None), len(prompt))
-        for number in range(asked.n or 1):
-            requests.append(
-                Request(
-                    id=f"{name}/{place}/{number}",
-                    prompt=prompt,
-                    sampling=sampling,
-                    stop_ids=service.talker.stop_ids,
-                    seed=seed,
-                    draws=f"choice {number}",
-                    presence_penalty=asked.presence_penalty or 0.0,
-                    frequency_penalty=asked.frequency_penalty or 0.0,
-                    logit_bias=service.biases(asked),
-                    top_logprobs=asked.logprobs,
-                    prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
-                )
-            )
+        requests += service.requests(
+            asked,
+            f"{name}/{place}",
+            prompt,
+            asked.max_tokens or (1 if asked.max_tokens == 0 else None),
+            seed,
+            top_logprobs=asked.logprobs,
+            prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
+        )
     return requests
 
 

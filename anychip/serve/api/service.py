@@ -9,7 +9,8 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
@@ -120,6 +121,24 @@ class Service:
 
     def seed(self, asked: Generation) -> int:
         return secrets.randbits(63) if asked.seed is None else asked.seed
+
+    def requests(
+        self, asked: Generation, name: str, prompt: Sequence[int], most: int | None, seed: int, **own: Any
+    ) -> list[Request]:
+        """The engine's requests for the `n` answers to one prompt, of `most` tokens. `own` holds fields of one
+        endpoint."""
+        shared = Request(
+            id=name,
+            prompt=prompt,
+            sampling=self.sampling(asked, most, len(prompt)),
+            stop_ids=self.talker.stop_ids,
+            seed=seed,
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            logit_bias=self.biases(asked),
+            **own,
+        )
+        return [replace(shared, id=f"{name}/{number}", draws=f"choice {number}") for number in range(asked.n or 1)]
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
         """The worker's events, counted, with errors in the form that clients know."""
