@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,6 +22,7 @@ from anychip.recipe.schema import (
     Recipe,
 )
 from anychip.train.objective import NextToken, Objective
+from anychip.train.optimizer import Optimizer
 
 Initialize = Callable[[Mapping[str, Tensor]], None]
 Evaluate = Callable[[Callable[[Batch], float]], Mapping[str, float]]
@@ -34,6 +36,35 @@ class BatchSource(Protocol):
 
     def documents(self, step: int) -> list[str]:
         """The documents that the batch of `step` is made of, by id."""
+
+
+class NewParts(Protocol):
+    """Parts of a grown model that are still new; `step` counts from 1: the step that is being made."""
+
+    def scale_gradients(self, step: int) -> None:
+        """Called when the gradients are there, before they are measured."""
+
+    def update(self, step: int, lr: float) -> AbstractContextManager[None]:
+        """Entered around the optimizer's step."""
+
+    def skip(self, step: int) -> None:
+        """Called for a step that counts and changed nothing."""
+
+
+class Growing(Protocol):
+    """Training that goes on from a grown checkpoint of step `grown_at`."""
+
+    @property
+    def grown_at(self) -> int: ...
+
+    def lr_share(self, step: int) -> float:
+        """Share of the scheduled rate at `step`, counted from 0."""
+
+    def lr_scale(self) -> Mapping[str, float]:
+        """Factors of AdamW's rate by parameter."""
+
+    def bind(self, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> NewParts:
+        """The new parts of what is here."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +103,14 @@ class TrainingJob:
     objective: Objective = field(default_factory=NextToken)
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
+    until: int | None = None  # the step at which this model ends, because it grows there
+    checkpoints: Path | None = None  # default: below `directory`
+    growing: Growing | None = None
+
+    @property
+    def end(self) -> int:
+        """The step to train to; rates follow from `steps`."""
+        return self.steps if self.until is None else self.until
 
 
 def training_job(
