@@ -42,12 +42,12 @@ def evaluate_bits_per_byte(
 
     from anychip.train.loss import head_cross_entropy
 
-    device = model.lm_head.weight.device
+    device = model.head_weight.device
 
     def score(batch: Batch) -> float:
         documents = None if batch.documents is None else batch.documents.to(device)
         hidden = model(batch.input_ids.to(device), documents=documents).flatten(0, 1)
-        return head_cross_entropy(hidden, model.lm_head.weight, batch.labels.to(device).flatten(), chunk_tokens).item()
+        return head_cross_entropy(hidden, model.head_weight, batch.labels.to(device).flatten(), chunk_tokens).item()
 
     was_training = model.training
     model.eval()

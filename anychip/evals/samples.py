@@ -78,7 +78,7 @@ def greedy_answer(decoder: Decoder, prompt: Sequence[int], eos_id: int, max_new_
 
     from anychip.model.cache import KeyValueCache
 
-    device = decoder.lm_head.weight.device
+    device = decoder.head_weight.device
     cache = KeyValueCache(decoder.config, 1, len(prompt) + max_new_tokens, decoder.compute_dtype, device)
     answer: list[int] = []
     pending = list(prompt)

@@ -65,6 +65,11 @@ class AxisMap:
         rows = self.source[:, None] * width + torch.arange(width)
         return AxisMap(torch.where(self.fresh[:, None], FRESH, rows).flatten(), self.old * width, self.scale)
 
+    def twice(self) -> AxisMap:
+        """The map of two such vectors side by side."""
+        second = torch.where(self.fresh, FRESH, self.source + self.old)
+        return AxisMap(torch.cat((self.source, second)), 2 * self.old, self.scale)
+
 
 def identity(size: int) -> AxisMap:
     return AxisMap(torch.arange(size), size)
@@ -72,7 +77,7 @@ def identity(size: int) -> AxisMap:
 
 def copied(old: int, new: int) -> AxisMap:
     """All old units, then copies of them in turn."""
-    return AxisMap(torch.arange(new) % old, old)
+    return AxisMap(torch.arange(new) % max(old, 1), old)
 
 
 def padded(old: int, new: int) -> AxisMap:

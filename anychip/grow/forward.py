@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anychip.model.decoder import DecoderLayer, RMSNorm
+from anychip.model.decoder import DecoderLayer
+from anychip.model.layers import RMSNorm
 from anychip.model.rope import rotary
 from anychip.recipe.schema import ModelConfig
 
@@ -29,7 +30,7 @@ def forward_by_layer(config: ModelConfig, read: Read, tokens: Tensor, dtype: tor
     """Logits of one sequence, int64 [tokens]. `read` gives a parameter by name, in fp64 for fp64 and fp32 else, as
     training keeps them; products are in `dtype`."""
     tables = rotary(config, 0, len(tokens), len(tokens))
-    x = read("embed_tokens.weight")[tokens][None].to(dtype)
+    x = read("embed_tokens.weight")[tokens][None].to(dtype) * config.input_mult
     distances = []
     for number in range(config.num_hidden_layers):
         with torch.device("meta"):
@@ -42,7 +43,8 @@ def forward_by_layer(config: ModelConfig, read: Read, tokens: Tensor, dtype: tor
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     _fill(norm, read, "norm.")
     wide = torch.promote_types(dtype, torch.float32)
-    return Passed((norm(x)[0] @ read("lm_head.weight").to(dtype).t()).to(wide), distances)
+    head = read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+    return Passed((norm(x)[0] * config.logit_scale @ head.to(dtype).t()).to(wide), distances)
 
 
 def _fill(module: nn.Module, read: Read, prefix: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from anychip.errors import UnfitError
 from anychip.grow.forward import Read, forward_by_layer
 from anychip.grow.plan import GrowthPlan
+from anychip.grow.rows import Rows
 from anychip.grow.state import CastRows, grown_tensor
-from anychip.grow.tensors import Rows
 from anychip.model.arithmetic import parameter_shapes
 from anychip.recipe.schema import ModelConfig
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from anychip.grow.plan import GrowthPlan
-from anychip.grow.tensors import KINDS, Kind, Rows, Shape, grown_block, grown_step, row_blocks
+from anychip.grow.rows import KINDS, Kind, Rows
+from anychip.grow.tensors import Shape, grown_block, grown_step, row_blocks
 from anychip.model.arithmetic import parameter_shapes
+from anychip.train.optimizer import takes_muon
 
 
 class MemoryRows:
@@ -40,10 +42,14 @@ class CastRows:
 
 def grown_names(plan: GrowthPlan, held: Callable[[str], bool]) -> Iterator[tuple[Kind, str, Shape]]:
     """(kind, parameter, shape) of every tensor of the grown state, in the order of the forward pass; `held` says which
-    tensors the old state has. A parameter of a new layer has whatever state its original has."""
-    for kind in KINDS:
-        for name, shape in parameter_shapes(plan.new):
-            if held(f"{kind}.{plan.parent_of(name)}"):
+    tensors the old state has, and so whether it has an optimizer, and which."""
+    shapes = list(parameter_shapes(plan.new))
+    muon = any(held(f"optimizer.momentum.{name}") for name, _ in parameter_shapes(plan.old))
+    optimized = muon or held("optimizer.exp_avg.norm.weight")
+    for kind in KINDS if optimized else KINDS[:1]:
+        for name, shape in shapes:
+            by_muon = muon and takes_muon(name, len(shape))
+            if kind == "model" or by_muon == (kind == "optimizer.momentum"):
                 yield kind, name, () if kind == "optimizer.step" else shape
 
 
@@ -57,7 +63,7 @@ def grow_state(plan: GrowthPlan, state: Mapping[str, Tensor]) -> dict[str, Tenso
     old, grown = MemoryRows(state), {}
     for kind, name, shape in grown_names(plan, state.__contains__):
         grown[f"{kind}.{name}"] = (
-            grown_step(plan, name, state[f"{kind}.{plan.parent_of(name)}"])
+            grown_step(plan, name, state.get(f"{kind}.{plan.parent_of(name)}"))
             if kind == "optimizer.step"
             else grown_tensor(plan, kind, name, shape, old)
         )

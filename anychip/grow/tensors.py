@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,25 +20,13 @@ from torch import Tensor
 from anychip.grow.axes import AxisMap
 from anychip.grow.plan import GrowthPlan
 from anychip.grow.roles import Dim, roles_of, writes_residual
+from anychip.grow.rows import Kind, Rows
+from anychip.grow.upcycle import upcycled_block
 from anychip.model.init import tensor_seed
 
-Kind = Literal["model", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.momentum", "optimizer.step"]
-KINDS: tuple[Kind, ...] = (
-    "model", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.momentum", "optimizer.step",
-)  # fmt: skip
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 23
 
 Shape = tuple[int, ...]
-
-
-class Rows(Protocol):
-    """The old state, by name."""
-
-    def rows(self, name: str, rows: Tensor) -> Tensor:
-        """Rows int64 [n] (in any order, repeated or not) of a tensor [old, ...] -> [n, ...], safe to change."""
-
-    def mean_row(self, name: str) -> Tensor:
-        """The mean over the first dimension, in the tensor's dtype."""
 
 
 def row_blocks(shape: Shape) -> Iterator[range]:
@@ -51,6 +38,8 @@ def row_blocks(shape: Shape) -> Iterator[range]:
 
 def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
     """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step."""
+    if plan.upcycled(name):
+        return upcycled_block(plan, kind, name, rows, old)
     block = _gather(plan, kind, name, rows, old)
     maps = _maps(plan, name)
     if kind != "model":
@@ -58,22 +47,25 @@ def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows)
     chance = torch.Generator().manual_seed(tensor_seed(plan.seed, f"grow:{name}:{rows.start}"))
     dims = roles_of(name)
     for place, (dim, axis) in enumerate(zip(dims, maps, strict=True)):
-        if axis.scale != 1.0 and dim.side in ("out", "gain"):
-            block = block * (axis.scale if dim.side == "out" else 1 / axis.scale)
+        if (factor := plan.factor(name, dim, axis)) != 1.0:
+            block = block * factor
         if dim.side == "in" and place == len(dims) - 1 and bool((axis.copies > 1).any()):
             block = _shared(block, axis, plan.noise, chance)
     block = _fresh(plan, name, rows, block, old, chance)
     return block.mul_(plan.closed) if plan.inserted(name) and writes_residual(name) else block
 
 
-def grown_step(plan: GrowthPlan, name: str, old_step: Tensor) -> Tensor:
-    """AdamW's count of steps of a tensor: 0 for a new layer's."""
-    return torch.zeros_like(old_step) if plan.inserted(name) or plan.moments == "reset" else old_step.clone()
+def grown_step(plan: GrowthPlan, name: str, old_step: Tensor | None) -> Tensor:
+    """AdamW's count of steps of a tensor: 0 for a new layer's or expert's."""
+    starts = plan.inserted(name) or plan.upcycled(name) or plan.moments == "reset"
+    return torch.zeros(()) if starts or old_step is None else old_step.clone()
 
 
 def fresh_part(plan: GrowthPlan, name: str, *, closed: bool) -> tuple[Tensor, ...] | None:
     """Which rows, columns, ... of a parameter are fresh (bool, one a dimension; an element is fresh where one of them
     is); with `closed` only those that open. None where nothing is; a new layer's tensors count as a whole."""
+    if plan.upcycled(name):
+        return None
     dims, maps = roles_of(name), _maps(plan, name)
     if plan.inserted(name) and (writes_residual(name) or not closed):
         return tuple(torch.ones(axis.new, dtype=torch.bool) for axis in maps)
@@ -118,11 +110,12 @@ def _moments(plan: GrowthPlan, kind: Kind, name: str, rows: range, block: Tensor
         return torch.zeros_like(block)
     power = 2 if kind == "optimizer.exp_avg_sq" else 1
     for place, (dim, axis) in enumerate(zip(roles_of(name), _maps(plan, name), strict=True)):
-        if dim.side in ("out", "gain"):
-            factor = _part(1.0 / axis.copies.double(), place, rows)
-            factor = factor * (1 / axis.scale if dim.side == "out" else axis.scale)
-            if bool((factor != 1).any()):
-                block = block * _along((factor**power).to(block.dtype), place, block.ndim)
+        factor = torch.ones(axis.new, dtype=torch.float64)
+        if dim.side in ("out", "gain", "last_gain"):
+            factor /= axis.copies
+        factor = _part(factor / plan.factor(name, dim, axis), place, rows)
+        if bool((factor != 1).any()):
+            block = block * _along((factor**power).to(block.dtype), place, block.ndim)
         if bool(axis.fresh.any()):
             block = block.masked_fill(_along(_part(axis.fresh, place, rows), place, block.ndim), 0)
     return block
@@ -165,10 +158,11 @@ def _fresh(plan: GrowthPlan, name: str, rows: range, block: Tensor, old: Rows, c
             shut = shut | here
     if not bool(fresh.any()):
         return block
-    if dims[0].side == "gain":
-        mean = old.rows(f"model.{plan.parent_of(name)}", torch.arange(maps[0].old)).mean() / maps[0].scale
+    if dims[0].side in ("gain", "last_gain"):
+        mean = old.rows(f"model.{plan.parent_of(name)}", torch.arange(maps[0].old)).mean()
+        mean = mean * plan.factor(name, dims[0], maps[0])
         return torch.where(fresh, mean, block)
-    if block.ndim == 1:  # biases start at 0
+    if name.endswith("bias"):  # as at the start of training
         return torch.where(fresh, 0, block)
     std = plan.new.initializer_range
     if writes_residual(name):
@@ -181,5 +175,5 @@ def _mean_row(plan: GrowthPlan, name: str, old: Rows, block: Tensor) -> Tensor:
     """A new token starts as the mean of the old ones (bounded change of the other tokens' probabilities)."""
     mean = old.mean_row(f"model.{plan.parent_of(name)}")
     (dim, axis) = roles_of(name)[1], _maps(plan, name)[1]
-    grown = mean[axis.source.clamp(min=0)] * (axis.scale if dim.side == "out" else 1.0)
+    grown = mean[axis.source.clamp(min=0)] * plan.factor(name, dim, axis)
     return grown / axis.copies.to(grown.dtype) if dim.side == "in" else grown

@@ -131,7 +131,7 @@ def _fill(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], where: Pat
         raise InputError(
             f"lacks {next(iter(expected))}.", where=where, do="Restore the recipe.yaml that the run was made with."
         )
-    model.compute_dtype = model.lm_head.weight.dtype
+    model.compute_dtype = model.head_weight.dtype
     return model.eval()
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from anychip.errors import UnfitError
 from anychip.interchange.reference import Read, reference_logits
-from anychip.model.decoder import DecoderLayer, RMSNorm
+from anychip.model.decoder import DecoderLayer
+from anychip.model.layers import RMSNorm
 from anychip.model.rope import cos_sin, rope_scale
 from anychip.progress import progress
 from anychip.recipe.schema import ModelConfig

@@ -9,23 +9,29 @@ from anychip.model.rope import cos_sin, keeps_published_hazard, rope_scale
 from anychip.recipe.schema import ModelConfig
 
 
+def kept_shape(config: ModelConfig, capacity: int) -> tuple[int, int, int]:
+    """(heads, capacity, width) of what one layer keeps of a sequence."""
+    if config.latent:
+        return 1, capacity, config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_key_value_heads, capacity, config.head_dim
+
+
 class KeyValueCache:
     """Preallocated keys and values of every layer for `batch` sequences of equal length.
 
-    keys, values: [layers, batch, kv_heads, capacity, head_dim] in `dtype`. `length` tokens are filled.
+    keys, values: [layers, batch, kv_heads, capacity, head_dim] in `dtype`. `length` tokens are filled. With latent
+    attention both are the same tensor: one head of the latent and the key's turned part behind it.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_hidden_layers, batch, *kept_shape(config, capacity))
         self.config = config
         self.length = 0
         self._alpha = 1
-        self._hold(
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
-        )
+        keys = torch.empty(shape, dtype=dtype, device=device)
+        self._hold(keys, keys if config.latent else torch.empty_like(keys))
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values, self.capacity = keys, values, keys.shape[3]
@@ -59,7 +65,8 @@ class KeyValueCache:
         if capacity <= self.capacity:
             return
         shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
-        keys, values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        keys = self.keys.new_empty(shape)
+        values = keys if self.config.latent else self.values.new_empty(shape)
         keys[..., : self.length, :] = self.keys[..., : self.length, :]
         values[..., : self.length, :] = self.values[..., : self.length, :]
         self._hold(keys, values)

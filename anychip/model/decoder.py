@@ -1,4 +1,4 @@
-"""One decoder in plain PyTorch: pre-norm, rotary grouped-query attention, SwiGLU, untied head.
+"""One decoder in plain PyTorch: pre-norm, rotary attention (grouped-query or latent), SwiGLU or experts.
 
 Parameters are fp32 masters; products run in the dtype of the activations, norms and softmax in fp32. Shapes in
 comments: b batch, s sequence, h hidden, n query heads, k key/value heads, d head_dim.
@@ -14,58 +14,13 @@ from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.cache import KeyValueCache
+from anychip.model.experts import MixtureOfExperts
+from anychip.model.further import FurtherToken, following
+from anychip.model.latent_attention import LatentAttention
+from anychip.model.layers import MLP, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.recipe.schema import ModelConfig
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight in fp32 (arXiv 1910.07467), returned in x's dtype."""
-
-    def __init__(self, size: int, eps: float, operators: Operators = reference) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps, self.rms_norm = eps, operators.rms_norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.weight)
-
-    def normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.rms_norm(x, weight, self.eps)
-
-
-class Adapter(nn.Module):
-    """scale * b a x beside a matrix, with a [rank, in] and b [out, rank]; see `lora`."""
-
-    def __init__(self, linear: Linear, rank: int, scale: float) -> None:
-        super().__init__()
-        out_features, in_features = linear.weight.shape
-        self.a = nn.Parameter(torch.empty(rank, in_features))
-        self.b = nn.Parameter(torch.empty(out_features, rank))
-        self.scale = scale
-
-    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        return self.adapt(x, self.a, self.b, remake)
-
-    def adapt(self, x: Tensor, a: Tensor, b: Tensor, remake: Remake | None = None) -> Tensor:
-        return product(product(x, a, remake=remake), b) * self.scale
-
-
-class Linear(nn.Module):
-    """A product in the dtype of its input; `weight` [out, in] stays the fp32 master. What an `adapter` computes from
-    the same input is added."""
-
-    adapter: Adapter | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.adapter = None
-
-    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        out = product(x, self.weight, self.bias, remake)
-        return out if self.adapter is None else out + self.adapter(x, remake)
 
 
 class Attention(nn.Module):
@@ -79,7 +34,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, queries, bias=False)
         self.k_proj = Linear(config.hidden_size, keys, bias=False)
         self.v_proj = Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = Linear(queries, config.hidden_size, bias=True)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.biases == "telechat2")
 
     def forward(
         self,
@@ -102,31 +57,15 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig, operators: Operators = reference) -> None:
-        super().__init__()
-        self.swiglu = operators.swiglu
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
-
-    def forward(self, x: Tensor, *, remake: Remake | None = None, keep: bool = True) -> Tensor:
-        """keep: whether backward finds the SwiGLU, or computes it again from gate and up."""
-        gate, up = self.gate_proj(x, remake), self.up_proj(x, remake)
-        return self.down_proj(self.swiglu(gate, up), None if keep else Remake(lambda: self.swiglu(gate, up)))
-
-
 class DecoderLayer(nn.Module):
     """`keep_cheap`: whether norms and SwiGLU are kept for backward, or computed again there."""
 
     def __init__(self, config: ModelConfig, layer: int, operators: Operators = reference) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
-        self.self_attn = Attention(config, layer, operators)
+        self.self_attn = (LatentAttention if config.latent else Attention)(config, layer, operators)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
-        self.mlp = MLP(config, operators)
+        self.mlp = feed_forward(config, layer, operators)
         self.keep_cheap = True
 
     def forward(
@@ -139,6 +78,13 @@ class DecoderLayer(nn.Module):
 
     def _normed(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Remake | None]:
         return norm(x), None if self.keep_cheap else Remake(lambda: norm(x))
+
+
+def feed_forward(config: ModelConfig, layer: int, operators: Operators) -> nn.Module:
+    """What a layer, counted from 0, does to each token by itself."""
+    if config.has_experts(layer):
+        return MixtureOfExperts(config, operators)
+    return MLP(config.hidden_size, config.intermediate_size, config.biases == "telechat2", operators)
 
 
 class Decoder(nn.Module):
@@ -157,7 +103,18 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty_embedding(config))
         self.layers = nn.ModuleList(DecoderLayer(config, layer, operators) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_nextn_predict_layers:
+            self.mtp = nn.ModuleList(
+                FurtherToken(config, DecoderLayer(config, config.num_hidden_layers + depth, operators), operators)
+                for depth in range(config.num_nextn_predict_layers)
+            )
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The output head's matrix [vocab_size, h]; the embedding's where they are tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
         self,
@@ -167,7 +124,7 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """input_ids [b, s] int64 -> normed hidden states [b, s, h] in the compute dtype.
+        """input_ids [b, s] int64 -> final hidden states [b, s, h] in the compute dtype, as the output head wants them.
 
         With a cache, `input_ids` continue the cached tokens and are added to them. `positions` int64 [s] say where the
         tokens stand in a sequence of `length` tokens (default: the cached and these). `documents` int [b, s] keep
@@ -182,11 +139,12 @@ class Decoder(nn.Module):
         else:
             tables = rotary_at(self.config, positions, length or end)
         mask = None if documents is None else self.visible(documents)
-        return self.norm(self.run_layers(self.embed(input_ids), tables, cache, mask))
+        return self.final(self.run_layers(self.embed(input_ids), tables, cache, mask))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [b, s] -> [b, s, h] in the compute dtype."""
-        return self.embed_tokens(input_ids).to(self.compute_dtype)
+        found = self.embed_tokens(input_ids).to(self.compute_dtype)
+        return found if self.config.input_mult == 1.0 else found * self.config.input_mult
 
     def run_layers(self, x: Tensor, tables: Rotary, cache: KeyValueCache | None = None, mask: Any = None) -> Tensor:
         """Hidden states [b, s, h] through all layers that are here; `mask` is what `visible` returned."""
@@ -194,9 +152,26 @@ class Decoder(nn.Module):
             x = layer(x, *tables, cache, mask)
         return x
 
+    def final(self, x: Tensor) -> Tensor:
+        """What the last layer gives, normed, and scaled where logits are (muP)."""
+        normed = self.norm(x)
+        return normed if self.config.logit_scale == 1.0 else normed * self.config.logit_scale
+
+    def further(self, hidden: Tensor, input_ids: Tensor, documents: Tensor | None = None) -> list[Tensor]:
+        """Final hidden states [b, s, h] and the tokens [b, s] they are of -> hidden states for each further token: the
+        first predict the token after the next, and so on. The last ones of a sequence know too few tokens."""
+        length = input_ids.shape[1]
+        tables = rotary(self.config, 0, length, length, input_ids.device)
+        mask = None if documents is None else self.visible(documents)
+        states = []
+        for depth, module in enumerate(self.mtp, start=1):
+            hidden = module(hidden, self.embed(following(input_ids, depth, filler=0)), *tables, mask)
+            states.append(hidden)
+        return states
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., h] -> logits [..., vocab_size] in the compute dtype."""
-        return self.lm_head(hidden)
+        """Final hidden states [..., h] -> logits [..., vocab_size] in the compute dtype."""
+        return product(hidden, self.head_weight)
 
 
 def same_document(documents: Tensor) -> Tensor:

@@ -26,11 +26,22 @@ def init_tensor(name: str, shape: Shape, config: ModelConfig, seed: int) -> Tens
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
+    if len(shape) == 3:
+        return init_experts(name, range(shape[0]), shape[1:], config, seed)
+    return _normal(name, shape, config, tensor_seed(seed, name))
+
+
+def init_experts(name: str, experts: range, shape: Shape, config: ModelConfig, seed: int) -> Tensor:
+    """Matrices [len(experts), *shape] of some experts of the parameter `name`. Each has a seed of its own, so that no
+    process makes more than it holds."""
+    return torch.stack([_normal(name, shape, config, tensor_seed(seed, f"{name}.{expert}")) for expert in experts])
+
+
+def _normal(name: str, shape: Shape, config: ModelConfig, seed: int) -> Tensor:
     std = config.initializer_range
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * config.num_hidden_layers) ** 0.5
-    generator = torch.Generator().manual_seed(tensor_seed(seed, name))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
 
 
 def init_parameters(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anychip.model.decoder import Adapter, Decoder, Linear
+from anychip.model.decoder import Decoder
 from anychip.model.init import tensor_seed
+from anychip.model.layers import Adapter, Linear
 from anychip.recipe.schema import LoraConfig
 
 MARK = ".adapter."

@@ -42,9 +42,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, remake: Remak
 
     `remake` computes x again, bit for bit. A compiler decides by itself what to keep and is left alone.
     """
+    bias = None if bias is None else bias.to(x.dtype)
+    return sparing(F.linear, x, weight, remake, bias)
+
+
+def sparing(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, remake: Remake | None, *others: Tensor | None
+) -> Tensor:
+    """function(x, weight in x's dtype, *others) that keeps neither what `remake` makes again of x, nor the cast."""
     dtype = x.dtype
     products = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
     again: list[tuple[Tensor, Remake]] = []
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if remake is not None and x.is_contiguous():
@@ -52,7 +59,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, remake: Remak
         if products is not weight:
             again.append((products, Remake(lambda: weight.to(dtype))))
     if not again:
-        return F.linear(x, products, bias)
+        return function(x, products, *others)
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
         for tensor, remade in again:
@@ -64,7 +71,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, remake: Remak
         return kept if isinstance(kept, Tensor) else kept()
 
     with saved_tensors_hooks(pack, unpack):
-        out = F.linear(x, products, bias)
+        out = function(x, products, *others)
     again.clear()  # the hooks outlive this call and must not keep what they were made to let go
     return out
 

@@ -18,6 +18,8 @@ what it sees:
              fp32, tables are rounded to fp16, and a cached key keeps the alpha and the mscale of the S at which it
              was cached, so that scores mix several rules.
 
+With `yarn` (arXiv 2309.00071) frequencies are the same at every length and scores are scaled by its mscale squared.
+
 Up to training_length both equal a full forward pass, apart from rounding. Beyond, neither does to the last digit: the
 states of earlier tokens were computed at their own S, and no cache revisits them.
 """
@@ -31,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anychip.recipe.schema import ModelConfig
+from anychip.recipe.schema import ModelConfig, YarnScaling
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class RopeScale:
 class Rotary(NamedTuple):
     """What attention needs to know about positions: tables for its new tokens and the factor on all its scores."""
 
-    cos: Tensor  # [tokens, head_dim / 2] fp32
-    sin: Tensor  # [tokens, head_dim / 2] fp32
+    cos: Tensor  # [tokens, rotary_dim / 2] fp32
+    sin: Tensor  # [tokens, rotary_dim / 2] fp32
     score_scale: float
 
 
@@ -54,7 +56,8 @@ def rope_scale(config: ModelConfig, length: int) -> RopeScale:
     """alpha and mscale at this sequence length (tokens); (1, 1.0) for a model without scaling."""
     scaling = config.rope_scaling
     if scaling is None:
-        return RopeScale(1, 1.0)
+        yarn = config.yarn
+        return RopeScale(1, 1.0 if yarn is None else yarn.mscale * math.log(yarn.factor) + 1)
     length = max(length, scaling.training_length)
     alpha = max(1, 2 ** math.ceil(math.log2(length / scaling.base_length) + 1) - 1)
     beyond = length > scaling.training_length
@@ -101,20 +104,35 @@ class RotaryTable:
 
 
 def inverse_frequencies(config: ModelConfig, alpha: int) -> Tensor:
-    """Angle per position, [head_dim / 2] fp64."""
-    dim = config.head_dim
-    return _base(config, alpha) ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    """Angle per position, [rotary_dim / 2] fp64."""
+    dim = config.rotary_dim
+    frequencies = _base(config, alpha) ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return frequencies if config.yarn is None else _stretched(frequencies, config.yarn, config.rope_theta)
+
+
+def _stretched(frequencies: Tensor, yarn: YarnScaling, base: float) -> Tensor:
+    """Frequencies that turn less than beta_slow times within the original context are divided by the factor, those
+    above beta_fast stay, and between them a ramp leads from one to the other (section 3.2, eq. 18-23)."""
+    dim = 2 * len(frequencies)
+
+    def index_of(turns: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(index_of(yarn.beta_fast)), 0), min(math.ceil(index_of(yarn.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    stretched = ramp.clamp(0, 1)
+    return frequencies * (1 - stretched) + frequencies / yarn.factor * stretched
 
 
 def cos_sin(config: ModelConfig, positions: Tensor, alpha: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, [len(positions), head_dim / 2] fp32 (angles in fp64, so that long positions keep their phase)."""
+    """cos and sin, [len(positions), rotary_dim / 2] fp32 (angles in fp64, so that long positions keep their phase)."""
     angles = positions.to("cpu", torch.float64)[:, None] * inverse_frequencies(config, alpha)
     cos, sin = angles.cos().float(), angles.sin().float()
     return cos.to(positions.device), sin.to(positions.device)
 
 
 def _base(config: ModelConfig, alpha: int) -> float:
-    dim = config.head_dim
+    dim = config.rotary_dim
     return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
 
 

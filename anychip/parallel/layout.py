@@ -111,8 +111,29 @@ def check_layout(config: ParallelConfig, layout: Layout, model: ModelConfig) -> 
             f"host_transfers joins pipeline stages of one process each, and the layout is {layout.describe()}.",
             do="Set the other degrees of the section parallel to 1, or host_transfers to false.",
         )
-    if config.expert_parallel > 1:
+    if layout.pipeline > 1 and (model.tie_word_embeddings or model.num_nextn_predict_layers):
+        what = "tied embeddings" if model.tie_word_embeddings else "modules for further tokens (MTP)"
+        field = "tie_word_embeddings=false" if model.tie_word_embeddings else "num_nextn_predict_layers=0"
+        raise InputError(
+            f"{what} need the embedding on the last pipeline stage too, which only the first one holds.",
+            do=f"Set parallel.pipeline_parallel=1 or model.{field}.",
+        )
+    _check_experts(config, layout, model)
+
+
+def _check_experts(config: ParallelConfig, layout: Layout, model: ModelConfig) -> None:
+    experts = config.expert_parallel
+    if experts > 1 and not model.n_routed_experts:
         raise InputError("expert_parallel is above 1, and this model has no experts.", do="Set it to 1.")
+    if experts > 1:
+        _divides("expert_parallel", experts, "n_routed_experts", model.n_routed_experts)
+        _divides("expert_parallel", experts, "data_parallel_shard", layout.shard)
+    if layout.context > 1 and (model.router_aux_loss_coef or model.num_nextn_predict_layers):
+        what = "router_aux_loss_coef" if model.router_aux_loss_coef else "num_nextn_predict_layers"
+        raise InputError(
+            f"model.{what} looks at whole sequences, which context parallelism takes apart.",
+            do=f"Set model.{what}=0 or parallel.context_parallel=1.",
+        )
 
 
 def check_batch(config: ParallelConfig, layout: Layout, seq_length: int, micro_batch: int, global_batch: int) -> None:

@@ -63,7 +63,7 @@ def _stage_forward(
         x = model.embed(x)
     mask = None if documents is None else model.visible(documents)
     x = model.run_layers(x, model.tables, mask=mask)  # type: ignore[arg-type]
-    return x.to(exchange_device) if model.norm is None else model.norm(x)
+    return x.to(exchange_device) if model.norm is None else model.final(x)
 
 
 class Pipeline:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
-from anychip.model.decoder import Adapter, Decoder, Linear, RMSNorm
+from anychip.model.decoder import Decoder
+from anychip.model.layers import Adapter, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
 from anychip.parallel.messages import telling
@@ -78,7 +79,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.norm is not None:
         _keep_whole(model.norm, mesh)
-    if model.lm_head is not None:
+    if getattr(model, "lm_head", None) is not None:
         _shard(model.lm_head, mesh, 0)
         model.lm_head.forward = partial(_column, model.lm_head)  # type: ignore[method-assign]
 

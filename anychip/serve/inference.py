@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anychip.errors import InputError
 from anychip.model.cache import KeyValueCache
 from anychip.model.decoder import Decoder, DecoderLayer
 from anychip.model.rope import RotaryTable
+from anychip.recipe.schema import ModelConfig
 from anychip.serve.attention import Span, StepAttention
 from anychip.serve.products import Precision, Product, choose_precision, make_product
 from anychip.serve.slots import Slots
@@ -71,6 +73,7 @@ class InferenceModel:
         matrices in 8 bits with a scale a row. `invariant` gives every sequence the same bits whatever is beside it.
         """
         self.config = decoder.config
+        _check_served(decoder.config)
         self.device = decoder.embed_tokens.weight.device
         self.precision = choose_precision(weights, self.device, int8=int8)
         self.invariant = invariant
@@ -84,7 +87,7 @@ class InferenceModel:
             if release:
                 layer.to("meta")
         self._norm = decoder.norm.weight.detach().to(self.precision.activations)
-        self._head = make_product(decoder.lm_head.weight, None, self.precision)
+        self._head = make_product(decoder.head_weight, None, self.precision)
         if release:
             decoder.to("meta")
 
@@ -106,7 +109,7 @@ class InferenceModel:
         spans = self._extend(pieces)
         attention = StepAttention(spans, slots)
         cos, sin = _rotation(spans)
-        x = F.embedding(input_ids, self._embedding).to(self.precision.activations)
+        x = _scaled(F.embedding(input_ids, self._embedding).to(self.precision.activations), self.config.input_mult)
         for index, layer in enumerate(self._layers):
             qkv = self._by_rows(partial(self._before_attention, layer), x)
             mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
@@ -114,7 +117,8 @@ class InferenceModel:
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
-        return self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
+        logits = self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
+        return _scaled(logits, self.config.logit_scale)
 
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.qkv(self._normed(x, layer.input_norm))
@@ -161,6 +165,19 @@ class InferenceModel:
         turned = torch.addcmul(turning * cos, turning.roll(self.config.head_dim // 2, dims=-1), sin).to(qkv.dtype)
         return attention(
             layer, turned.narrow(1, 0, heads), turned.narrow(1, heads, groups), qkv.narrow(1, heads + groups, groups)
+        )
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a multiplier of muP, which most models do not have."""
+    return x if factor == 1.0 else x * factor
+
+
+def _check_served(config: ModelConfig) -> None:
+    if config.latent or config.n_routed_experts:
+        raise InputError(
+            f"a model with {'latent attention' if config.latent else 'experts'} is not served by this engine.",
+            do="Export it and serve it with vLLM, which has both.",
         )
 
 

@@ -81,7 +81,7 @@ def make_talker(
     from anychip.serve.engine import Engine
     from anychip.serve.inference import InferenceModel
 
-    stored = model.decoder.lm_head.weight.dtype
+    stored = model.decoder.head_weight.dtype
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(weights, stored)
     if chosen not in (torch.bfloat16, torch.float32):
         chosen = torch.float32  # fp16 weights lose bits in bf16

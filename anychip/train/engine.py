@@ -152,7 +152,7 @@ class Engine:
     def _head(self) -> Head:
         mesh = self._processes.mesh("tensor")
         return Head(
-            local(self.parts[-1].lm_head.weight),
+            local(self.parts[-1].head_weight),
             self._job.loss_chunk_tokens,
             None if mesh is None else mesh.get_group(),
             self._operators.cross_entropy,

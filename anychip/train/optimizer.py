@@ -14,6 +14,11 @@ from anychip.recipe.schema import OptimizerConfig
 from anychip.train.muon import Muon
 
 
+def takes_muon(name: str, dimensions: int) -> bool:
+    """Whether the optimizer `muon` gives this parameter to Muon, and not to AdamW."""
+    return name.startswith("layers.") and dimensions == 2
+
+
 class Optimizer:
     """Owns the optimizer's state under the parameters' logical names, laid out as the parameters are. `lr_scale` are
     factors of AdamW's rate by name, where they are not 1; weight decay keeps its rate.
@@ -31,7 +36,7 @@ class Optimizer:
         lr_scale: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.config, self._operators, self.lr_scale = config, operators, lr_scale
-        matrices = {name: p for name, p in parameters.items() if name.startswith("layers.") and p.ndim == 2}
+        matrices = {name: p for name, p in parameters.items() if takes_muon(name, p.ndim)}
         by_muon = matrices if config.name == "muon" else {}
         self.muon = Muon(by_muon, config.muon_momentum, config.weight_decay, product_dtype) if by_muon else None
         self._parameters = {name: p for name, p in parameters.items() if name not in by_muon}
