@@ -57,6 +57,15 @@ class RunDirectory:
         """Pretraining checkpoints, `step-N/` each."""
         return self.root / "checkpoints"
 
+    def model_checkpoints(self, recipe: Recipe, number: int) -> Path:
+        """Checkpoints of the recipe's model of this number (`recipe.models`): the last one's are `checkpoints`, those
+        of the models that it grew from lie in `grow/NUMBER/checkpoints`."""
+        return self.checkpoints if number == len(recipe.grow) else self.growth(number) / "checkpoints"
+
+    def growth(self, number: int) -> Path:
+        """What is kept of the model of this number before it grew, and the record of its growth."""
+        return self.root / "grow" / str(number)
+
     @property
     def skipped(self) -> Path:
         """Ranges of batches that a rollback left out; absent when there were none."""

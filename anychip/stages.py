@@ -239,13 +239,13 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     def make_sampler(data: GrpoData) -> Sampler:
         end, at_once = data.tokenizer.eos_id, data.config.answers_at_once
         if data.config.sampler == "anychip":
-            return EngineSampler(recipe.model, dtype, end, at_once)
+            return EngineSampler(recipe.final_model, dtype, end, at_once)
         from anychip.interchange.export import export_run
         from anychip.serve.vllm_sampler import VllmSampler
 
         export = run.grpo / f"start-{os.environ.get('RANK', '0')}"
         export_run(run, stage="dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain", out=export)
-        return VllmSampler(recipe.model, dtype, end, at_once, export)
+        return VllmSampler(recipe.final_model, dtype, end, at_once, export)
 
     return {"step": run_grpo(recipe, run, _fingerprint(STAGES["grpo"], recipe), make_sampler)}
 

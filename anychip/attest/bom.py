@@ -67,7 +67,7 @@ def _model(
                 "approach": {"type": "self-supervised"},
                 "task": "text-generation",
                 "architectureFamily": "transformer decoder",
-                "modelArchitecture": recipe.model.family,
+                "modelArchitecture": recipe.final_model.family,
                 "datasets": [{"ref": ref} for ref in datasets],
                 "inputs": [{"format": "text"}],
                 "outputs": [{"format": "text"}],
@@ -76,7 +76,7 @@ def _model(
             "considerations": {
                 "technicalLimitations": ["It has not been aligned or tested for safety; do not rely on its answers."]
             },
-            "properties": [{"name": "anychip:parameters", "value": str(num_parameters(recipe.model))}],
+            "properties": [{"name": "anychip:parameters", "value": str(num_parameters(recipe.final_model))}],
         },
     }
 

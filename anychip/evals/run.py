@@ -86,7 +86,7 @@ def load_pretrained(run: RunDirectory, recipe: Recipe) -> tuple[Decoder, int]:
     if newest is None:
         raise InputError("holds no checkpoint to evaluate.", where=run.checkpoints, do="Run `anychip train` first.")
     backend = detect_backend()
-    model = Decoder(recipe.model, compute_dtype(recipe.training.compute_dtype, backend)).to(backend.device(0))
+    model = Decoder(recipe.final_model, compute_dtype(recipe.training.compute_dtype, backend)).to(backend.device(0))
     store.load(newest, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
     return model, newest.step
 
@@ -139,7 +139,7 @@ def _evaluate_ngram(recipe: Recipe, training: TrainingText, held_out: HeldOutTex
     from anychip.evals.kneser_ney import KneserNey
 
     order = min(NGRAM_ORDER, training.rows.shape[1])
-    model = KneserNey.train(training.rows, recipe.model.vocab_size, order)
+    model = KneserNey.train(training.rows, recipe.final_model.vocab_size, order)
     bits = ngram_bits(model, held_out.input_ids, held_out.labels)
     return {
         "order": order,

@@ -60,8 +60,8 @@ def export_adapter(run: RunDirectory, stage: str | None = None, out: Path | None
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         made = Path(temporary) / "adapter"
         made.mkdir()
-        published = [t for t in published_tensors(recipe.model) if any(name in adapted for name in t.logical)]
-        _write_weights(made, recipe.model, published, read)
+        published = [t for t in published_tensors(recipe.final_model) if any(name in adapted for name in t.logical)]
+        _write_weights(made, recipe.final_model, published, read)
         write_json(made / "adapter_config.json", _config(recipe, lora, published, adapted))
         fsync_directory(made)
         if target.exists():
@@ -119,7 +119,7 @@ def _config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": recipe.model.preset or recipe.name,
+        "base_model_name_or_path": recipe.final_model.preset or recipe.name,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

@@ -47,7 +47,7 @@ def export_run(run: RunDirectory, step: int | None = None, stage: str | None = N
     target = out or run.export
     _check_replaceable(target)
     tokenizer = load_tokenizer(run.tokenizer)
-    check_tokenizer_fits(tokenizer, recipe.model, run.root)
+    check_tokenizer_fits(tokenizer, recipe.final_model, run.root)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -102,7 +102,7 @@ def _write_export(
     store: CheckpointStore,
     info: CheckpointInfo,
 ) -> None:
-    config, dtype = recipe.model, _DTYPES[recipe.export.dtype]
+    config, dtype = recipe.final_model, _DTYPES[recipe.export.dtype]
 
     def read(name: str) -> Tensor:
         ((_, tensor),) = store.read(info, [f"model.{name}"])

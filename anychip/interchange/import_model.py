@@ -43,7 +43,7 @@ def import_model(source: Path, recipe: Recipe, run: RunDirectory) -> Path:
     tokenizer = load_tokenizer(source)
     check_tokenizer_fits(tokenizer, published.config, source)
     _check_same_tokenizer(tokenizer, recipe, run, source)
-    store = CheckpointStore(run.checkpoints)
+    store = CheckpointStore(run.model_checkpoints(recipe, 0))
     expected = sum(1 for tensor in published.tensors() if not tensor.repeats)
     with store.stream(0, {"weights_only": True}) as stream, progress("import", expected, "tensors") as bar:
 

@@ -17,7 +17,7 @@ def init_model(recipe: Recipe, run: RunDirectory) -> Path:
 
     One tensor is in memory at a time. Raises InputError when the run already has that checkpoint.
     """
-    store = CheckpointStore(run.checkpoints)
+    store = CheckpointStore(run.model_checkpoints(recipe, 0))
     total = num_parameters(recipe.model)
     with store.stream(0, {"weights_only": True}) as stream, progress("initialise", total, "parameters") as bar:
         for name, shape in parameter_shapes(recipe.model):

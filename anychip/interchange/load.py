@@ -85,9 +85,9 @@ def _load_run(run: RunDirectory) -> LoadedModel:
     names = [name for name in info.tensors if name.startswith("model.")]
     tensors = ((name.removeprefix("model."), tensor) for name, tensor in store.read(info, names))
     return LoadedModel(
-        decoder=_fill(recipe.model, tensors, run.root),
+        decoder=_fill(recipe.final_model, tensors, run.root),
         tokenizer=load_tokenizer(run.tokenizer),
-        config=recipe.model,
+        config=recipe.final_model,
         sampling=recipe.serve.sampling,
         source=f"{run.root}, {stage}, step {info.step}",
         template=recipe.tune.template,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from anychip import __version__
 from anychip.errors import InputError
-from anychip.families.telechat2 import PublishedTensor, same_scaling
+from anychip.families.published import PublishedTensor
+from anychip.families.telechat2 import same_scaling
 from anychip.files import fsync_directory, sha256_file, write_json, write_text
 from anychip.interchange.export import write_weights
 from anychip.interchange.published import PublishedDirectory, read_json_object
@@ -50,7 +51,7 @@ def merge_models(paths: Sequence[Path], weights: Sequence[float] | None, out: Pa
         def average(tensor: PublishedTensor) -> Tensor:
             return averaged([model.read(tensor.name) for model in models], shares).to(dtype)
 
-        write_weights(made, models[0].config, dtype, _MAX_SHARD_BYTES, average)
+        write_weights(made, models[0].config, models[0].layout, dtype, _MAX_SHARD_BYTES, average)
         record = {
             "anychip": __version__,
             "models": [_lineage(path, share) for path, share in zip(paths, shares, strict=True)],

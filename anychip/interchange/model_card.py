@@ -39,7 +39,7 @@ def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) ->
 
 
 def _model(recipe: Recipe) -> str:
-    model, length = recipe.model, recipe.training.seq_length
+    model, length = recipe.final_model, recipe.training.seq_length
     return (
         f"A decoder of the TeleChat2 architecture with {num_parameters(model):,} parameters: "
         f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, "

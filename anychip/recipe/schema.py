@@ -6,9 +6,10 @@ seconds, sizes in bytes, unless a name says otherwise.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -385,6 +386,38 @@ class ParallelConfig(Section):
         return self.data_parallel_replicate or max(1, world_size // self.processes_a_copy)
 
 
+class GrowthConfig(Section):
+    """The model becomes a larger one during training, and computes the same right after."""
+
+    at_tokens: Positive = Field(description="training tokens before it; the next whole step is taken")
+    to: Annotated[dict[str, JsonValue], Field(min_length=1)] = Field(
+        description="model fields and their new values, such as hidden_size or num_hidden_layers"
+    )
+    mode: Literal["immediate", "masked"] = Field(
+        "immediate",
+        description="immediate: new units are copies whose products share the old ones' weights; masked: they are "
+        "fresh, and their weights open from 0 to 1 over `open_steps`",
+    )
+    open_steps: Positive = Field(100, description="masked: steps until new parts count in full")
+    layers: Literal["even", "top", "distance"] = Field(
+        "even", description="where new layers stand; distance: behind those that change their input least"
+    )
+    noise: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="immediate: how unequally copies share a weight, as a fraction; 0: equal copies stay equal"
+    )
+    moments: Literal["map", "reset"] = Field(
+        "map", description="the optimizer's moments: scaled as gradients change (new parts count their own steps), or 0"
+    )
+    rewarm_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps in which the learning rate rises again from `rewarm_from` of its value"
+    )
+    rewarm_from: Annotated[float, Field(ge=0, le=1)] = 0.1
+    lr_rule: Literal["keep", "mup"] = Field(
+        "keep",
+        description="mup: AdamW's rate of matrices and the head falls as the width rises (arXiv 2203.03466, table 8)",
+    )
+
+
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -716,6 +749,49 @@ class Recipe(Section):
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
     attest: AttestConfig = AttestConfig()
+    grow: list[GrowthConfig] = Field(default_factory=list, description="growth during training, in order of tokens")
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """The model that training starts with, and what it is after each growth."""
+        found = [self.model]
+        for growth in self.grow:
+            found.append(ModelConfig.model_validate(found[-1].model_dump() | growth.to))
+        return found
+
+    @property
+    def final_model(self) -> ModelConfig:
+        """What training ends with: the model that is tuned, evaluated and published."""
+        return self.models[-1]
+
+    @property
+    def growth_steps(self) -> list[int]:
+        """The step after which each growth happens."""
+        tokens = self.training.global_batch_size * self.training.seq_length
+        return [-(-growth.at_tokens // tokens) for growth in self.grow]
+
+    @model_validator(mode="after")
+    def _growth_is_possible(self) -> Recipe:
+        steps = self.growth_steps
+        if steps != sorted(set(steps)):
+            raise ValueError(f"grow: at_tokens must rise by a step at least, found growth after steps {steps}")
+        if steps and steps[-1] >= self.training.steps:
+            raise ValueError(f"grow: growth after step {steps[-1]} is not within training.steps {self.training.steps}")
+        known = set(ModelConfig.model_fields)
+        for number, growth in enumerate(self.grow):
+            if unknown := sorted(set(growth.to) - known):
+                raise ValueError(f"grow.{number}.to.{unknown[0]} is not a field of the model")
+        try:
+            models = self.models
+        except ValidationError as error:
+            raise ValueError(f"grow: {error.errors()[0]['msg']}") from None
+        for before, after in pairwise(models):
+            if before.head_dim != after.head_dim:
+                raise ValueError(
+                    f"grow: heads would be {after.head_dim} wide instead of {before.head_dim}; let num_attention_heads "
+                    "grow as hidden_size does, or set model.kv_channels"
+                )
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Recipe:

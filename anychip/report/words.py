@@ -77,7 +77,7 @@ def summary(inputs: Inputs) -> dict[str, str]:
     recipe = inputs.recipe
     if recipe is None:
         return {"english": "The recipe of this run is not readable.", "chinese": "本次运行的配方无法读取。"}
-    parameters = short(num_parameters(recipe.model))
+    parameters = short(num_parameters(recipe.final_model))
     sources = ", ".join(source.path for source in recipe.data.sources[:4])
     tokens = _tokens_trained(inputs)
     after = f" on {short(tokens)} tokens" if tokens else ""
@@ -96,7 +96,7 @@ def tiles(inputs: Inputs) -> list[Tile]:
     """The numbers a person wants first; those that are not known are left out."""
     found: list[Tile] = []
     if inputs.recipe:
-        found.append(Tile("parameters", "参数量", short(num_parameters(inputs.recipe.model))))
+        found.append(Tile("parameters", "参数量", short(num_parameters(inputs.recipe.final_model))))
     if tokens := _tokens_trained(inputs):
         found.append(Tile("tokens trained on", "训练词元", short(tokens)))
     model_bits, rival = number(inputs.evaluation, "model", "bits_per_byte"), number(inputs.evaluation, "xz", "primed")
@@ -173,7 +173,7 @@ def model(inputs: Inputs) -> list[Fact]:
     recipe = inputs.recipe
     if recipe is None:
         return []
-    config, length = recipe.model, recipe.training.seq_length
+    config, length = recipe.final_model, recipe.training.seq_length
     flops = flops_per_token(config, length)
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     return [

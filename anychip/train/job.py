@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -23,6 +24,7 @@ from anychip.recipe.schema import (
 from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
 from anychip.train.observe import Observer
+from anychip.train.optimizer import Optimizer
 from anychip.train.witness import Witness
 
 if TYPE_CHECKING:
@@ -47,6 +49,35 @@ class Answering(Protocol):
 
     def answer(self, engine: Engine, batch: Batch, step: int) -> tuple[Batch, Mapping[str, float]]:
         """The batch of `step` (from 0) with answers to what it asks, and what was measured about them, for the log."""
+
+
+class NewParts(Protocol):
+    """Parts of a grown model that are still new; `step` counts from 1: the step that is being made."""
+
+    def scale_gradients(self, step: int) -> None:
+        """Called when the gradients are there, before they are measured."""
+
+    def update(self, step: int, lr: float) -> AbstractContextManager[None]:
+        """Entered around the optimizer's step."""
+
+    def skip(self, step: int) -> None:
+        """Called for a step that counts and changed nothing."""
+
+
+class Growing(Protocol):
+    """Training that goes on from a grown checkpoint of step `grown_at`."""
+
+    @property
+    def grown_at(self) -> int: ...
+
+    def lr_share(self, step: int) -> float:
+        """Share of the scheduled rate at `step`, counted from 0."""
+
+    def lr_scale(self) -> Mapping[str, float]:
+        """Factors of AdamW's rate by parameter."""
+
+    def bind(self, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> NewParts:
+        """The new parts of what is here."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +120,14 @@ class TrainingJob:
     lora: LoraConfig | None = None  # the weights stay, and adapters beside them are learned
     predicted: float | None = None  # tokens a second and device, by `anychip plan --save`
     witness: Witness | None = None  # writes down where the weights come from
+    until: int | None = None  # the step at which this model ends, because it grows there
+    checkpoints: Path | None = None  # default: below `directory`
+    growing: Growing | None = None
+
+    @property
+    def end(self) -> int:
+        """The step to train to; rates follow from `steps`."""
+        return self.steps if self.until is None else self.until
 
 
 def training_job(

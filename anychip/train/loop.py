@@ -47,7 +47,7 @@ from anychip.train.precision import compute_dtype
 from anychip.train.replay import Replay
 from anychip.train.saves import Saves
 from anychip.train.schedule import lr_share
-from anychip.train.step import Checks, StepResult, train_step
+from anychip.train.step import Checks, Growth, StepResult, train_step
 
 
 class Stopped(AnychipError):
@@ -67,7 +67,7 @@ class _Clock:
 
 
 def run_training(job: TrainingJob) -> int:
-    """Train until `job.steps`, from the newest good checkpoint if there is one. Returns the last step.
+    """Train until `job.end`, from the newest good checkpoint if there is one. Returns the last step.
 
     Raises Stopped after SIGINT or SIGTERM (state saved), UnfitError when the guard stops it, InputError when a
     checkpoint belongs to another recipe.
@@ -87,13 +87,15 @@ def run_training(job: TrainingJob) -> int:
         warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it
     operators = operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators))
     engine = Engine(job, processes, dtype, operators)
-    optimizer = Optimizer(engine.trainable, job.optimizer, dtype, operators)
+    lr_scale = job.growing.lr_scale() if job.growing else {}
+    optimizer = Optimizer(engine.trainable, job.optimizer, dtype, operators, lr_scale)
+    new_parts = job.growing.bind(engine.trainable, optimizer) if job.growing else None
     built = time.perf_counter()
     guard = Guard(job.guard)
     saves = Saves(job, engine, optimizer, guard, processes)
     step, cursor = saves.restore()
     saves.prepare()
-    if step >= job.steps:
+    if step >= job.end:
         saves.leave()
         return step
 
@@ -124,7 +126,9 @@ def run_training(job: TrainingJob) -> int:
     ):
         bar.advance(step)
         clock = _Clock(time.perf_counter(), step)
-        while step < job.steps:
+        if job.growing and step == job.growing.grown_at:
+            _evaluate(job, engine, step, log, heartbeat, clock, "after growth")
+        while step < job.end:
             heartbeat.begin_step(step + 1)
             waited = time.perf_counter()
             batch = damaged.checked(partial(batches.get, step), step + 1, cursor.position(step))
@@ -141,14 +145,27 @@ def run_training(job: TrainingJob) -> int:
                 batch, measured = job.answering.answer(engine, batch, cursor.position(step))
             clock.tokens += batch.input_ids.numel()
             lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
+            if job.growing:
+                lr *= job.growing.lr_share(step)
             step += 1
+            growth = Growth(new_parts, step) if new_parts else None
             checks = Checks(
                 partial(replay.forward_backward, step) if replay and replay.due(step) else None,
                 copies.flipped if copies else None,
             )
             job.observer.begin(step, lr)
             done = train_step(
-                engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat, checks, job.observer
+                engine,
+                optimizer,
+                processes,
+                batch,
+                lr,
+                job.optimizer.grad_clip,
+                guard,
+                heartbeat,
+                checks,
+                job.observer,
+                growth,
             )
             fence().check_lease()
             bar.advance()
@@ -173,10 +190,12 @@ def run_training(job: TrainingJob) -> int:
                     cursor = cursor.without(cursor.position(step), position + 1)
                     clock = _go_on_from(job, step, cursor, log, batches, bar)
                     continue
+                if new_parts:
+                    new_parts.skip(step)
             if job.witness:
                 job.witness.stepped(step, cursor.position(step - 1), batch, done.loss, done.grad_norm)
 
-            shown = not done.problem and (step % job.log.interval == 0 or step in (1, job.steps))
+            shown = not done.problem and (step % job.log.interval == 0 or step in (1, job.end))
             experts = engine.balance.measure() if shown else {}
             if log and shown:
                 backend.synchronize()
@@ -187,16 +206,9 @@ def run_training(job: TrainingJob) -> int:
                 print(metrics.line(job.steps), flush=True)
                 log.write_step(metrics)
                 clock = _Clock(time.perf_counter(), step)
-            if job.evaluate and (step == job.steps or (job.eval_interval and step % job.eval_interval == 0)):
-                heartbeat.beat("evaluate")
-                started = time.perf_counter()
-                values = job.evaluate(engine.score)
-                if log:
-                    named = (f"{name} {value:.4f}" for name, value in values.items())
-                    print(" | ".join([f"step {step}/{job.steps}", *named]), flush=True)
-                    log.write({"step": step, **values})
-                clock.started += time.perf_counter() - started
-            leaving = processes.any(stop.requested) or step == job.steps
+            if step == job.end or (job.eval_interval and step % job.eval_interval == 0):
+                _evaluate(job, engine, step, log, heartbeat, clock)
+            leaving = processes.any(stop.requested) or step == job.end
             due = saves.due(step, leaving)
             interval = job.guard.digest_interval
             if copies and interval and verdict == "equal" and (due or step % interval == 0):
@@ -218,13 +230,35 @@ def run_training(job: TrainingJob) -> int:
     heartbeat.close()
     if log:
         log.close()
-    if step < job.steps:
+    if step < job.end:
         raise Stopped(f"Stopped at step {step} of {job.steps}, which is saved.", do="Run it again to continue.")
     return step
 
 
 def _bar(job: TrainingJob, processes: Processes) -> AbstractContextManager[Progress]:
     return progress(job.title, job.steps, "steps", quiet=not processes.is_first)
+
+
+def _evaluate(
+    job: TrainingJob,
+    engine: Engine,
+    step: int,
+    log: MetricsLog | None,
+    heartbeat: Heartbeat,
+    clock: _Clock,
+    when: str = "",
+) -> None:
+    """Print and log what `job.evaluate` measures; its time is not the training's."""
+    if job.evaluate is None:
+        return
+    heartbeat.beat("evaluate")
+    started = time.perf_counter()
+    values = job.evaluate(engine.score)
+    if log:
+        named = (f"{name} {value:.4f}" for name, value in values.items())
+        print(" | ".join([f"step {step}/{job.steps}{when and f' {when}'}", *named]), flush=True)
+        log.write({"step": step, **({"when": when} if when else {}), **values})
+    clock.started += time.perf_counter() - started
 
 
 def _compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,16 @@ from anychip.recipe.schema import OptimizerConfig
 from anychip.train.muon import Muon
 
 
-def _is_layer_matrix(name: str) -> bool:
-    """Matrices of the layers, an expert's too."""
+def takes_muon(name: str) -> bool:
+    """Whether the optimizer `muon` gives this parameter to Muon, and not to AdamW: matrices of the layers, an expert's
+    too."""
     module, _, kind = name.rpartition(".")
     return name.startswith(("layers.", "mtp.")) and kind == "weight" and "proj" in module.rpartition(".")[2]
 
 
 class Optimizer:
-    """Owns the optimizer's state under the parameters' logical names, laid out as the parameters are.
+    """Owns the optimizer's state under the parameters' logical names, laid out as the parameters are. `lr_scale` are
+    factors of AdamW's rate by name, where they are not 1; weight decay keeps its rate.
 
     State (all fp32): `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME` of AdamW, `momentum.NAME` of Muon. It exists
     from the start, so that a checkpoint can be read into it.
@@ -33,11 +36,12 @@ class Optimizer:
         config: OptimizerConfig,
         product_dtype: torch.dtype,
         operators: Operators = reference,
+        lr_scale: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        self.config, self._operators = config, operators
+        self.config, self._operators, self.lr_scale = config, operators, lr_scale
         self._routing = {name: p for name, p in parameters.items() if is_routing_bias(name)}
         parameters = {name: p for name, p in parameters.items() if name not in self._routing}
-        by_muon = {name: p for name, p in parameters.items() if _is_layer_matrix(name)} if config.name == "muon" else {}
+        by_muon = {name: p for name, p in parameters.items() if takes_muon(name)} if config.name == "muon" else {}
         self.muon = Muon(by_muon, config.muon_momentum, config.weight_decay, product_dtype) if by_muon else None
         self._parameters = {name: p for name, p in parameters.items() if name not in by_muon}
         self._exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self._parameters.items()}
@@ -66,18 +70,21 @@ class Optimizer:
 
     def _adamw(self, names: Iterable[str], lr: float, weight_decay: float) -> None:
         """AdamW is elementwise: each process updates its own part of every tensor."""
-        names = [name for name in names if self._parameters[name].grad is not None]
-        if names:
+        by_scale: dict[float, list[str]] = {}
+        for name in names:
+            if self._parameters[name].grad is not None:
+                by_scale.setdefault(self.lr_scale.get(name, 1.0), []).append(name)
+        for scale, alike in by_scale.items():
             self._operators.adamw(
-                [local(self._parameters[name].detach()) for name in names],
-                [local(self._gradient(name)) for name in names],
-                [local(self._exp_avg[name]) for name in names],
-                [local(self._exp_avg_sq[name]) for name in names],
-                [self._step[name] for name in names],
-                lr=lr,
+                [local(self._parameters[name].detach()) for name in alike],
+                [local(self._gradient(name)) for name in alike],
+                [local(self._exp_avg[name]) for name in alike],
+                [local(self._exp_avg_sq[name]) for name in alike],
+                [self._step[name] for name in alike],
+                lr=lr * scale,
                 betas=self.config.betas,
                 eps=self.config.eps,
-                weight_decay=weight_decay,
+                weight_decay=weight_decay / scale,
             )
 
     def _gradient(self, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from anychip.train.copies import Flip
 from anychip.train.engine import Engine
 from anychip.train.guard import Guard, first_bad_tensor
 from anychip.train.heartbeat import Heartbeat
+from anychip.train.job import NewParts
 from anychip.train.observe import Observer
 from anychip.train.optimizer import Optimizer
 from anychip.train.replay import ReplayFault
@@ -25,6 +27,20 @@ class Checks:
 
     replayed: Callable[[Batch], tuple[Tensor, ReplayFault | None]] | None = None
     flipped: Callable[[], Flip | None] | None = None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A step's part in what is still new of a grown model."""
+
+    parts: NewParts
+    step: int
+
+    def scale_gradients(self) -> None:
+        self.parts.scale_gradients(self.step)
+
+    def update(self, lr: float) -> AbstractContextManager[None]:
+        return self.parts.update(self.step, lr)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ def train_step(
     heartbeat: Heartbeat,
     checks: Checks = Checks(),
     observer: Observer = Observer(),
+    growth: Growth | None = None,
 ) -> StepResult:
     """Gradients of a global batch, judged, clipped and applied: on all processes or on none.
 
@@ -59,11 +76,11 @@ def train_step(
     (arXiv 2604.00726).
     """
     fault: ReplayFault | Flip | None
-    loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks)
+    loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks, growth)
     passing = "" if fault else guard.problem(loss, grad_norm)
     if passing:
         _drop_gradients(engine)
-        loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks)
+        loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks, growth)
     heartbeat.beat("check")
     if fault is None and checks.flipped is not None:
         fault = checks.flipped()
@@ -73,7 +90,8 @@ def train_step(
         observer.reduced(loss, grad_norm)
         scale_gradients(engine.learned, grad_norm, grad_clip)
         observer.clipped()
-        optimizer.step(lr)
+        with growth.update(lr) if growth else nullcontext():
+            optimizer.step(lr)
         observer.updated()
     elif not fault:
         bad_tensor = first_bad_tensor(engine.parameters)
@@ -82,11 +100,18 @@ def train_step(
 
 
 def _gradients(
-    engine: Engine, processes: Processes, batch: Batch, heartbeat: Heartbeat, checks: Checks
+    engine: Engine,
+    processes: Processes,
+    batch: Batch,
+    heartbeat: Heartbeat,
+    checks: Checks,
+    growth: Growth | None,
 ) -> tuple[float, float, ReplayFault | None]:
     """Leaves the gradients; loss, norm and what a replay showed."""
     heartbeat.beat("forward_backward")
     loss, fault = checks.replayed(batch) if checks.replayed else (engine.forward_backward(batch), None)
+    if growth:
+        growth.scale_gradients()
     heartbeat.beat("reduce")
     return float(loss), float(gradient_norm(engine.learned, processes)), fault
 

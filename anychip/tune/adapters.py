@@ -27,7 +27,7 @@ def adapted_tensors(recipe: Recipe, lora: LoraConfig) -> dict[str, dict[str, tup
     """Each matrix that has an adapter, with the names and shapes of the adapter's two halves."""
     return {
         name: adapter_shapes(name, shape, lora.rank)
-        for name, shape in parameter_shapes(recipe.model)
+        for name, shape in parameter_shapes(recipe.final_model)
         if name.startswith("layers.") and name.split(".")[-2] in lora.target_modules and name.endswith(".weight")
     }
 
@@ -59,7 +59,7 @@ def _merge(recipe: Recipe, lora: LoraConfig, base: CheckpointStore, stage: Path)
         return
     adapted, scale = adapted_tensors(recipe, lora), lora.alpha / lora.rank
     with whole.stream(newest.step, {"weights_only": True}) as stream:
-        for name, _ in parameter_shapes(recipe.model):
+        for name, _ in parameter_shapes(recipe.final_model):
             ((_, weight),) = base.read(start, [f"model.{name}"])
             if name in adapted:
                 halves = dict(adapters.read(newest, [f"model.{half}" for half in adapted[name]]))

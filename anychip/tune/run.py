@@ -130,7 +130,7 @@ def _job(
     return TrainingJob(
         title=title,
         directory=directory if config.lora is None else adapter_directory(directory),
-        model=recipe.model,
+        model=recipe.final_model,
         source=source,
         initialize=initialize,
         evaluate=None,

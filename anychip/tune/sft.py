@@ -34,7 +34,7 @@ class SftData:
         self.encoding = Encoding(recipe.tune.template, self.config.loss_on, self.config.parity)
         self.split = split_dialogs(load_dialogs(self.config))
         if self.config.packing:
-            check_packing(recipe.model, self.config.seq_length)
+            check_packing(recipe.final_model, self.config.seq_length)
         encoded = self._encode(self.split.training)
         self.encoded = [sample for sample in encoded if len(sample) <= self.config.seq_length]
         self.dropped = len(encoded) - len(self.encoded)

@@ -1,0 +1,179 @@
+"""A block of rows of a grown tensor, weights or moments, out of the old tensor's rows. The only arithmetic of growth.
+
+Weights. A copied unit is made as its original is; what consumes it shares the original's weight among the copies,
+unequally, each share a multiple of the weight's last bit, so that the shares add up to the weight without rounding.
+Fresh units are drawn as at the start of training, and closed on one side: hidden channels where they are written, all
+others where they are read.
+
+Moments. They are of gradients, and scale as those do at the moment of growth: a unit among c copies gets 1/c of its
+gradient, weights that were multiplied by f get 1/f of theirs; second moments take the square. Fresh parts start at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from anychip.grow.axes import AxisMap
+from anychip.grow.plan import GrowthPlan
+from anychip.grow.roles import Dim, roles_of, writes_residual
+from anychip.grow.rows import Kind, Rows
+from anychip.grow.upcycle import upcycled_block
+from anychip.model.init import tensor_seed
+
+BLOCK_ELEMENTS = 1 << 23
+
+Shape = tuple[int, ...]
+
+
+def row_blocks(shape: Shape) -> Iterator[range]:
+    """The blocks that a grown tensor is made in: a function of its shape alone, and with it of all chance in them."""
+    size = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], size):
+        yield range(start, min(start + size, shape[0]))
+
+
+def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
+    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step."""
+    if plan.upcycled(name):
+        return upcycled_block(plan, kind, name, rows, old)
+    block = _gather(plan, kind, name, rows, old)
+    maps = _maps(plan, name)
+    if kind != "model":
+        return _moments(plan, kind, name, rows, block)
+    chance = torch.Generator().manual_seed(tensor_seed(plan.seed, f"grow:{name}:{rows.start}"))
+    dims = roles_of(name)
+    for place, (dim, axis) in enumerate(zip(dims, maps, strict=True)):
+        if (factor := plan.factor(name, dim, axis)) != 1.0:
+            block = block * factor
+        if dim.side == "in" and place == len(dims) - 1 and bool((axis.copies > 1).any()):
+            block = _shared(block, axis, plan.noise, chance)
+    block = _fresh(plan, name, rows, block, old, chance)
+    return block.mul_(plan.closed) if plan.inserted(name) and writes_residual(name) else block
+
+
+def grown_step(plan: GrowthPlan, name: str, old_step: Tensor | None) -> Tensor:
+    """AdamW's count of steps of a tensor: 0 for a new layer's or expert's."""
+    starts = plan.inserted(name) or plan.upcycled(name) or plan.moments == "reset"
+    return torch.zeros(()) if starts or old_step is None else old_step.clone()
+
+
+def fresh_part(plan: GrowthPlan, name: str, *, closed: bool) -> tuple[Tensor, ...] | None:
+    """Which rows, columns, ... of a parameter are fresh (bool, one a dimension; an element is fresh where one of them
+    is); with `closed` only those that open. None where nothing is; a new layer's tensors count as a whole."""
+    if plan.upcycled(name):
+        return None
+    dims, maps = roles_of(name), _maps(plan, name)
+    if plan.inserted(name) and (writes_residual(name) or not closed):
+        return tuple(torch.ones(axis.new, dtype=torch.bool) for axis in maps)
+    found = tuple(
+        axis.fresh if not closed or _closes(dim) else torch.zeros_like(axis.fresh)
+        for dim, axis in zip(dims, maps, strict=True)
+    )
+    return found if any(bool(part.any()) for part in found) else None
+
+
+def _maps(plan: GrowthPlan, name: str) -> list[AxisMap]:
+    return [plan.axes[dim.axis] for dim in roles_of(name)]
+
+
+def _closes(dim: Dim) -> bool:
+    """On which side a fresh unit is closed: a hidden channel must not enter the mean square, so nothing writes it;
+    another unit is not read. A token's row is neither."""
+    return dim.side == "out" if dim.axis == "hidden" else dim.side == "in"
+
+
+def _gather(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
+    """The old elements that the new ones copy; where they are fresh, any."""
+    first, *others = _maps(plan, name)
+    block = old.rows(f"{kind}.{plan.parent_of(name)}", first.source[rows.start : rows.stop].clamp(min=0))
+    for place, axis in enumerate(others, 1):
+        if not axis.same:
+            block = block.index_select(place, axis.source.clamp(min=0))
+    return block
+
+
+def _along(values: Tensor, place: int, dimensions: int) -> Tensor:
+    """[n] as a tensor that broadcasts along dimension `place`."""
+    return values.view([-1 if n == place else 1 for n in range(dimensions)])
+
+
+def _part(values: Tensor, place: int, rows: range) -> Tensor:
+    return values[rows.start : rows.stop] if place == 0 else values
+
+
+def _moments(plan: GrowthPlan, kind: Kind, name: str, rows: range, block: Tensor) -> Tensor:
+    if plan.inserted(name) or plan.moments == "reset":
+        return torch.zeros_like(block)
+    power = 2 if kind == "optimizer.exp_avg_sq" else 1
+    for place, (dim, axis) in enumerate(zip(roles_of(name), _maps(plan, name), strict=True)):
+        factor = torch.ones(axis.new, dtype=torch.float64)
+        if dim.side in ("out", "gain", "last_gain"):
+            factor /= axis.copies
+        factor = _part(factor / plan.factor(name, dim, axis), place, rows)
+        if bool((factor != 1).any()):
+            block = block * _along((factor**power).to(block.dtype), place, block.ndim)
+        if bool(axis.fresh.any()):
+            block = block.masked_fill(_along(_part(axis.fresh, place, rows), place, block.ndim), 0)
+    return block
+
+
+def _shared(block: Tensor, axis: AxisMap, noise: float, chance: torch.Generator) -> Tensor:
+    """Each weight [..., new], gathered whole, becomes its copy's share; the shares of one add up to it exactly."""
+    weights = 1 + noise * (2 * torch.rand(block.shape, generator=chance, dtype=torch.float32) - 1)
+    sources = axis.source.clamp(min=0)
+    totals = weights.new_zeros((*block.shape[:-1], axis.old)).index_add_(-1, sources, weights)
+    weights /= totals.index_select(-1, sources)
+    unit = _last_bit(block)
+    shares = torch.where(unit > 0, (block * weights.to(block.dtype) / unit).round_() * unit, 0)
+    shares[..., axis.last_copy] = 0
+    given = shares.new_zeros((*block.shape[:-1], axis.old)).index_add_(-1, sources, shares)
+    rest = block - given.index_select(-1, sources)
+    return torch.where(axis.last_copy, rest, shares)
+
+
+def _last_bit(x: Tensor) -> Tensor:
+    """The value of the last bit of each element; 0 where it cannot be held."""
+    bits = round(-torch.tensor(torch.finfo(x.dtype).eps).double().log2().item()) + 1
+    exponent = torch.frexp(x).exponent
+    return torch.ldexp(torch.ones_like(x), exponent - bits)
+
+
+def _fresh(plan: GrowthPlan, name: str, rows: range, block: Tensor, old: Rows, chance: torch.Generator) -> Tensor:
+    """Values of fresh elements: closed ones multiplied by what closed means."""
+    dims, maps = roles_of(name), _maps(plan, name)
+    fresh = torch.zeros((), dtype=torch.bool)
+    shut = torch.zeros((), dtype=torch.bool)
+    for place, (dim, axis) in enumerate(zip(dims, maps, strict=True)):
+        here = _along(_part(axis.fresh, place, rows), place, block.ndim)
+        if dim.side == "row":
+            if bool(here.any()):
+                block = torch.where(here, _mean_row(plan, name, old, block), block)
+            continue
+        fresh = fresh | here
+        if _closes(dim) and not (plan.inserted(name) and writes_residual(name)):  # those close as a whole
+            shut = shut | here
+    if not bool(fresh.any()):
+        return block
+    if dims[0].side in ("gain", "last_gain"):
+        mean = old.rows(f"model.{plan.parent_of(name)}", torch.arange(maps[0].old)).mean()
+        mean = mean * plan.factor(name, dims[0], maps[0])
+        return torch.where(fresh, mean, block)
+    if name.endswith("bias"):  # as at the start of training
+        return torch.where(fresh, 0, block)
+    std = plan.new.initializer_range
+    if writes_residual(name):
+        std /= (2 * plan.new.num_hidden_layers) ** 0.5
+    drawn = torch.empty(block.shape, dtype=torch.float32).normal_(0.0, std, generator=chance).to(block.dtype)
+    return torch.where(fresh, torch.where(shut, drawn * plan.closed, drawn), block)
+
+
+def _mean_row(plan: GrowthPlan, name: str, old: Rows, block: Tensor) -> Tensor:
+    """A new token starts as the mean of the old ones (bounded change of the other tokens' probabilities)."""
+    mean = old.mean_row(f"model.{plan.parent_of(name)}")
+    (dim, axis) = roles_of(name)[1], _maps(plan, name)[1]
+    grown = mean[axis.source.clamp(min=0)] * plan.factor(name, dim, axis)
+    return grown / axis.copies.to(grown.dtype) if dim.side == "in" else grown
