@@ -227,6 +227,7 @@ def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 
 def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.record import attesting
     from anychip.chips.backend import detect_backend
     from anychip.serve.sampler import EngineSampler
     from anychip.train.precision import compute_dtype
@@ -247,7 +248,8 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         export_run(run, stage="dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain", out=export)
         return VllmSampler(recipe.final_model, dtype, end, at_once, export)
 
-    return {"step": run_grpo(recipe, run, _fingerprint(STAGES["grpo"], recipe), make_sampler)}
+    with attesting(recipe, run, "grpo") as witness:
+        return {"step": run_grpo(recipe, run, _fingerprint(STAGES["grpo"], recipe), make_sampler, witness)}
 
 
 def _held_out_loss(data: SftData) -> Evaluate:

@@ -25,7 +25,7 @@ class Place:
         return self.folder / "objects"
 
     def checkpoints(self, stage: str) -> Path:
-        """Where the whole weights of a stage lie (`pretrain`, `sft`, `dpo`)."""
+        """Where the whole weights of a stage lie (`pretrain`, `sft`, `dpo`, `grpo`)."""
         return self.run.checkpoints if stage == "pretrain" else self.run.root / stage / "checkpoints"
 
     def checkpoint_roots(self) -> dict[str, Path]:

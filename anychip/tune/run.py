@@ -82,7 +82,13 @@ def run_dpo(recipe: Recipe, run: RunDirectory, identity: str, witness: Witness |
     return _train(job, recipe, config, run.dpo, start)
 
 
-def run_grpo(recipe: Recipe, run: RunDirectory, identity: str, make_sampler: Callable[[GrpoData], Sampler]) -> int:
+def run_grpo(
+    recipe: Recipe,
+    run: RunDirectory,
+    identity: str,
+    make_sampler: Callable[[GrpoData], Sampler],
+    witness: Witness | None = None,
+) -> int:
     """Tune the newest weights of the stages before by rewards, and ask held-out questions of those and of the result;
     returns the last step."""
     data = GrpoData(recipe, run)
@@ -95,7 +101,7 @@ def run_grpo(recipe: Recipe, run: RunDirectory, identity: str, make_sampler: Cal
     sampler = make_sampler(data)
     frozen = None if run_is_over(job) or not config.beta else _frozen_engine(job, recipe, start)[0]
     rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, frozen, recipe.log.interval)
-    step = _train(replace(job, answering=rollouts), recipe, config, run.grpo, start)
+    step = _train(replace(job, answering=rollouts, witness=witness), recipe, config, run.grpo, start)
     if data.held_out and int(os.environ.get("RANK", "0")) == 0:
         stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")
         write_json(run.grpo / "success.json", measure_success(data, reward, sampler, *stores))
