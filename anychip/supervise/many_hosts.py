@@ -6,8 +6,10 @@ import ipaddress
 import platform
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from anychip.errors import AnychipError, InputError
@@ -18,6 +20,8 @@ from anychip.supervise.agent import Agent, Host
 from anychip.supervise.channel import read_token
 from anychip.supervise.coordinating import CoordinatorProcess
 from anychip.supervise.coordinator import Hosts, Terms, job_id
+from anychip.supervise.decide import Policy
+from anychip.supervise.incidents import LOG_NAME, read_incidents
 from anychip.supervise.processes import train_command
 from anychip.supervise.record import only_coordinator
 from anychip.supervise.run import Limits, Supervisor, check_layout, is_possible, stop_signals
@@ -37,6 +41,16 @@ class Place:
     name: str | None = None
 
 
+def remembering(run: RunDirectory, budget: int) -> Policy:
+    """A policy that knows which hosts failed under a coordinator before this one, and when."""
+    policy, now, clock = Policy(budget), datetime.now(timezone.utc), time.monotonic()
+    for incident in read_incidents(run.logs / LOG_NAME):
+        if incident.action in ("restart", "shrink", "replace") and incident.kind != "error":
+            age = (now - datetime.fromisoformat(incident.time)).total_seconds()
+            policy.recall(incident.node, clock - age)
+    return policy
+
+
 def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, limits: Limits) -> None:
     """Be the coordinator until the run is over. Raises RunFailed when it failed, InputError for what cannot work."""
     token, job = read_token(place.token_file), job_id(recipe, run)
@@ -49,7 +63,7 @@ def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, li
         hosts = Hosts(recipe, run, server, token, job, terms, stop)
         code, text = 1, "The coordinator failed."
         try:
-            Supervisor(run, hosts, limits, stop).run()
+            Supervisor(run, hosts, limits, stop, remembering(run, limits.restarts)).run()
             code, text = 0, ""
         except AnychipError as error:
             code, text = error.exit_code, str(error)

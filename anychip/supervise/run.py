@@ -87,9 +87,11 @@ def is_possible(recipe: Recipe, processes: int) -> bool:
 class Supervisor:
     """Runs generations on a fleet."""
 
-    def __init__(self, run: RunDirectory, fleet: Fleet, limits: Limits, stop: Stop) -> None:
+    def __init__(
+        self, run: RunDirectory, fleet: Fleet, limits: Limits, stop: Stop, policy: Policy | None = None
+    ) -> None:
         self._run, self._fleet, self._limits, self._stop = run, fleet, limits, stop
-        self._policy = Policy(limits.restarts)
+        self._policy = policy or Policy(limits.restarts)
         self._passed_on = 0
 
     def run(self) -> None:

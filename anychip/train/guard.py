@@ -23,6 +23,7 @@ from anychip.errors import UnfitError
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import GuardConfig
 from anychip.train.copies import Difference, Flip
+from anychip.train.output import where_there_is_room
 from anychip.train.replay import ReplayFault
 
 _FEWEST_NORMS = 8
@@ -142,9 +143,11 @@ class BadSteps:
         return undecided
 
     def _record(self, step: int, problem: str, action: str, more: Mapping[str, object]) -> None:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, "problem": problem, "action": action, **more}) + "\n")
+        row = json.dumps({"step": step, "problem": problem, "action": action, **more})
+        with where_there_is_room(f"{self._log.name}: {row}"):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as handle:
+                handle.write(row + "\n")
         if action != "stop":
             print(f"step {step}: {problem}; {_SAID[action]}", flush=True)
 

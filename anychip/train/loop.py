@@ -42,7 +42,7 @@ from anychip.train.heartbeat import FOLDER_VARIABLE, Heartbeat
 from anychip.train.job import TrainingJob
 from anychip.train.metrics import MetricsLog, StepMetrics
 from anychip.train.optimizer import Optimizer
-from anychip.train.output import print_what_fits
+from anychip.train.output import print_what_fits, where_there_is_room
 from anychip.train.precision import compute_dtype
 from anychip.train.replay import Replay
 from anychip.train.saves import Saves
@@ -102,7 +102,7 @@ def run_training(job: TrainingJob) -> int:
     job.observer.attach(job, engine, processes)
     is_writer = processes.is_first
     if is_writer:
-        cursor.write(RunDirectory(job.directory))
+        _remember(cursor, job)
         restored = time.perf_counter()
         print(
             f"start: {processes.layout.describe()} | processes {joined - started:.1f} s | "
@@ -135,7 +135,7 @@ def run_training(job: TrainingJob) -> int:
             if batch is None:
                 cursor = cursor.without(cursor.position(step), cursor.position(step) + 1)
                 if is_writer:
-                    cursor.write(RunDirectory(job.directory))
+                    _remember(cursor, job)
                 batches.restart(step, cursor)
                 continue
             clock.data_seconds += time.perf_counter() - waited
@@ -274,12 +274,18 @@ def _compare(
     return "recompute" if processes.any(bool(differences)) else "equal"
 
 
+def _remember(cursor: DataCursor, job: TrainingJob) -> None:
+    """For readers of the ledger; checkpoints keep the cursor too."""
+    with where_there_is_room("which batches are left out"):
+        cursor.write(RunDirectory(job.directory))
+
+
 def _go_on_from(
     job: TrainingJob, step: int, cursor: DataCursor, log: MetricsLog | None, batches: _Prefetch, bar: Progress
 ) -> _Clock:
     """Everything but the state is at `step` again."""
     if log:
-        cursor.write(RunDirectory(job.directory))
+        _remember(cursor, job)
         log.forget_after(step)
     batches.restart(step, cursor)
     bar.advance(step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -18,6 +20,17 @@ class _Lossy(io.FileIO):
             if error.errno not in _NO_ROOM:
                 raise
             return memoryview(data).nbytes
+
+
+@contextmanager
+def where_there_is_room(what: str) -> Iterator[None]:
+    """Around writing a small file that training can do without: a disk that does not take it costs the file alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"{what} could not be written ({error.strerror}); training goes on", flush=True)
 
 
 def print_what_fits() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anychip.parallel.messages import Message
+from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips, Policy, kind_of_exit
-from anychip.supervise.incidents import Incident, read_incidents, record
+from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents, record
+from anychip.supervise.many_hosts import remembering
 from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
 
@@ -147,3 +152,17 @@ def test_incidents_are_read_back_and_torn_lines_left_out(tmp_path: Path) -> None
         handle.write('{"kind": "cra')
     assert read_incidents(path) == [incident]
     assert "rank 2 (process 77 on host) was killed by SIGKILL in step 9, phase reduce" in incident.sentence()
+
+
+def test_a_coordinator_that_is_started_again_remembers_who_failed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    died = Incident(
+        kind="crash", generation=1, rank=0, pid=1, node="host-a", step=3, phase="reduce", code=-9, action="restart",
+        state="", seconds=0.0, stack=[], detail=[], collective="",
+    )  # fmt: skip
+    long_ago = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat()
+    for incident in (died, died, replace(died, node="host-b", time=long_ago), replace(died, node="host-b")):
+        record(run.logs / LOG_NAME, incident)
+    now = time.monotonic()
+    assert remembering(run, 20).after("crash", "host-a", 4, now) == "leave_out"
+    assert remembering(run, 20).after("crash", "host-b", 4, now) == "restart"

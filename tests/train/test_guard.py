@@ -28,7 +28,7 @@ from anychip.recipe.schema import (
 )
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
-from anychip.train.guard import Guard, GuardState
+from anychip.train.guard import BadSteps, Guard, GuardState
 from anychip.train.job import TrainingJob
 from anychip.train.loop import run_training
 
@@ -207,3 +207,9 @@ def test_a_damaged_record_of_left_out_batches_is_refused(text: str, tmp_path: Pa
     run.skipped.write_text(text)
     with pytest.raises(InputError, match=r"skipped\.json"):
         DataCursor.of_run(run)
+
+
+def test_a_full_disk_costs_the_record_and_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    BadSteps(GuardConfig(), Path("/dev/full"), writes=True).leave_out(3, 2, "damaged", ["a.txt"])
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "a.txt" in said and "training goes on" in said
