@@ -23,7 +23,8 @@ CONTESTANTS: dict[str, tuple[dict[str, object], int]] = {
     "data (FSDP2)": ({"data_parallel_shard": 2}, 4),
     "data (copies)": ({"data_parallel_replicate": 2}, 4),
     "tensor": ({"tensor_parallel": 2}, 4),
-    "pipeline, 1f1b": ({"pipeline_parallel": 2}, 1),
+    "pipeline, 1f1b": ({"pipeline_parallel": 2, "pipeline_layers": [7, 5]}, 1),  # the last stage also has the head
+    "pipeline, 1f1b, even": ({"pipeline_parallel": 2}, 1),
     "pipeline, zero_bubble": ({"pipeline_parallel": 2, "pipeline_schedule": "zero_bubble"}, 1),
     "context, ring": ({"context_parallel": 2}, 4),
 }

@@ -114,6 +114,7 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         log=LogConfig(),
         loss_chunk_tokens=24,
         recompute=run.job.get("recompute", "none"),
+        compile=run.job.get("compile", False),
         lora=LoraConfig(**run.job["lora"]) if "lora" in run.job else None,
         objective=_objective(run.job),
     )

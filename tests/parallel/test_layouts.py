@@ -79,7 +79,15 @@ EIGHT = [
     LayoutRun({"tensor_parallel": 2, **pipeline(4, "1f1b")}, 4),
     LayoutRun({"data_parallel_shard": 2, **pipeline(4, "zero_bubble")}, 2),
 ]
-LAYOUTS = {run.name: run for run in [*TWO, *FOUR, *EIGHT]}
+COMPILED = [
+    LayoutRun({"data_parallel_shard": 2}, 4, {"compile": True}),
+    LayoutRun({"tensor_parallel": 2}, 4, {"compile": True}),
+    LayoutRun({"context_parallel": 2}, 4, {"compile": True}),
+    LayoutRun({"context_parallel": 2, "context_method": "all_gather"}, 4, {"compile": True}),
+    LayoutRun(pipeline(2, "1f1b"), 4, {"compile": True}),
+]
+SLOW = [*FOUR, *EIGHT, *COMPILED]
+LAYOUTS = {run.name: run for run in [*TWO, *SLOW]}
 
 
 def numbers_of(job: dict[str, Any]) -> str:
@@ -98,14 +106,14 @@ def one_process() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Where the runs of one number of processes are, trained when first asked for."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Where the runs of one number of processes are, or those with compiled layers, trained when first asked for."""
     folder = tmp_path_factory.mktemp("layouts")
     groups = {2: TWO, 4: FOUR, 8: EIGHT}
 
     @cache
-    def trained(world_size: int) -> Path:
-        run_layouts(groups[world_size], folder, timeout=900)
+    def trained(world_size: int, compiled: bool = False) -> Path:
+        run_layouts(COMPILED if compiled else groups[world_size], folder, timeout=900)
         return folder
 
     return trained
@@ -114,13 +122,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize(
     "name",
-    [*(run.name for run in TWO), *(pytest.param(run.name, marks=pytest.mark.slow) for run in [*FOUR, *EIGHT])],
+    [*(run.name for run in TWO), *(pytest.param(run.name, marks=pytest.mark.slow) for run in SLOW)],
 )
 def test_a_layout_trains_as_one_process_does(
-    name: str, one_process: dict[str, dict[str, Any]], results: Callable[[int], Path]
+    name: str, one_process: dict[str, dict[str, Any]], results: Callable[..., Path]
 ) -> None:
     run = LAYOUTS[name]
-    expected, found = one_process[numbers_of(run.job)], read(run, results(run.world_size))
+    expected, found = one_process[numbers_of(run.job)], read(run, results(run.world_size, run in COMPILED))
     for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
         assert abs(mine / theirs - 1) < LOSS
     for mine, theirs in zip(found["norms"], expected["norms"], strict=True):
