@@ -1,7 +1,7 @@
 """What tracing costs: a training step as it is, one with a recorder that does not trace it, and a traced one.
 
 Prints medians, and the share of the time that tracing every INTERVAL steps takes. The three alternate. Run it on an
-idle machine.
+idle machine, or with --busy, which takes one thread and its CPU time.
 
     python benchmarks/trace.py --interval 100
 """
@@ -80,7 +80,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--interval", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--busy", action="store_true", help="other programs run: one thread, CPU time")
     options = parser.parse_args()
+    clock = time.process_time if options.busy else time.perf_counter
+    if options.busy:
+        torch.set_num_threads(1)
 
     shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -94,9 +98,9 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(options.rounds + 1):  # the first round warms up
             for name, work in works.items():
-                started = time.perf_counter()
+                started = clock()
                 work()
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
         bytes_a_step = path.stat().st_size / (options.rounds + 1)
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     base = median["as it is"]

@@ -75,7 +75,7 @@ def _layout(layout: LayoutRun) -> Any:
     return pytest.param(layout, id=layout.name, marks=marks)
 
 
-@pytest.mark.parametrize("layout", map(_layout, LAYOUTS))
+@pytest.mark.parametrize("layout", [_layout(layout) for layout in LAYOUTS])
 def test_another_layout_differs_by_rounding_alone(layout: LayoutRun, folder: Path) -> None:
     found = compare_runs(CLEAN, TracedRun(layout, layout.name), folder)
     assert found.outcome == "rounding" and not found.only_in_one, found.as_text()
