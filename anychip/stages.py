@@ -158,8 +158,6 @@ def trace_run(recipe: Recipe, run: RunDirectory, *, interval: int, out: Path | N
 
     Raises InputError when the run has been trained already: what was not recorded then cannot be now.
     """
-    from anychip.verify.record import Recorder
-
     if run.finished("train") is not None or any(run.checkpoints.glob("step-*")):
         raise InputError(
             "has been trained, at least in part; a trace records a run from its first step.",
@@ -169,6 +167,8 @@ def trace_run(recipe: Recipe, run: RunDirectory, *, interval: int, out: Path | N
     if recipe.training.compile:
         print("training.compile is off while a run is traced", flush=True)
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": False})})
+    from anychip.verify.record import Recorder
+
     path = out or run.trace
     header = {"recipe": recipe.name, "fingerprint": _fingerprint(STAGES["train"], recipe)}
     observer = Recorder(path, interval, header, max_bytes)

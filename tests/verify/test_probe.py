@@ -44,7 +44,7 @@ _NAMED = {
     "softmax": {"cross_entropy"},
     "where": {"mask"},
 }
-_SAMPLE = ["attention.long:bfloat16", "rms_norm.grad_weight:float32", "product.biased:bfloat16"]
+_SAMPLE = ["rms_norm.grad_weight:float32", "product.biased:bfloat16"]
 
 _PROBE = """
 import json, sys, torch
@@ -123,9 +123,8 @@ def random_probes(count: int) -> list[tuple[Shapes, list[str]]]:
 
 
 @needs_device
-@pytest.mark.parametrize("chip", ["cpu", "emulated"])
-def test_a_right_chip_raises_no_alarm(chip: str) -> None:
-    assert findings_of("", random_probes(1), chip) == [[]]
+def test_a_right_chip_raises_no_alarm() -> None:
+    assert findings_of("", random_probes(1)) == [[]]
 
 
 @needs_device

@@ -7,7 +7,7 @@ of n terms in float32 adds about u32 * sqrt(n) of the norm of its terms, whateve
 of both signs cancel; we allow s = 4 * u32 * (1 + sqrt(n)). So
 
     norm    |found - exact| / |exact|            <=  roundings * u + s
-    rows    the same for each row and column     <=  6 x that, of at least a tenth of a typical row
+    rows    the same for each row and column     <=  8 x that, of at least a quarter of a typical row
     bias    the part of the difference that is   <=  roundings * u / 4 + 6 * (off by the norm) / sqrt(elements) + s
             parallel to the exact result             where elements are as many as share the norm
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-_ACCUMULATE, _ROWS, _SMALL_ROW = 4.0, 6.0, 0.1
+_ACCUMULATE, _ROWS, _SMALL_ROW = 4.0, 8.0, 0.25
 _BIAS, _DEVIATIONS = 0.25, 6.0
 _FEWEST = 8  # rows or columns that can be told apart
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,7 @@ def install_collective_faults() -> None:
 
 
 def _wrapped(original: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
-    spoil: Callable[..., Any] = {
-        "all_reduce.last_rank": _last_rank,
-        "all_reduce.low_accumulation": _low_accumulation,
-        "all_reduce.biased": _biased,
-        "all_reduce.max": _sum_for_max,
-        "reduce_scatter.order": _next_part,
-        "all_gather.order": _reversed_parts,
-    }[fault.name]
+    spoil = _WRONG[fault.name]
 
     def run(group: dist.ProcessGroup, *args: Any, **keywords: Any) -> Any:
         first = args[0][0] if isinstance(args[0], list) else args[0]
@@ -106,3 +99,13 @@ def _reversed_parts(call: Call, group: dist.ProcessGroup, out: Tensor, given: Te
         work.wait()
     out.copy_(torch.cat(list(reversed(out.chunk(group.size())))))
     return work
+
+
+_WRONG: Mapping[str, Callable[..., Any]] = {
+    "all_reduce.last_rank": _last_rank,
+    "all_reduce.low_accumulation": _low_accumulation,
+    "all_reduce.biased": _biased,
+    "all_reduce.max": _sum_for_max,
+    "reduce_scatter.order": _next_part,
+    "all_gather.order": _reversed_parts,
+}
