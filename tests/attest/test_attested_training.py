@@ -260,3 +260,23 @@ def test_all_ranks_are_asked_and_one_that_may_not_take_part_stops_all(data: Path
     assert problems(run) == [] and kinds(run)["saved"] == 4
     (start,) = history_of_run(run).starts
     assert [(rank["rank"], rank["vendor"]) for rank in start[2]["ranks"]] == [(0, "cpu"), (1, "cpu")]
+
+
+def test_a_run_goes_on_from_memory_with_the_state_that_was_claimed_there(data: Path) -> None:
+    """Step 4 was never on disk."""
+    recipe, runs, memory = data / "tiny.yaml", data / "runs", "checkpoint.memory_interval=2"
+    train(recipe, runs, memory, IN_TURN, die_at=6)
+    run = train(recipe, runs, memory, IN_TURN)
+    assert problems(run) == []
+    history = history_of_run(run)
+    assert [body["step"] for body, _, _ in history.starts] == [0, 4]
+    assert history.starts[1][0]["resumed"] not in history.manifests.values()
+
+
+def test_a_chain_that_cannot_be_trusted_stops_the_next_start(data: Path) -> None:
+    recipe, runs = data / "tiny.yaml", data / "runs"
+    run = train(recipe, runs, IN_TURN, die_at=5)
+    chain = run.root / "attest" / "chain.jsonl"
+    chain.write_bytes(chain.read_bytes().replace(b'"step":3', b'"step":4'))
+    with pytest.raises(UnfitError, match="does not follow the one before it"):
+        train(recipe, runs, IN_TURN)
