@@ -1,6 +1,7 @@
 """What can be said of the chip that a process computes on: vendor, model, serial number, driver, firmware.
 
-All of it is what drivers and tools say. The tools' words are from memory; what cannot be read stays None.
+All of it is what drivers and tools say. nvidia-smi was read on an H100 (driver 580), the other tools' words are from
+memory; what cannot be read stays None.
 """
 
 from __future__ import annotations

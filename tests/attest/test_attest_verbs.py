@@ -89,19 +89,21 @@ NPU_SMI = """
         Compatibility                  : OK
 """
 NVIDIA_SMI = """
-Driver Version                            : 570.86.15
-    Serial Number                         : N/A
-    GPU UUID                              : GPU-1f2e
-    VBIOS Version                         : 96.00.99.00.01
+Driver Version                                         : 580.159.04
+    Serial Number                                      : {serial}
+    GPU UUID                                           : GPU-2c570c6e
+    VBIOS Version                                      : 96.00.A5.00.01
+        Chassis Serial Number                          : N/A
 """
 
 
 def test_what_tools_print_is_read() -> None:
-    """As their documentation shows it; neither was run here."""
+    """npu-smi's lines are from memory, nvidia-smi's those of an H100."""
     found = {"serial": "2102314NMV10P8000012", "driver": "24.1.rc2", "firmware": "7.5.0.1.129"}
     assert read_tool(NPU_SMI, "ascend") == found
-    found = {"serial": "GPU-1f2e", "driver": "570.86.15", "firmware": "96.00.99.00.01"}
-    assert read_tool(NVIDIA_SMI, "nvidia") == found
+    for serial, read in {"1652824025": "1652824025", "N/A": "GPU-2c570c6e"}.items():
+        found = {"serial": read, "driver": "580.159.04", "firmware": "96.00.A5.00.01"}
+        assert read_tool(NVIDIA_SMI.format(serial=serial), "nvidia") == found
     assert set(read_tool("no device", "cambricon").values()) == {None}
 
 

@@ -21,7 +21,7 @@ from forging import CHAIN, OBJECTS, ROLES, Forgery, key_of, reasons, sign_again
 from anychip.attest.check.files import ATTESTATION
 from anychip.attest.check.findings import canonical
 from anychip.attest.keys import load_key, make_key
-from anychip.attest.sign import add_signature
+from anychip.attest.sign import add_signature, sign_files
 
 SIGNATURES = ("model.sig", "run.dsse.json", "data.dsse.json", "chips.dsse.json")
 BROKEN_SIGNATURE = {"form", "signature", "key"}
@@ -313,6 +313,14 @@ def test_links_to_files_elsewhere_are_not_followed(attested: Attested, tmp_path:
     (folder / CHAIN).unlink()
     (folder / CHAIN).symlink_to(attested.release / CHAIN)
     assert reasons(folder, attested) == {"form"}
+
+
+def test_files_signed_anew_are_not_those_of_the_signed_run(attested: Attested, tmp_path: Path) -> None:
+    """Genuine signatures of one operator, each good in itself, on two different things."""
+    folder = Forgery.of(attested.release).write(tmp_path / "copy")
+    (folder / "README.md").write_text("another card", encoding="utf-8")
+    sign_files(folder, "tiny", key_of(attested, "operator"))
+    assert reasons(folder, attested) == {"signature"}
 
 
 def test_several_operators_may_sign_and_each_that_is_asked_for_must(attested: Attested, tmp_path: Path) -> None:
