@@ -3,7 +3,6 @@ back. The library itself is not run here."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,11 +69,14 @@ def test_weights_go_in_as_an_export_has_them_and_answers_come_back_with_their_pr
     ours = EngineSampler(decoder.config, torch.float32, end, 4)
     ours.load((name, p.detach()) for name, p in decoder.named_parameters())
     asked = [Asked(tokenizer.encode(text), text) for text in ("the cat", "on the mat", "def f")]
-    assert sampler.sample(asked, 0, 6, greedy=True) == ours.sample(asked, 0, 6, greedy=True)
+    for said, expected in zip(
+        sampler.sample(asked, 0, 6, greedy=True), ours.sample(asked, 0, 6, greedy=True), strict=True
+    ):
+        assert said.tokens == expected.tokens
+        assert said.log_probabilities == pytest.approx(expected.log_probabilities, rel=1e-4)
     one, again, other = (sampler.sample(asked, seed, 6) for seed in (1, 1, 2))
     assert one == again != other
     assert all(len(said.tokens) == len(said.log_probabilities) <= 6 for said in one)
-    assert json.dumps([said.log_probabilities for said in one])
 
 
 def test_without_vllm_it_is_named(make_decoder: Callable[..., Decoder], tmp_path: Path) -> None:
