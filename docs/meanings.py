@@ -54,6 +54,8 @@ ENGLISH = {
     "lora.rank": "rank of the adapters",
     "dpo.seq_length": "longer pairs are left out",
     "dpo.system_prompt": "put before every prompt that has no system message",
+    "rewards[].weight": "what the score counts; a reward is the sum of all",
+    "grpo.system_prompt": "put before every question that has no system message",
     "sft.system_prompt": "put before every dialog that has no system message",
     "export.dtype": "type of the exported weights",
     "export.max_shard_bytes": "largest weight file",
@@ -201,9 +203,10 @@ CHINESE = {
     "E 为 TeleChat3-Coder",
     **{
         f"{section}.sources[].{field}": text
-        for section in ("sft", "dpo")
+        for section in ("sft", "dpo", "grpo")
         for field, text in {
-            "path": "对话的 .jsonl（或 .json 列表），或 `python:docstrings`：由已安装的文档字符串生成的问答",
+            "path": "对话的 .jsonl（或 .json 列表）；或 `python:docstrings`：由已安装的文档字符串生成的问答；"
+            "或 `puzzle:letters`：四个字母中哪个最后的短题",
             "weight": "每个对话在一轮中读几次；0.5：两轮读一次",
             "format": "auto：按每条记录的字段",
         }.items()
@@ -223,6 +226,34 @@ CHINESE = {
     "dpo.seq_length": "更长的样本对略去",
     "dpo.micro_batch_size": "每个进程同时计算的样本对数",
     "dpo.global_batch_size": "每步的样本对数；进程数 x `micro_batch_size` 的整数倍",
+    "rewards[].kind": "exact：是否就是已知答案；pattern：正则表达式是否匹配；maths：数学上是否相等（math-verify）；"
+    "code：是否通过测试；custom：一个 Python 函数",
+    "rewards[].weight": "得分乘以的权重；奖励是全部得分之和",
+    "rewards[].pattern": "pattern：整个回答必须匹配的表达式",
+    "rewards[].function": "custom：`module:function`，传入一个回答，返回一个数",
+    "rewards[].seconds": "code：允许的 CPU 时间",
+    "rewards[].memory_bytes": "code：允许的内存",
+    "grpo.group_size": "每个问题的回答数",
+    "grpo.iterations": "用同样的回答更新模型几次",
+    "grpo.beta": "与起始权重的散度的权重；0：不在内存中保留它们",
+    "grpo.clip_low": "概率最多下降的比例",
+    "grpo.clip_high": "概率最多上升的比例；DAPO（arXiv 2503.14476）为 0.28",
+    "grpo.normalization": "sequence：每个回答同等（arXiv 2402.03300）；token：每个词元同等（DAPO，arXiv 2503.14476）；"
+    "length：总和除以常数，即最长的回答（Dr. GRPO，arXiv 2503.20783）",
+    "grpo.scale_rewards": "优势除以组内标准差；Dr. GRPO 不除",
+    "grpo.sampler": "由谁写出回答",
+    "grpo.answers_at_once": "每个进程同时生成的回答数",
+    "grpo.max_new_tokens": "最长的回答，含结束标记",
+    "grpo.largest_difference": "采样与训练的对数概率之差的平均绝对值（每词元，nat），超过则停止",
+    "grpo.held_out_questions": "训练前后向模型提出的留出题数；0：不问",
+    "grpo.too_long": "长于 seq_length - max_new_tokens 的问题：略去，或停止",
+    "grpo.seq_length": "问题与回答",
+    "grpo.micro_batch_size": "每个进程同时训练的回答数",
+    "grpo.global_batch_size": "每步的回答数；`group_size` 与进程数 x `micro_batch_size` 的整数倍",
+    "grpo.system_prompt": "加在没有 system 消息的提问之前",
+    "eval.tasks": "lm-eval 形式的任务文件，在最新的微调模型上运行",
+    "eval.harness": "由 lm-eval 而不是自带的运行器来运行任务文件",
+    "eval.chat": "用对话模板提问",
     "sft.subjects": "只保留关于这些模块、类或函数的对话，例如 str 或 os.path；空：全部",
     "sft.system_prompt": "加在没有 system 消息的对话之前",
     "dpo.system_prompt": "加在没有 system 消息的提问之前",

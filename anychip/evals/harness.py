@@ -44,9 +44,9 @@ def make_adapter(model: LanguageModel) -> Any:
     """The model as an lm_eval.api.model.LM."""
     base: Any = import_module("lm_eval.api.model").LM
 
-    class Adapter(base):  # type: ignore[misc]
+    class Adapter(base):
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return [tuple(one) for one in model.likelihoods([request.args for request in requests])]
+            return [(one.log_probability, one.greedy) for one in model.likelihoods([r.args for r in requests])]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             return [one.log_probability for one in model.likelihoods([("", request.args[0]) for request in requests])]
@@ -85,7 +85,7 @@ def _name(path: Path) -> str:
 
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+        raw = Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         raise InputError("cannot be read as YAML.", where=path, do="Give a task file in lm-eval's form.") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("task"), str):

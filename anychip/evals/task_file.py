@@ -169,9 +169,10 @@ def _documents(raw: Mapping[str, Any], where: Path) -> list[Document]:
     if raw.get("dataset_path") != "json" or files is None:
         _beyond("reads data that is not in local JSON files", where)
     named = files if isinstance(files, dict) else {_SPLIT_WITHOUT_A_NAME: files}
-    if split not in named or not isinstance(named[split], str):
+    given = named.get(split)
+    if not isinstance(given, str):
         raise InputError(f"has no file for its split {split}.", where=where, do="Name it in dataset_kwargs.data_files.")
-    path = Path(named[split])
+    path = Path(given)
     beside = where.parent / path
     path = path if path.is_file() or not beside.is_file() else beside
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -93,4 +93,5 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     def some(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x[rows]
 
-    return Batch(**{field.name: some(getattr(batch, field.name)) for field in fields(batch)})
+    others = (batch.documents, batch.reference, batch.sampled, batch.advantages)
+    return Batch(batch.input_ids[rows], batch.labels[rows], *map(some, others))

@@ -31,6 +31,11 @@ SMALL = {
     "tune.sft.steps": "2",
     "tune.sft.micro_batch_size": "4",
     "tune.sft.global_batch_size": "4",
+    "tune.grpo.steps": "2",
+    "tune.grpo.group_size": "2",
+    "tune.grpo.global_batch_size": "4",
+    "tune.grpo.micro_batch_size": "2",
+    "tune.grpo.held_out_questions": "4",
     "eval.max_tokens": "4096",
     "serve.sampling.max_new_tokens": "8",
 }

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from counting_job import MODEL, initialize
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_pool import run_ranks
-from test_guard import MODEL, STEPS, Tokens, initialize
+from test_guard import STEPS, Tokens
 
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig

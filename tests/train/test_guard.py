@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting_job import counting_batch, counting_job
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,35 +17,20 @@ from torch import Tensor
 from anychip.data.batch import Batch
 from anychip.data.cursor import DataCursor
 from anychip.errors import InputError, UnfitError
-from anychip.model.init import init_tensor
-from anychip.parallel.tensor import local, part_of
 from anychip.recipe.schema import (
     CheckpointConfig,
     GuardConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
 )
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.guard import BadSteps, Guard, GuardState
-from anychip.train.job import TrainingJob
 from anychip.train.loop import run_training
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-)
 STEPS = 24
 
 
 class Tokens:
-    """A sequence that goes on by one; the batches named in `poison` say the opposite of it, all in one direction."""
+    """Batches of which those named in `poison` are poisoned."""
 
     def __init__(self, poison: set[int]) -> None:
         self._poison = poison
@@ -52,20 +38,10 @@ class Tokens:
 
     def batch(self, step: int) -> Batch:
         self.read.append(step)
-        generator = torch.Generator().manual_seed(step)
-        start = torch.randint(0, 32, (4, 1), generator=generator)
-        tokens = (start + torch.arange(17)) % 32
-        labels = torch.full((4, 16), 7) if step in self._poison else tokens[:, 1:]
-        return Batch(tokens[:, :-1].contiguous(), labels.contiguous())
+        return counting_batch(step, poisoned=step in self._poison)
 
     def documents(self, step: int) -> list[str]:
         return [f"book-{step}"]
-
-
-def initialize(parameters: Any) -> None:
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            local(parameter).copy_(part_of(parameter, init_tensor(name, parameter.shape, MODEL, 0)))
 
 
 @pytest.fixture
@@ -73,23 +49,12 @@ def train(tmp_path: Path) -> Callable[..., dict[str, Tensor]]:
     """Run to the end in a folder and return the last checkpoint's tensors."""
 
     def run(name: str, source: Tokens, **guard: Any) -> dict[str, Tensor]:
-        job = TrainingJob(
-            title="guarded",
-            directory=tmp_path / name,
-            model=MODEL,
-            source=source,
-            initialize=initialize,
-            evaluate=None,
-            identity="guard",
+        job = counting_job(
+            tmp_path / name,
+            source,
             steps=STEPS,
-            seq_length=16,
             micro_batch_size=4,
-            global_batch_size=4,
-            parallel=ParallelConfig(),
-            optimizer=OptimizerConfig(lr=0.003),
             checkpoint=CheckpointConfig(save_interval=5, keep=0, asynchronous=False),
-            log=LogConfig(interval=1, tensorboard=False),
-            compute_dtype="fp32",
             guard=GuardConfig(explosion=2.0, **guard),
         )
         run_training(job)

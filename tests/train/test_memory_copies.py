@@ -14,32 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from counting_job import counting_batch, counting_job
 from emulated_hosts import memory_of, run_hosts
 from torch import Tensor
 
 from anychip.data.batch import Batch
-from anychip.model.init import init_tensor
-from anychip.parallel.tensor import local, part_of
 from anychip.recipe.schema import (
     CheckpointConfig,
     GuardConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
 )
 from anychip.train.checkpoint import CheckpointStore
-from anychip.train.job import TrainingJob
 from anychip.train.loop import run_training
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-)
 STEPS = 14
 
 
@@ -60,7 +46,7 @@ class Plan:
 
 
 class Tokens:
-    """A sequence that goes on by one; waits for copies, and ends its process where it is told to."""
+    """Batches of which one may be poisoned; waits for copies, and ends its process where it is told to."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -71,10 +57,7 @@ class Tokens:
         if self._plan.die_at and step == self._plan.die_at:
             self._wait_for_a_copy()
             os.kill(os.getpid(), signal.SIGKILL)
-        start = torch.randint(0, 32, (4, 1), generator=torch.Generator().manual_seed(step))
-        tokens = (start + torch.arange(17)) % 32
-        labels = torch.full((4, 16), 7) if self._plan.poison == step else tokens[:, 1:]
-        return Batch(tokens[:, :-1].contiguous(), labels.contiguous())
+        return counting_batch(step, poisoned=self._plan.poison == step)
 
     def documents(self, step: int) -> list[str]:
         return [f"book-{step}"]
@@ -85,32 +68,15 @@ class Tokens:
         assert newest_in_memory(self._plan.folder) >= self._plan.copy_of
 
 
-def initialize(parameters: Any) -> None:
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            local(parameter).copy_(part_of(parameter, init_tensor(name, parameter.shape, MODEL, 0)))
-
-
 def train(plan: Plan) -> None:
     """In each process."""
     plan.run.mkdir(exist_ok=True)
-    job = TrainingJob(
-        title="copied",
-        directory=plan.run,
-        model=MODEL,
-        source=Tokens(plan),
-        initialize=initialize,
-        evaluate=None,
-        identity="copied",
+    job = counting_job(
+        plan.run,
+        Tokens(plan),
         steps=STEPS,
-        seq_length=16,
         micro_batch_size=1,
-        global_batch_size=4,
-        parallel=ParallelConfig(),
-        optimizer=OptimizerConfig(lr=0.003),
         checkpoint=CheckpointConfig(save_interval=plan.save_interval, keep=0, memory_interval=1),
-        log=LogConfig(interval=1, tensorboard=False),
-        compute_dtype="fp32",
         **plan.more,
     )
     run_training(job)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from counting_job import MODEL
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_pool import run_ranks
 from test_copies import events, job_in
-from test_guard import MODEL, Tokens
+from test_guard import Tokens
 
 from anychip.data.batch import Batch
 from anychip.errors import InputError, UnfitError

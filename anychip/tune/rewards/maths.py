@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from anychip.errors import InputError
@@ -14,14 +15,13 @@ class Maths:
 
     def __init__(self) -> None:
         try:
-            import math_verify
+            self._library: Any = import_module("math_verify")
         except ImportError:
             raise InputError(
                 "a reward of the kind maths needs the library math-verify, which is not installed.",
                 where="tune.grpo.rewards",
                 do='Run: pip install "anychip[rewards]"',
             ) from None
-        self._library: Any = math_verify
 
     def __call__(self, answered: Answered) -> float:
         if not answered.reference:
