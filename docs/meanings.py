@@ -158,7 +158,8 @@ CHINESE = {
     "parallel.pipeline_parallel": "各自保存一段层的进程数",
     "parallel.context_parallel": "在注意力中切分每条序列的进程数",
     "parallel.expert_parallel": "共同保存专家的进程数；属于 data_parallel_shard",
-    "parallel.expert_node_size": "专家并行组中同在一个节点的相邻进程数：词元到另一节点只过去一次，而不是每个专家一次；0：直接交换",
+    "parallel.expert_node_size": "专家并行组中同在一个节点的相邻进程数：词元到另一节点只过去一次，"
+    "而不是每个专家一次；0：直接交换",
     "parallel.pipeline_schedule": "流水线调度；interleaved 每进程 virtual_pipeline 段，zero_bubble 和 dualpipe_v 两段",
     "parallel.virtual_pipeline": "每个进程的段数",
     "parallel.pipeline_layers": "各段的层数，依次列出；默认尽量平均",

@@ -20,8 +20,8 @@ _STATES = ("start", "claim", "derived")
 
 @contextmanager
 def attesting(recipe: Recipe, run: RunDirectory, stage: str) -> Iterator[Witness | None]:
-    """The witness of a training stage (`pretrain`, `sft`, `dpo`, `grpo`), while it trains; None when the recipe asks for
-    none."""
+    """The witness of a training stage (`pretrain`, `sft`, `dpo`, `grpo`), while it trains; None when the recipe asks
+    for none."""
     if not recipe.attest.active:
         yield None
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from anychip.model.arithmetic import flops_per_token, num_parameters
+from anychip.model.arithmetic import flops_per_token, num_active_parameters, num_parameters
 from anychip.recipe.schema import DpoConfig, GrpoConfig, Recipe, SftConfig
 from anychip.rundir import RunDirectory
 
@@ -28,7 +28,7 @@ def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) ->
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {recipe.name}",
         _model(recipe),
-        _use(),
+        _use(recipe),
         _training(recipe, run, conversion),
         _evaluation(run),
         _conversion(conversion),
@@ -40,8 +40,9 @@ def model_card(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) ->
 
 def _model(recipe: Recipe) -> str:
     model, length = recipe.final_model, recipe.training.seq_length
+    active = f", {num_active_parameters(model):,} of them active a token" if model.n_routed_experts else ""
     return (
-        f"A decoder of the TeleChat2 architecture with {num_parameters(model):,} parameters: "
+        f"A decoder of the family {model.family} with {num_parameters(model):,} parameters{active}: "
         f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, "
         f"{model.num_attention_heads} query and {model.num_key_value_heads} key/value heads, "
         f"vocabulary {model.vocab_size:,}. Training costs {flops_per_token(model, length).model:,.0f} FLOPs a token at "
@@ -49,12 +50,19 @@ def _model(recipe: Recipe) -> str:
     )
 
 
-def _use() -> str:
-    return (
-        "## Use\n\n```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\n"
-        "Tensor names, fused key/value rows and `config.json` follow the published TeleChat2 checkpoints, "
-        "so runtimes that read those read this one."
-    )
+def _use(recipe: Recipe) -> str:
+    model, plain = recipe.model, recipe.export.layout == "llama" or recipe.model.family == "llama"
+    layout = "Tensor names and `config.json` follow Hugging Face's Llama and Mixtral: no remote code is needed."
+    if not plain and model.family.startswith("telechat2"):
+        layout = (
+            "Tensor names, fused key/value rows and `config.json` follow the published TeleChat2 checkpoints, "
+            "so runtimes that read those read this one."
+        )
+    elif not plain:
+        layout = f"Tensor names and `config.json` follow the published checkpoints of the family {model.family}."
+    chat = "```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\n"
+    served = not (model.latent or model.n_routed_experts or (plain and model.biases != "none"))
+    return f"## Use\n\n{chat if served else ''}{layout}"
 
 
 def _training(recipe: Recipe, run: RunDirectory, conversion: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from anychip.model.arithmetic import flops_per_token, kv_cache_bytes_per_token, num_parameters
+from anychip.model.arithmetic import flops_per_token, kv_cache_bytes_per_token, num_active_parameters, num_parameters
+from anychip.recipe.schema import ModelConfig
 from anychip.report.charts import short
 from anychip.report.inputs import Inputs, finite
 
@@ -177,10 +178,8 @@ def model(inputs: Inputs) -> list[Fact]:
     flops = flops_per_token(config, length)
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     return [
-        Fact(
-            "Architecture", "架构", "TeleChat2: RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied head"
-        ),
-        Fact("Parameters", "参数量", f"{num_parameters(config):,}"),
+        Fact("Architecture", "架构", _architecture(config)),
+        Fact("Parameters", "参数量", _parameters(config)),
         Fact("Layers × hidden size", "层数 × 隐层宽度", f"{config.num_hidden_layers} × {config.hidden_size}"),
         Fact("Feed-forward size", "前馈宽度", f"{config.intermediate_size:,}"),
         Fact("Heads, query / key-value", "注意力头（查询 / 键值）", f"{queries} / {keys}, {config.head_dim} wide"),
@@ -190,6 +189,21 @@ def model(inputs: Inputs) -> list[Fact]:
         Fact("Key-value cache a token, bf16", "每词元 KV 缓存", size(kv_cache_bytes_per_token(config))),
         Fact("Seed", "随机种子", f"{recipe.seed}"),
     ]
+
+
+def _architecture(config: ModelConfig) -> str:
+    attention = "latent attention" if config.latent else "grouped-query attention"
+    head = "tied head" if config.tie_word_embeddings else "untied head"
+    name = "TeleChat2" if config.family == "telechat2" else config.family
+    inner = "SwiGLU"
+    if config.n_routed_experts:
+        inner = f"{config.n_routed_experts} experts, {config.num_experts_per_tok} a token"
+    return f"{name}: RMSNorm, rotary positions, {attention}, {inner}, {head}"
+
+
+def _parameters(config: ModelConfig) -> str:
+    total = f"{num_parameters(config):,}"
+    return f"{total}, {num_active_parameters(config):,} active a token" if config.n_routed_experts else total
 
 
 SOURCE_COLUMNS = (

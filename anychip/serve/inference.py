@@ -10,6 +10,7 @@ attends alone, so sequences of any lengths, and prompts beside single tokens, go
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +18,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from anychip.chips.backend import detect_backend
+from anychip.chips.operators import operators_for
 from anychip.errors import InputError
 from anychip.model.cache import KeyValueCache
 from anychip.model.decoder import Decoder, DecoderLayer
+from anychip.model.experts import MixtureOfExperts
 from anychip.model.rope import RotaryTable
 from anychip.recipe.schema import ModelConfig
 from anychip.serve.attention import Span, StepAttention
+from anychip.serve.latent import LatentWeights, latent_weights
 from anychip.serve.parts import WHOLE, Part
 from anychip.serve.products import Precision, Product, choose_precision, make_product
 from anychip.serve.slots import Slots
@@ -34,12 +39,14 @@ _INVARIANT_ROWS = 16  # rows of every product in the batch-invariant mode
 
 @dataclass(frozen=True)
 class LayerWeights:
+    """`before` and `feed_forward` act on each token by itself; `latent` replaces attention over heads of keys."""
+
     input_norm: Tensor
-    qkv: Product
+    before: Product
+    latent: LatentWeights | None
     o: Product
     post_attention_norm: Tensor
-    gate_up: Product
-    down: Product
+    feed_forward: Product
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,13 @@ class InferenceModel:
         `part` is what this process computes of each step.
         """
         self.config, self.part = decoder.config, part
-        _check_served(decoder.config)
         self._here = part.config(decoder.config)  # heads of this process
+        if invariant and (decoder.config.latent or decoder.config.n_routed_experts):
+            raise InputError(
+                "the batch-invariant mode is not for experts and latent attention: their products depend on who is "
+                "beside a sequence.",
+                do="Serve this model without it.",
+            )
         self.device = decoder.embed_tokens.weight.device
         self.precision = choose_precision(weights, self.device, int8=int8)
         self.invariant = invariant
@@ -89,7 +101,7 @@ class InferenceModel:
         self._layers: list[LayerWeights] = []
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            self._layers.append(_layer_weights(layer, self.precision, part))
+            self._layers.append(_layer_weights(layer, self.config, self.precision, part, release=release))
             if release:
                 layer.to("meta")
         self._norm = decoder.norm.weight.detach().to(self.precision.activations)
@@ -119,7 +131,10 @@ class InferenceModel:
         x = _scaled(F.embedding(input_ids, self._embedding).to(self.precision.activations), self.config.input_mult)
         for index, layer in enumerate(self._layers):
             qkv = self._by_rows(partial(self._before_attention, layer), x)
-            mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
+            if layer.latent is None:
+                mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
+            else:
+                mixed = layer.latent.attend(index, qkv, cos, sin, attention)
             x = self._by_rows(partial(self._after_attention, layer), torch.cat((x, mixed), dim=-1))
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
@@ -128,14 +143,13 @@ class InferenceModel:
         return _scaled(self.part.join(logits), self.config.logit_scale)
 
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        return layer.qkv(self._normed(x, layer.input_norm))
+        return layer.before(self._normed(x, layer.input_norm))
 
     def _after_attention(self, layer: LayerWeights, rows: Tensor) -> Tensor:
         """What a layer does to each token by itself: rows [tokens, h + n * d], its input beside the mixed values."""
         x, mixed = rows.split((self.config.hidden_size, rows.shape[1] - self.config.hidden_size), dim=-1)
         x = x + self.part.sum(layer.o(mixed))
-        gate, up = layer.gate_up(self._normed(x, layer.post_attention_norm)).chunk(2, dim=-1)
-        return x + self.part.sum(layer.down(F.silu(gate) * up))
+        return x + layer.feed_forward(self._normed(x, layer.post_attention_norm))
 
     def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
@@ -183,14 +197,6 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
-def _check_served(config: ModelConfig) -> None:
-    if config.latent or config.n_routed_experts:
-        raise InputError(
-            f"a model with {'latent attention' if config.latent else 'experts'} is not served by this engine.",
-            do="Export it and serve it with vLLM, which has both.",
-        )
-
-
 def _wanted(span: Span, piece: Piece) -> range:
     return range(span.start if piece.every else span.end - 1, span.end)
 
@@ -201,16 +207,46 @@ def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def _layer_weights(layer: DecoderLayer, precision: Precision, part: Part) -> LayerWeights:
+def _layer_weights(
+    layer: DecoderLayer, config: ModelConfig, precision: Precision, part: Part, *, release: bool
+) -> LayerWeights:
     attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    qkv = [part.rows(linear.weight) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    gate_up = [part.rows(linear.weight) for linear in (mlp.gate_proj, mlp.up_proj)]
+    latent = latent_weights(attention, precision, config.rms_norm_eps) if config.latent else None
+    if latent is None:
+        qkv = [part.rows(linear.weight) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach().to(precision.activations),
-        qkv=make_product(torch.cat(qkv), None, precision),
+        before=latent.before if latent is not None else make_product(torch.cat(qkv), None, precision),
+        latent=latent,
         o=make_product(part.columns(attention.o_proj.weight), part.once(attention.o_proj.bias), precision),
         post_attention_norm=layer.post_attention_layernorm.weight.detach().to(precision.activations),
-        gate_up=make_product(torch.cat(gate_up), None, precision),
-        down=make_product(part.columns(mlp.down_proj.weight), part.once(mlp.down_proj.bias), precision),
+        feed_forward=_feed_forward(layer, precision, part, release=release),
     )
+
+
+def _feed_forward(layer: DecoderLayer, precision: Precision, part: Part, *, release: bool) -> Product:
+    mlp: Any = layer.mlp
+    if isinstance(mlp, MixtureOfExperts):
+        return _mixture(layer, precision, release=release)
+    inner = [part.rows(linear.weight) for linear in (mlp.gate_proj, mlp.up_proj)]
+    gate_up = make_product(torch.cat(inner), None, precision)
+    down = make_product(part.columns(mlp.down_proj.weight), part.once(mlp.down_proj.bias), precision)
+
+    def run(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return part.sum(down(F.silu(gate) * up))
+
+    return run
+
+
+def _mixture(layer: DecoderLayer, precision: Precision, *, release: bool) -> Product:
+    """The decoder's own, its experts in the type of the activations; its router stays as it is, in fp32 or wider."""
+    mixture = layer.mlp if release else copy.deepcopy(layer.mlp)
+    assert isinstance(mixture, MixtureOfExperts)
+    if release:
+        layer.mlp = nn.Identity()  # the layer is emptied next
+    mixture.experts.to(precision.activations)
+    if mixture.shared_experts is not None:
+        mixture.shared_experts.to(precision.activations)
+    mixture.experts.grouped_matmul = operators_for(detect_backend().vendor).grouped_matmul
+    return lambda x: mixture(x[None])[0]

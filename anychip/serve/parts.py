@@ -85,7 +85,14 @@ class SharedPart(Part):
         self._words = dist.new_group(backend="gloo", timeout=_IDLE, group_desc="words of the leader")
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """Raises InputError for sizes that do not divide."""
+        """Raises InputError for sizes that do not divide, experts and latent attention."""
+        if config.latent or config.n_routed_experts:
+            kind = "latent attention" if config.latent else "experts"
+            raise InputError(
+                f"a model with {kind} is not served by several processes.",
+                where="serve",
+                do="Serve it by one, or export it and serve it with vLLM.",
+            )
         for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, name) % self.size:
                 raise InputError(

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anychip.model.cache import KeyValueCache
+from anychip.model.arithmetic import kv_cache_bytes_per_token
+from anychip.model.cache import KeyValueCache, kept_shape
 from anychip.model.rope import keeps_published_hazard
 from anychip.recipe.schema import ModelConfig
 
@@ -69,15 +70,10 @@ class Slots:
         wanted = min(max(capacity, 2 * self.capacity), self.context_length)
         wanted = -(-wanted // COLUMNS) * COLUMNS
         config = self.config
-        shape = (
-            config.num_hidden_layers,
-            len(self.slots),
-            config.num_key_value_heads,
-            wanted,
-            config.head_dim,
-        )
+        shape = (config.num_hidden_layers, len(self.slots), *kept_shape(config, wanted))
         # Zeros, because masked columns are multiplied by 0 and must be numbers.
-        keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        values = keys if config.latent else torch.zeros_like(keys)
         for slot in self.slots:
             if slot.length:
                 keys[:, slot.index, :, : slot.length] = slot.keys[:, 0, :, : slot.length]
@@ -89,9 +85,7 @@ class Slots:
     @property
     def bytes_at_most(self) -> int:
         """Bytes of keys and values when every sequence reaches the context."""
-        config = self.config
-        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return each * len(self.slots) * self.context_length * self.dtype.itemsize
+        return kv_cache_bytes_per_token(self.config, self.dtype.itemsize) * len(self.slots) * self.context_length
 
     def take(self, prompt: Sequence[int], multiple: int = 1) -> Slot | None:
         """A slot for a request, holding the longest beginning of `prompt` that any slot holds; None if all are busy.

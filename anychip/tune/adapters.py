@@ -28,7 +28,10 @@ def adapted_tensors(recipe: Recipe, lora: LoraConfig) -> dict[str, dict[str, tup
     return {
         name: adapter_shapes(name, shape, lora.rank)
         for name, shape in parameter_shapes(recipe.final_model)
-        if name.startswith("layers.") and name.split(".")[-2] in lora.target_modules and name.endswith(".weight")
+        if name.startswith("layers.")
+        and name.split(".")[-2] in lora.target_modules
+        and name.endswith(".weight")
+        and len(shape) == 2  # routed experts have none
     }
 
 

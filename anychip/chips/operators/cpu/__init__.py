@@ -12,4 +12,8 @@ _ATTENTION = "anychip.chips.operators.cpu.attention"
 OVERRIDES: Mapping[str, Override] = {
     name: Override(_ATTENTION, (name,), lambda module, name=name: getattr(module, name), traceable=True)  # type: ignore[misc]
     for name in ("attention", "attention_with_lse", "attention_backward")
+} | {
+    "grouped_matmul": Override(
+        "anychip.chips.operators.cpu.grouped", ("grouped_matmul",), lambda module: module.grouped_matmul
+    )
 }
