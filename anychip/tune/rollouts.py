@@ -25,6 +25,7 @@ from anychip.files import atomic_writer, write_json
 from anychip.model.lora import adapter_shapes, is_adapter, merged
 from anychip.parallel.tensor import local, whole
 from anychip.recipe.schema import GrpoConfig, LoraConfig
+from anychip.train.checkpoint.directory import complete_steps
 from anychip.train.engine import Engine
 from anychip.tune.collate import padded
 from anychip.tune.encoding import EncodedDialog
@@ -46,13 +47,15 @@ class Rollouts:
         sampler: Sampler,
         folder: Path,
         seed: int,
+        checkpoints: Path,
         reference: Engine | None = None,
         show_interval: int = 10,
     ) -> None:
-        """`reference` is the frozen model that tuning started from; None: not compared with. Some answers of every
-        `show_interval`-th step are written to `folder`/answers for people to read."""
+        """`reference` is the frozen model that tuning started from; None: not compared with. `checkpoints` are the
+        job's own. Some answers of every `show_interval`-th step are written to `folder`/answers for people to read."""
         self._data, self._reward, self._sampler, self._seed = data, reward, sampler, seed
         self._config: GrpoConfig = data.config
+        self._checkpoints = checkpoints
         self._folder, self._reference, self._show_interval = folder, reference, show_interval
         self._newest: tuple[int, Batch, Mapping[str, float]] | None = None
 
@@ -171,6 +174,7 @@ class Rollouts:
         held = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         with atomic_writer(self._place(step)) as handle:
             handle.write(save(held, {"measured": json.dumps(dict(measured))}))
+        forget_rollouts(self._place(step).parent, self._checkpoints, self._config.iterations)
 
     def _kept(self, step: int) -> tuple[Batch, Mapping[str, float]]:
         from safetensors import SafetensorError, safe_open
@@ -189,6 +193,14 @@ class Rollouts:
 
     def _place(self, step: int) -> Path:
         return self._folder / "rollouts" / f"step-{step + 1}.safetensors"
+
+
+def forget_rollouts(folder: Path, checkpoints: Path, iterations: int) -> None:
+    """Remove the answers that were learned from before the newest checkpoint: nobody starts there again."""
+    newest = max(complete_steps(checkpoints), default=0)
+    for path in folder.glob("step-*.safetensors"):
+        if int(path.stem.removeprefix("step-")) - 1 + iterations <= newest:
+            path.unlink(missing_ok=True)
 
 
 def whole_weights(engine: Engine, lora: LoraConfig | None) -> Iterator[tuple[str, Tensor]]:

@@ -100,7 +100,8 @@ def run_grpo(
     )
     sampler = make_sampler(data)
     frozen = None if run_is_over(job) or not config.beta else _frozen_engine(job, recipe, start)[0]
-    rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, frozen, recipe.log.interval)
+    checkpoints = job.directory / "checkpoints"
+    rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, checkpoints, frozen, recipe.log.interval)
     step = _train(replace(job, answering=rollouts, witness=witness), recipe, config, run.grpo, start)
     if data.held_out and int(os.environ.get("RANK", "0")) == 0:
         stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")

@@ -26,7 +26,7 @@ from anychip.stages import open_run, run_stage
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.loop import Stopped
 from anychip.tune.grpo import GrpoData
-from anychip.tune.rollouts import Rollouts
+from anychip.tune.rollouts import Rollouts, forget_rollouts
 from anychip.tune.tasks import Task, load_tasks, parse_task, split_tasks
 
 STEPS, GROUP, ANSWERS = 6, 4, 16
@@ -153,6 +153,17 @@ def test_updates_by_the_same_answers_keep_to_the_probabilities_that_wrote_them(f
     shutil.rmtree(run.grpo / "rollouts")
     (run.stage_marker("grpo")).unlink()
     run_stage("grpo", recipe, run)  # over: nothing is needed any more
+
+
+def test_answers_that_no_start_needs_are_removed(tmp_path: Path) -> None:
+    for step in (1, 4, 7, 10):
+        (tmp_path / f"step-{step}.safetensors").write_bytes(b"")
+    for step, complete in ((5, True), (6, True), (9, False)):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        if complete:
+            (tmp_path / "checkpoints" / f"step-{step:06d}" / "COMPLETE").write_text("")
+    forget_rollouts(tmp_path, tmp_path / "checkpoints", 3)
+    assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["step-10", "step-7"]
 
 
 def test_a_sampler_with_other_weights_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
