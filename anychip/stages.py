@@ -185,7 +185,7 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
     data = SftData(recipe, run)
     evaluate = _held_out_loss(data) if data.split.held_out_phrasings else None
-    with attesting(recipe, run, "sft") as witness:
+    with attesting(recipe, run, "sft", after="pretrain") as witness:
         return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe), witness)}
 
 
@@ -193,7 +193,8 @@ def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.attest.record import attesting
     from anychip.tune.run import run_dpo
 
-    with attesting(recipe, run, "dpo") as witness:
+    before = "pretrain" if recipe.tune.sft is None else "sft"
+    with attesting(recipe, run, "dpo", after=before) as witness:
         return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 

@@ -19,16 +19,13 @@ _STATES = ("start", "claim", "derived")
 
 
 @contextmanager
-def attesting(recipe: Recipe, run: RunDirectory, stage: str) -> Iterator[Witness | None]:
-    """The witness of a training stage (`pretrain`, `sft`, `dpo`), while it trains; None when the recipe asks for
-    none."""
+def attesting(recipe: Recipe, run: RunDirectory, stage: str, after: str | None = None) -> Iterator[Witness | None]:
+    """The witness of a training stage (`pretrain`, `sft`, ...) that begins where the stage `after` ended; None when the
+    recipe asks for none."""
     if not recipe.attest.active:
         yield None
         return
-    weights = None
-    if stage != "pretrain":
-        before = "sft" if stage == "dpo" and recipe.tune.sft is not None else "pretrain"
-        weights = Place(run).checkpoints(before)
+    weights = Place(run).checkpoints(after) if after else None
     witness = ChainWitness(recipe, run, stage, weights)
     try:
         yield witness
