@@ -214,7 +214,7 @@ def _sft(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
     data = SftData(recipe, run)
     evaluate = _held_out_loss(data) if data.split.held_out_phrasings else None
-    with attesting(recipe, run, "sft") as witness:
+    with attesting(recipe, run, "sft", after="pretrain") as witness:
         return {"step": run_sft(recipe, run, data, evaluate, _fingerprint(STAGES["sft"], recipe), witness)}
 
 
@@ -222,7 +222,8 @@ def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.attest.record import attesting
     from anychip.tune.run import run_dpo
 
-    with attesting(recipe, run, "dpo") as witness:
+    before = "pretrain" if recipe.tune.sft is None else "sft"
+    with attesting(recipe, run, "dpo", after=before) as witness:
         return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 
@@ -235,6 +236,7 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.tune.run import run_grpo
     from anychip.tune.sampler import Sampler
 
+    before = "dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain"
     dtype = compute_dtype(recipe.training.compute_dtype, detect_backend())
 
     def make_sampler(data: GrpoData) -> Sampler:
@@ -245,10 +247,10 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         from anychip.serve.vllm_sampler import VllmSampler
 
         export = run.grpo / f"start-{os.environ.get('RANK', '0')}"
-        export_run(run, stage="dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain", out=export)
+        export_run(run, stage=before, out=export)
         return VllmSampler(recipe.final_model, dtype, end, at_once, export)
 
-    with attesting(recipe, run, "grpo") as witness:
+    with attesting(recipe, run, "grpo", after=before) as witness:
         return {"step": run_grpo(recipe, run, _fingerprint(STAGES["grpo"], recipe), make_sampler, witness)}
 
 

@@ -119,8 +119,7 @@ class Chain:
         """Drop what a dead process left of a line, and say so. Returns the length of the chain."""
         data = self._path.read_bytes()
         self._end = data.rfind(b"\n") + 1
-        if torn := data[self._end :]:
-            self._file.truncate(self._end)
+        if torn := data[self._end :]:  # the link that says so takes its place
             self.append("repair", {"why": "a process died while it wrote", "bytes": len(torn), "sha256": sha256(torn)})
         return self._end
 

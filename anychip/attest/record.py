@@ -19,25 +19,18 @@ _STATES = ("start", "claim", "derived")
 
 
 @contextmanager
-def attesting(recipe: Recipe, run: RunDirectory, stage: str) -> Iterator[Witness | None]:
-    """The witness of a training stage (`pretrain`, `sft`, `dpo`, `grpo`), while it trains; None when the recipe asks
-    for none."""
+def attesting(recipe: Recipe, run: RunDirectory, stage: str, after: str | None = None) -> Iterator[Witness | None]:
+    """The witness of a training stage (`pretrain`, `sft`, ...) that begins where the stage `after` ended; None when the
+    recipe asks for none."""
     if not recipe.attest.active:
         yield None
         return
-    weights = None if stage == "pretrain" else Place(run).checkpoints(_stage_before(recipe, stage))
+    weights = Place(run).checkpoints(after) if after else None
     witness = ChainWitness(recipe, run, stage, weights)
     try:
         yield witness
     finally:
         witness.close()
-
-
-def _stage_before(recipe: Recipe, stage: str) -> str:
-    """The stage whose weights a tuning stage starts from."""
-    tuned = [name for name in ("sft", "dpo", "grpo") if getattr(recipe.tune, name) is not None]
-    before = tuned[: tuned.index(stage)]
-    return before[-1] if before else "pretrain"
 
 
 def record_stage(run: RunDirectory, name: str, record: Mapping[str, Any]) -> None:

@@ -170,7 +170,8 @@ class ChainWitness:
         self._chain = Chain(self._place.chain)
         self._inputs = keep(self._place.objects, inputs)
         self._members = keep(self._place.objects, {"ranks": members})
-        self._guard_rows = len(self._read_guard())
+        linked = (link.body for link in self._chain.links if link.kind == "guard")
+        self._guard_rows = sum(len(body["rows"]) for body in linked if body["stage"] == self._stage)
 
     def _start(self, step: int, info: CheckpointInfo | None, arithmetic: str) -> None:
         resumed = None if info is None else self._find_state(info)

@@ -125,6 +125,25 @@ def test_a_return_to_an_older_state_and_what_was_left_out_are_links(attested: At
     assert "back to state" in show(run.root) and "step 8: rollback" in show(run.root)
 
 
+def test_what_the_guard_did_before_a_death_is_linked_by_the_next_start(data: Path) -> None:
+    real, calls = loop.train_step, 0
+
+    def skipping(*arguments: Any) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Died
+        return StepResult(9.9, 99.0, "loss is up", "none") if calls == 5 else real(*arguments)
+
+    recipe, runs, skip = data / "tiny.yaml", data / "runs", "guard.on_bad_step=skip"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", skipping)
+        with pytest.raises(Died):
+            train(recipe, runs, skip)
+    run = train(recipe, runs, skip)
+    assert problems(run) == [] and kinds(run)["guard"] == 1
+
+
 def test_the_manifest_of_a_checkpoint_carries_its_claim(attested: Attested) -> None:
     extra = CheckpointStore(attested.run.checkpoints).open(9).extra["attest"]
     assert extra.keys() >= {"claim", "parent", "from_step", "step", "skipped", "ledger", "trace", "members", "stage"}
@@ -210,7 +229,7 @@ def test_another_chip_at_a_later_start_stops_the_run(data: Path) -> None:
     before = (runs / "tiny" / "attest" / "chain.jsonl").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "detect_backend", ToyBackend)
-        with pytest.raises(UnfitError, match=r"computes on Toy Works .*: the policy allows only cpu"):
+        with pytest.raises(UnfitError, match=r"computes on .* by Toy Works: the policy allows only cpu"):
             train(recipe, runs)
     assert (runs / "tiny" / "attest" / "chain.jsonl").read_bytes() == before
     assert problems(train(recipe, runs)) == []
@@ -241,7 +260,7 @@ def _train_in_rank(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "1":
             patch.setattr(loop, "detect_backend", ToyBackend)
-        with pytest.raises(UnfitError, match=r"rank 1 on .* computes on Toy Works"):
+        with pytest.raises(UnfitError, match=r"rank 1 on .* computes on .* by Toy Works"):
             run_stage("train", *opened)
     assert not opened[1].checkpoints.exists()
     run_stage("train", *opened)

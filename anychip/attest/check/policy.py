@@ -29,7 +29,7 @@ def judge(policy: dict[str, Any], members: list[Any], findings: Findings) -> Non
     for member in members:
         who = f"rank {need(member, 'rank', int)} on {need(member, 'host', str)}"
         if why := objection(policy, member):
-            findings.problem("chip", f"{who} computes on {member['maker']} {need(member, 'model', str)}: {why}.")
+            findings.problem("chip", f"{who} computes on {need(member, 'model', str)} by {member['maker']}: {why}.")
         for software in need(member, "software", list):
             if why := objection(policy, software):
                 what = ", ".join(need_texts(software, "what")[:3])

@@ -57,7 +57,7 @@ def _code(inputs: dict[str, Any]) -> str:
 
 
 def _chips(ranks: list[Any]) -> list[str]:
-    names = Counter(f"{rank['maker']} {rank.get('model')} (driver {rank.get('driver')})" for rank in ranks)
+    names = Counter(f"{rank.get('model')} ({rank['vendor']}, driver {rank.get('driver')})" for rank in ranks)
     return [f"{count} x {name}" for name, count in names.items()]
 
 
