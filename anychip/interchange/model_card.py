@@ -61,7 +61,7 @@ def _use(recipe: Recipe) -> str:
     elif not plain:
         layout = f"Tensor names and `config.json` follow the published checkpoints of the family {model.family}."
     chat = "```bash\nanychip chat PATH_OF_THIS_DIRECTORY\n```\n\n"
-    served = not (model.latent or model.n_routed_experts or (plain and model.biases != "none"))
+    served = not plain or model.biases == "none"  # biases in the layout of Llama are not read back
     return f"## Use\n\n{chat if served else ''}{layout}"
 
 
