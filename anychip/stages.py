@@ -157,6 +157,10 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     identity = _fingerprint(STAGES["train"], recipe)
     predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
     job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
+    if recipe.grow:
+        from anychip.grow.stage import GrowingRun
+
+        return {"step": GrowingRun(recipe, run, job).train()}
     return {"step": run_training(job)}
 
 
@@ -246,6 +250,7 @@ _TRAINED_WITH = (
     "training.document_mask",
     "training.loss_chunk_tokens",
     "data.mixture",
+    "grow",
 )
 
 STAGES: dict[str, Stage] = {

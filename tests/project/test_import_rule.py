@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "parallel", "plan"},
     {"launch"},
     {"train"},
-    {"tune", "evals", "supervise"},
+    {"grow", "tune", "evals", "supervise"},
     {"interchange"},
     {"serve"},
     {"report"},
