@@ -164,6 +164,38 @@ def _train(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     return {"step": run_training(job)}
 
 
+def grow_by_hand(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    runs: Path,
+    number: int,
+    source: Path | None,
+    target: Path | None,
+    processes: int,
+    *,
+    prove_it: bool,
+) -> str:
+    """Grow one checkpoint by the recipe's growth of this number; returns what was found, in words."""
+    from anychip.grow.hand import grow_one
+
+    recipe, run = open_run(recipe_path, overrides, runs)
+    if not 0 <= number < len(recipe.grow):
+        raise InputError(
+            f"has {len(recipe.grow)} growths, and --growth is {number}.", where=recipe_path, do="They count from 0."
+        )
+    if (source is None) != (target is None):
+        raise InputError("--source and --target go together.", do="Give both folders, or neither for the run's own.")
+    identity = _fingerprint(STAGES["train"], recipe) if source is None else None
+    return grow_one(recipe, run, number, source, target, processes, identity, prove_it=prove_it)
+
+
+def dry_run_growth(recipe_path: Path, overrides: Sequence[str], runs: Path, processes: int, *, as_json: bool) -> str:
+    """Time, disk and memory of all growths of a recipe."""
+    from anychip.grow.estimate import dry_run
+
+    return dry_run(load_recipe(recipe_path, overrides), runs, processes, as_json=as_json)
+
+
 def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
     from anychip.data.validation import validation_batches
     from anychip.evals.bits_per_byte import measure_bits_per_byte

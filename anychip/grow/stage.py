@@ -93,7 +93,7 @@ class GrowingRun:
         info = store.open(self.recipe.growth_steps[number])
         texts = self.texts()
         plan = make_plan(self.recipe, number, info, texts)
-        extra = {name: info.extra[name] for name in ("skipped", "guard") if name in info.extra}
+        extra = {name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra}
         extra |= {"identity": sha256_json([self.whole.identity, number + 1])}
         stream = Stream(info, plan, target, extra)
         proof = _grow_together(stream, texts, self.whole)
@@ -112,7 +112,7 @@ def held_out_text(recipe: Recipe, run: RunDirectory) -> dict[str, Tensor]:
     if not recipe.data.validation_fraction:
         return {}
     length = min(DISTANCE_TOKENS, recipe.training.seq_length)
-    for batch in validation_batches(run, recipe, 1, length):
+    for batch, _ in validation_batches(run, recipe, 1, length):
         return {"text": batch.input_ids[0, :length]}
     return {}
 
