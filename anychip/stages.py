@@ -192,7 +192,44 @@ def _train(recipe: Recipe, run: RunDirectory, observer: Observer | None = None) 
     predicted = predicted_rate(recipe, run.plan, int(os.environ.get("WORLD_SIZE", "1")))
     job = training_job(recipe, run.root, TrainingData(run, recipe), initialize, evaluate, identity, predicted)
     with attesting(recipe, run, "pretrain") as witness:
-        return {"step": run_training(replace(job, witness=witness, observer=observer or job.observer))}
+        job = replace(job, witness=witness, observer=observer or job.observer)
+        if recipe.grow:
+            from anychip.grow.stage import GrowingRun
+
+            return {"step": GrowingRun(recipe, run, job).train()}
+        return {"step": run_training(job)}
+
+
+def grow_by_hand(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    runs: Path,
+    number: int,
+    source: Path | None,
+    target: Path | None,
+    processes: int,
+    *,
+    prove_it: bool,
+) -> str:
+    """Grow one checkpoint by the recipe's growth of this number; returns what was found, in words."""
+    from anychip.grow.hand import grow_one
+
+    recipe, run = open_run(recipe_path, overrides, runs)
+    if not 0 <= number < len(recipe.grow):
+        raise InputError(
+            f"has {len(recipe.grow)} growths, and --growth is {number}.", where=recipe_path, do="They count from 0."
+        )
+    if (source is None) != (target is None):
+        raise InputError("--source and --target go together.", do="Give both folders, or neither for the run's own.")
+    identity = _fingerprint(STAGES["train"], recipe) if source is None else None
+    return grow_one(recipe, run, number, source, target, processes, identity, prove_it=prove_it)
+
+
+def dry_run_growth(recipe_path: Path, overrides: Sequence[str], runs: Path, processes: int, *, as_json: bool) -> str:
+    """Time, disk and memory of all growths of a recipe."""
+    from anychip.grow.estimate import dry_run
+
+    return dry_run(load_recipe(recipe_path, overrides), runs, processes, as_json=as_json)
 
 
 def _validation(recipe: Recipe, run: RunDirectory) -> Evaluate:
@@ -324,6 +361,7 @@ _TRAINED_WITH = (
     "training.document_mask",
     "training.loss_chunk_tokens",
     "data.mixture",
+    "grow",
 )
 
 STAGES: dict[str, Stage] = {

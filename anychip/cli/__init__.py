@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from anychip.cli import attest, chips, data, interchange, launch, plan, stages, supervise, talk, verify
+from anychip.cli import attest, chips, data, grow, interchange, launch, plan, stages, supervise, talk, verify
 from anychip.cli.groups import DefaultCommandGroup
 from anychip.errors import AnychipError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(stages.run)
 app.command()(stages.train)
+app.command()(grow.grow)
 app.command()(stages.sft)
 app.command()(stages.dpo)
 app.command()(stages.grpo)

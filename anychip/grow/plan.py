@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -167,6 +167,13 @@ def plan_growth(
     new = grown_config(old, dict(growth.to))
     layers = _deepen(old, new, growth.layers, distances)
     return _with_axes(old, new, growth.mode, growth.noise, growth.moments, seed, layers)
+
+
+def plan_of_record(record: Mapping[str, Any]) -> GrowthPlan:
+    """The plan that `as_record` describes."""
+    old, new = ModelConfig.model_validate(record["from"]), ModelConfig.model_validate(record["to"])
+    layers = LayerMap(tuple(record["layers"]["source"]), tuple(record["layers"]["inserted"]))
+    return _with_axes(old, new, record["mode"], record["noise"], record["moments"], record["seed"], layers)
 
 
 def _with_axes(

@@ -60,6 +60,13 @@ class Proof:
         found = [asdict(comparison) for comparison in self.comparisons]
         return {"preserving": self.preserving, "passed": self.passed, "limits": LARGEST, "comparisons": found}
 
+    def sentence(self) -> str:
+        """What was found, in words."""
+        if not self.preserving:
+            return "the rotary base changes, and with it the function; see the comparisons"
+        found = ", ".join(f"{self.largest(precision):.1e} in {precision}" for precision in PRECISIONS)
+        return f"logits differ by {found} of the largest"
+
     def largest(self, precision: str, weights: str = "exact") -> float:
         """The largest relative difference of the whole growth."""
         return max(

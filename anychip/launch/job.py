@@ -121,7 +121,8 @@ def _check_layout(job: Job, cluster: Cluster) -> None:
             do=_nearest(job, needed, unit, exact=parallel.data_parallel_replicate is not None),
         )
     layout = resolve_layout(parallel, have)
-    check_layout(parallel, layout, recipe.model)
+    for model in recipe.models:
+        check_layout(parallel, layout, model)
     check_batch(parallel, layout, training.seq_length, training.micro_batch_size, training.global_batch_size)
 
 

@@ -414,7 +414,7 @@ class GrowthConfig(Section):
     rewarm_from: Annotated[float, Field(ge=0, le=1)] = 0.1
     lr_rule: Literal["keep", "mup"] = Field(
         "keep",
-        description="mup: AdamW's rate of matrices and the head falls as the width rises (arXiv 2203.03466, table 8)",
+        description="mup: AdamW's rate of matrices and the head falls as the width rises (arXiv 2203.03466, table 3)",
     )
 
 

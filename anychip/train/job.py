@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -123,6 +123,7 @@ class TrainingJob:
     until: int | None = None  # the step at which this model ends, because it grows there
     checkpoints: Path | None = None  # default: below `directory`
     growing: Growing | None = None
+    lineage: Sequence[Mapping[str, Any]] = ()  # the growths behind this model, kept in its checkpoints
 
     @property
     def end(self) -> int:

@@ -150,6 +150,8 @@ class Saves:
         }
         if self._job.witness:
             extra["attest"] = self._job.witness.claim(step, cursor)
+        if self._job.lineage:
+            extra["lineage"] = list(self._job.lineage)
         if self._memory and not last and self._is_due_in_memory(step):
             self._copy(self._memory, step, extra)
         if not (last or self._is_due(step, self._job.checkpoint.save_interval)):

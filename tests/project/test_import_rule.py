@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "parallel", "plan"},
     {"launch"},
     {"train"},
-    {"tune", "evals", "supervise", "verify"},
+    {"grow", "tune", "evals", "supervise", "verify"},
     {"interchange"},
     {"serve", "attest"},
     {"report"},
