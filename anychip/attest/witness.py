@@ -28,6 +28,7 @@ from anychip.chips.inventory import inventory
 from anychip.data.batch import Batch
 from anychip.data.cursor import DataCursor
 from anychip.errors import AnychipError, UnfitError
+from anychip.files import sha256_json
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
@@ -79,7 +80,8 @@ class ChainWitness:
 
     def __init__(self, recipe: Recipe, run: RunDirectory, stage: str, weights: Path | None = None) -> None:
         self._recipe, self._run, self._stage = recipe, run, stage
-        self._place, self._weights, self._directory = Place(run), weights, run.root
+        self._place, self._weights = Place(run), weights
+        self._directory = self._checkpoints = run.root
         self._chain: Chain | None = None
         self._state = self._members = self._inputs = ""
         self._trace = Trace()
@@ -91,8 +93,10 @@ class ChainWitness:
         if self._chain is not None:
             self._chain.close()
 
-    def begin(self, processes: Processes, backend: Backend, directory: Path) -> None:
-        self._directory = directory
+    def begin(self, processes: Processes, backend: Backend, directory: Path, checkpoints: Path) -> None:
+        self.close()
+        self._state, self._unstored = "", []
+        self._directory, self._checkpoints = directory, checkpoints
         self._ranks = Ranks(processes.new_control_group())
         self._processes = processes.layout.world_size
         local_rank = processes.device.index or 0
@@ -119,7 +123,7 @@ class ChainWitness:
     def settle(self) -> None:
         if not self._ranks.is_coordinator:
             return
-        root = self._directory / "checkpoints"
+        root = self._checkpoints
         newest = max(complete_steps(root), default=-1)
         for step, claim in list(self._unstored):
             digest = _manifest_with(claim, root / step_name(step))
@@ -200,6 +204,8 @@ class ChainWitness:
         for link in links:
             if link.kind == "derived" and link.body["manifest"] == manifest:
                 return link.digest
+        if (grown := self._grown(info)) is not None:
+            return grown
         if any(link.digest == claim for link in links):
             stored = {(link.body["claim"], link.body["manifest"]) for link in links if link.kind == "saved"}
             if manifest is not None and (claim, manifest) not in stored:
@@ -213,6 +219,19 @@ class ChainWitness:
         how = {key: value for key, value in info.extra.items() if key not in _OWN_EXTRA}
         body = {"stage": self._stage, "step": info.step, "manifest": manifest, "how": "brought from elsewhere"}
         return self._open.append("derived", {**body, "parent": None, "said": how})
+
+    def _grown(self, info: CheckpointInfo) -> str | None:
+        """A link of the first checkpoint of a model that grew, to the state that it grew from; None for any other."""
+        lineage = info.extra.get("lineage") or []
+        if not lineage or lineage[-1]["step"] != info.step:
+            return None
+        before = self._run.model_checkpoints(self._recipe, len(lineage) - 1) / step_name(info.step)
+        manifest = manifest_digest(before)
+        saved = [link.body for link in self._open.links if link.kind == "saved"]
+        claims = [body["claim"] for body in saved if body["manifest"] == manifest]
+        body = {"stage": self._stage, "step": info.step, "manifest": manifest_digest(info.path), "how": "grown"}
+        said = {"growth": sha256_json(lineage[-1])}
+        return self._open.append("derived", {**body, "parent": claims[-1] if claims else None, "said": said})
 
     def _go_on(self, step: int, info: CheckpointInfo | None) -> None:
         """Training went back to an older state."""

@@ -126,6 +126,10 @@ class TrainingJob:
     lineage: Sequence[Mapping[str, Any]] = ()  # the growths behind this model, kept in its checkpoints
 
     @property
+    def checkpoint_root(self) -> Path:
+        return self.checkpoints or self.directory / "checkpoints"
+
+    @property
     def end(self) -> int:
         """The step to train to; rates follow from `steps`."""
         return self.steps if self.until is None else self.until

@@ -81,7 +81,7 @@ def run_training(job: TrainingJob) -> int:
     torch.use_deterministic_algorithms(job.deterministic)
     processes = Processes.join(job.parallel, device, backend.collective_backend)
     if job.witness:
-        job.witness.begin(processes, backend, job.directory)
+        job.witness.begin(processes, backend, job.directory, job.checkpoint_root)
     joined = time.perf_counter()
     if not processes.is_first:
         warnings.simplefilter("ignore", OperatorFallback)  # one process of thousands says it

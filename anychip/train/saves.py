@@ -32,7 +32,7 @@ class Saves:
         self._job, self._engine, self._optimizer, self._guard = job, engine, optimizer, guard
         self._processes = processes
         self._disk = CheckpointStore(
-            job.checkpoints or job.directory / "checkpoints", job.checkpoint.keep, processes.new_control_group()
+            job.checkpoint_root, job.checkpoint.keep, processes.new_control_group()
         )
         self._memory = (
             MemoryCopies(job.directory, job.checkpoint.memory_peers, processes.new_control_group())

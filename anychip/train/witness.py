@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Witness(Protocol):
     """All processes of a job call it together, at the same points."""
 
-    def begin(self, processes: Processes, backend: Backend, directory: Path) -> None:
-        """Before anything is built; `directory` will hold checkpoints and logs. Raises UnfitError on all processes when
-        one of them may not take part."""
+    def begin(self, processes: Processes, backend: Backend, directory: Path, checkpoints: Path) -> None:
+        """Before anything is built; `directory` will hold logs, `checkpoints` what is saved. Called again for a model
+        that grew. Raises UnfitError on all processes when one of them may not take part."""
 
     def restored(self, step: int, info: CheckpointInfo | None, arithmetic: str) -> None:
         """Training stands at `step`, from a checkpoint or from the beginning; once at the start, then at each return to
