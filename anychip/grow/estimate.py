@@ -204,13 +204,8 @@ def _largest_layer(config: ModelConfig) -> int:
 
 
 def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "PB"
-    return f"{nbytes:,.1f} {unit}"
+    power = next((n for n in range(5) if nbytes < 1000 ** (n + 1)), 5)
+    return f"{nbytes / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def _duration(seconds: float) -> str:
