@@ -188,7 +188,8 @@ CHINESE = {
     "grow": "训练中的增长，按 token 数排列",
     "grow[].at_tokens": "增长前训练的 token 数；取不小于它的整步",
     "grow[].to": "模型字段和它们的新值，如 hidden_size、num_hidden_layers",
-    "grow[].mode": "immediate：新单元是副本，与原单元分担权重；masked：新单元重新初始化，权重在 `open_steps` 步内从 0 打开到 1",
+    "grow[].mode": "immediate：新单元是副本，与原单元分担权重；"
+    "masked：新单元重新初始化，权重在 `open_steps` 步内从 0 打开到 1",
     "grow[].open_steps": "masked：新部分完全打开所需的步数",
     "grow[].layers": "新层的位置；distance：放在对输入改变最小的层之后",
     "grow[].noise": "immediate：副本分担权重的不均匀程度（比例）；0：相等的副本永远相等",

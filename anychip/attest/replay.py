@@ -84,8 +84,11 @@ def replay_steps(run: RunDirectory, history: History, count: int, seed: int | No
 def _stretches(run: RunDirectory, history: History) -> list[Stretch]:
     """What can be computed again here: claims that go on from a checkpoint on disk, or from the beginning."""
     if run.read_recipe().grow:
-        raise InputError("grew while it was trained, and steps of models that grow are not computed again.", where=run.root,
-                         do="Check the release without --replay.")  # fmt: skip
+        raise InputError(
+            "grew while it was trained, and steps of models that grow are not computed again.",
+            where=run.root,
+            do="Check the release without --replay.",
+        )
     root = Place(run).checkpoints("pretrain")
     stored = {manifest_digest(root / step_name(step)) for step in complete_steps(root)}
     there = {state for manifest, state in history.manifests.items() if manifest in stored}

@@ -132,7 +132,7 @@ def state_bytes(config: ModelConfig, optimizer: str) -> int:
     """Bytes of a checkpoint: fp32 masters, AdamW's two moments or Muon's one."""
     total = 0
     for name, shape in parameter_shapes(config):
-        moments = 1 if optimizer == "muon" and takes_muon(name, len(shape)) else 2
+        moments = 1 if optimizer == "muon" and takes_muon(name) else 2
         total += 4 * prod(shape) * (1 + moments)
     return total
 
@@ -204,13 +204,8 @@ def _largest_layer(config: ModelConfig) -> int:
 
 
 def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "PB"
-    return f"{nbytes:,.1f} {unit}"
+    power = next((n for n in range(5) if nbytes < 1000 ** (n + 1)), 5)
+    return f"{nbytes / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def _duration(seconds: float) -> str:

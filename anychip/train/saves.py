@@ -31,9 +31,7 @@ class Saves:
     ) -> None:
         self._job, self._engine, self._optimizer, self._guard = job, engine, optimizer, guard
         self._processes = processes
-        self._disk = CheckpointStore(
-            job.checkpoint_root, job.checkpoint.keep, processes.new_control_group()
-        )
+        self._disk = CheckpointStore(job.checkpoint_root, job.checkpoint.keep, processes.new_control_group())
         self._memory = (
             MemoryCopies(job.directory, job.checkpoint.memory_peers, processes.new_control_group())
             if job.checkpoint.memory_interval
