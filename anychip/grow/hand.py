@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from anychip.errors import InputError
 from anychip.files import sha256_json
 from anychip.grow.stage import held_out_text, keep_record, make_plan
-from anychip.grow.stream import Stream, grow_checkpoint
+from anychip.grow.stream import Stream, grow_checkpoint, kept_extra
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
@@ -39,9 +38,7 @@ def grow_one(
                 where=info.path,
                 do="Give the checkpoint that --growth starts from.",
             )
-    extra: dict[str, Any] = {
-        name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra
-    }
+    extra = kept_extra(info)
     if identity is not None:
         extra["identity"] = sha256_json([identity, number + 1])
     stream = Stream(info, plan, target or run.model_checkpoints(recipe, number + 1), extra)

@@ -81,7 +81,8 @@ class CheckpointRows:
             else:
                 part = torch.empty((run, *chunk.sizes[1:]), dtype=found.dtype)
                 self._read(chunk, place, part)
-                target[(slice(None), *others)] = part
+                inside = (slice(None), *others)
+                target[inside] = part
             begin += run
 
     def _read(self, chunk: Chunk, place: int, into: Tensor) -> None:

@@ -26,7 +26,7 @@ from anychip.grow.opening import Growing
 from anychip.grow.plan import GrowthPlan, grown_config, plan_growth, plan_of_record
 from anychip.grow.proof import Proof, reader
 from anychip.grow.source import CheckpointRows
-from anychip.grow.stream import Stream, grow_checkpoint
+from anychip.grow.stream import Stream, grow_checkpoint, kept_extra
 from anychip.model.init import tensor_seed
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
@@ -93,9 +93,7 @@ class GrowingRun:
         info = store.open(self.recipe.growth_steps[number])
         texts = self.texts()
         plan = make_plan(self.recipe, number, info, texts)
-        extra: dict[str, Any] = {
-            name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra
-        }
+        extra = kept_extra(info)
         extra |= {"identity": sha256_json([self.whole.identity, number + 1])}
         stream = Stream(info, plan, target, extra)
         proof = _grow_together(stream, texts, self.whole)

@@ -132,6 +132,11 @@ class Stream:
         return [*self.source.extra.get("lineage", []), mine]
 
 
+def kept_extra(info: CheckpointInfo) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors that stays true after growth: the place in the data, the guard."""
+    return {name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra}
+
+
 def grow_checkpoint(
     stream: Stream, texts: Mapping[str, Tensor] | None = None, processes: int = 1, *, prove_it: bool = True
 ) -> Proof | None:
