@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from anychip.errors import InputError
 from anychip.files import sha256_json
@@ -38,7 +39,9 @@ def grow_one(
                 where=info.path,
                 do="Give the checkpoint that --growth starts from.",
             )
-    extra = {name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra}
+    extra: dict[str, Any] = {
+        name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra
+    }
     if identity is not None:
         extra["identity"] = sha256_json([identity, number + 1])
     stream = Stream(info, plan, target or run.model_checkpoints(recipe, number + 1), extra)

@@ -93,7 +93,9 @@ class GrowingRun:
         info = store.open(self.recipe.growth_steps[number])
         texts = self.texts()
         plan = make_plan(self.recipe, number, info, texts)
-        extra = {name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra}
+        extra: dict[str, Any] = {
+            name: info.extra[name] for name in ("skipped", "guard", "weights_only") if name in info.extra
+        }
         extra |= {"identity": sha256_json([self.whole.identity, number + 1])}
         stream = Stream(info, plan, target, extra)
         proof = _grow_together(stream, texts, self.whole)
@@ -135,7 +137,8 @@ def make_plan(recipe: Recipe, number: int, info: CheckpointInfo, texts: Mapping[
 def newest_lineage(checkpoints: Path) -> list[dict[str, Any]]:
     """The growths behind the newest checkpoint here."""
     steps = complete_steps(checkpoints)
-    return list(read_manifest(checkpoints / step_name(steps[-1])).extra.get("lineage", [])) if steps else []
+    extra: dict[str, Any] = read_manifest(checkpoints / step_name(steps[-1])).extra if steps else {}
+    return list(extra.get("lineage", []))
 
 
 def keep_record(folder: Path, stream: Stream, proof: Proof, recipe: Recipe, seconds: float) -> None:
