@@ -66,7 +66,8 @@ class CheckpointRows:
         """What of the wanted rows lies in one chunk."""
         first, size = chunk.offsets[0], chunk.sizes[0]
         begin, end = torch.searchsorted(wanted, torch.tensor([first, first + size])).tolist()
-        others = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+        others = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
+        box = (slice(None), *others)
         whole = list(chunk.sizes[1:]) == list(entry.shape[1:])
         row_bytes = chunk.nbytes // size
         while begin < end:
@@ -81,8 +82,7 @@ class CheckpointRows:
             else:
                 part = torch.empty((run, *chunk.sizes[1:]), dtype=found.dtype)
                 self._read(chunk, place, part)
-                inside = (slice(None), *others)
-                target[inside] = part
+                target[box] = part
             begin += run
 
     def _read(self, chunk: Chunk, place: int, into: Tensor) -> None:

@@ -135,10 +135,8 @@ def make_plan(recipe: Recipe, number: int, info: CheckpointInfo, texts: Mapping[
 def newest_lineage(checkpoints: Path) -> list[dict[str, Any]]:
     """The growths behind the newest checkpoint here."""
     steps = complete_steps(checkpoints)
-    if not steps:
-        return []
-    found: Any = read_manifest(checkpoints / step_name(steps[-1])).extra.get("lineage", [])
-    return list(found)
+    extra: dict[str, Any] = read_manifest(checkpoints / step_name(steps[-1])).extra if steps else {}
+    return list(extra.get("lineage", []))
 
 
 def keep_record(folder: Path, stream: Stream, proof: Proof, recipe: Recipe, seconds: float) -> None:
