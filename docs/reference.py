@@ -46,6 +46,7 @@ WORDS = {
         "bool": "true, false",
         "list": "list of ",
         "dict": "by name: ",
+        "JsonValue": "any value",
         "or": " or ",
     },
     "zh": {
@@ -61,6 +62,7 @@ WORDS = {
         "bool": "true, false",
         "list": "列表：",
         "dict": "按名字：",
+        "JsonValue": "任意值",
         "or": "或",
     },
 }

@@ -125,7 +125,7 @@ def reference() -> ModuleType:
     [
         ("training.step=5", "training.step is not a field of a recipe; did you mean steps?"),
         ("optimizer.name=sgd", "optimizer.name is 'sgd'; allowed: 'adamw' or 'muon'."),
-        ("model.num_attention_heads=5", "hidden_size 192 is not a multiple of num_attention_heads 5."),
+        ("model.num_attention_heads=5", "hidden_size 128 is not a multiple of num_attention_heads 5."),
     ],
 )
 def test_the_errors_page_quotes_what_is_said(override: str, message: str) -> None:
