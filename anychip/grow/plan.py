@@ -34,7 +34,7 @@ _FREE = ("kv_channels", "preset", "initializer_range")
 _EXPERTS = (
     "family", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
     "first_k_dense_replace", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor",
-    "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate", "moe_capacity_factor",
+    "router_aux_loss_coef", "router_z_loss_coef", "moe_capacity_factor",
 )  # fmt: skip
 """What upcycling sets, which is a growth of its own."""
 
