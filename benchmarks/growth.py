@@ -222,7 +222,7 @@ def spread(values: list[float], shape: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, small_steps in ((compute, 250), (moments, 150)):
+    for verb, small_steps in ((compute, 120), (moments, 120)):
         options = verbs.add_parser(verb.__name__)
         options.set_defaults(run_verb=verb)
         options.add_argument("run", type=Path)
@@ -234,7 +234,7 @@ def main() -> None:
         options.add_argument("--every", type=int, default=25, help="steps between looks at held-out text")
         options.add_argument("--eval-tokens", type=int, default=16384)
         if verb is compute:
-            options.add_argument("--steps", type=int, default=700, help="of the large model from scratch")
+            options.add_argument("--steps", type=int, default=350, help="of the large model from scratch")
         else:
             options.add_argument("--after", type=int, default=100, help="steps after growth")
     options = verbs.add_parser("stream")
