@@ -65,10 +65,12 @@ def line_chart(
     y_log: bool = False,
     y_from_zero: bool = False,
     y_format: Callable[[float], str] | None = None,
+    marks: Sequence[float] = (),
+    mark_name: str = "",
 ) -> Markup:
     """A chart of all series over one pair of axes; values that an axis cannot show (log of zero) are left out.
 
-    `title` is what a screen reader says; x is shown in short form (1.2M).
+    `title` is what a screen reader says; x is shown in short form (1.2M). `marks` are vertical lines at these x.
     """
     shown = [Series(s.name, _visible(s.points, x_log, y_log), s.style, s.dots) for s in series]
     xs = [x for s in shown for x, _ in s.points]
@@ -79,6 +81,7 @@ def line_chart(
     y_low, y_high = _padded(min(ys), max(ys), y_log, 0.06)
     y_axis = _Axis(0.0 if y_from_zero else y_low, y_high, height - _BOTTOM, _TOP, y_log)
     parts = [_grid(x_axis, y_axis, width, height, x_label, y_format or short)]
+    parts += [_mark(x, x_axis, height, mark_name) for x in marks if x_axis.low <= x <= x_axis.high]
     parts += [_curve(s, x_axis, y_axis) for s in shown]
     return svg(title, width, height, parts)
 
@@ -172,6 +175,13 @@ def _grid(
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     parts.append(f'<text class="axis-label" text-anchor="end" x="{right}" y="{height - 4}">{escape(x_label)}</text>')
     return Markup("".join(parts))
+
+
+def _mark(x: float, x_axis: _Axis, height: int, name: str) -> Markup:
+    at = f"{x_axis.place(x):.1f}"
+    return Markup('<line class="mark" x1="{0}" x2="{0}" y1="{1}" y2="{2}"><title>{3}</title></line>').format(
+        at, _TOP, height - _BOTTOM, f"{name} at {short(x)}"
+    )
 
 
 def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any
 
 from anychip.report import words
 from anychip.report.charts import Bar, Series, bar_chart, line_chart, short, smoothed
+from anychip.report.growth import growth_marks
 from anychip.report.inputs import Inputs
 from anychip.report.words import Fact, duration, number, text
 
@@ -57,9 +58,14 @@ def learning(inputs: Inputs) -> dict[str, Any] | None:
     legend = [("line-faint", "training 训练"), ("line-main", "training, smoothed 训练（平滑）")]
     if series[2].points:
         legend.append(("line-second", "validation 验证"))
+    marks = growth_marks(inputs)
+    if marks:
+        legend.append(("mark", "growth 增长"))
+    late = [_without_start(one, loss[-1][0]) for one in series]
+    grown: dict[str, Any] = {"marks": marks, "mark_name": "growth"}
     return {
-        "loss": line_chart([_without_start(one, loss[-1][0]) for one in series], "loss over tokens", _TOKENS),
-        "loss_log": line_chart(series, "loss over tokens, logarithmic", _TOKENS, x_log=True),
+        "loss": line_chart(late, "loss over tokens", _TOKENS, **grown),
+        "loss_log": line_chart(series, "loss over tokens, logarithmic", _TOKENS, x_log=True, **grown),
         "legend": legend,
         "lr": line_chart([Series("learning rate", metrics.column("lr"))], "learning rate", _TOKENS, y_from_zero=True),
         "grad_norm": line_chart(

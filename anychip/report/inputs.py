@@ -18,18 +18,21 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Metrics:
-    """One `metrics.jsonl`: rows of training steps and rows of validations, ordered by step."""
+    """One `metrics.jsonl`: rows of training steps and rows of validations, ordered by step. Where the model grew there
+    are two validations: of the old model in `validation`, of the grown one in `after_growth`."""
 
     training: list[Row]
     validation: list[Row]
+    after_growth: list[Row]
 
     def column(self, name: str) -> list[tuple[float, float]]:
         """(tokens, value) of the training rows that have a finite value."""
         return [(row["tokens"], row[name]) for row in self.training if name in row and "tokens" in row]
 
     def validated(self, name: str) -> list[tuple[float, float]]:
-        """(tokens, value) of the validation rows; tokens are interpolated from the training rows by step."""
-        return [(self._tokens_at(row["step"]), row[name]) for row in self.validation if name in row]
+        """(tokens, value) of all validation rows; tokens are interpolated from the training rows by step."""
+        rows = sorted([*self.validation, *self.after_growth], key=lambda row: row["step"])
+        return [(self._tokens_at(row["step"]), row[name]) for row in rows if name in row]
 
     def _tokens_at(self, step: float) -> float:
         rows = [row for row in self.training if "tokens" in row]
@@ -54,6 +57,7 @@ class Inputs:
     evaluation: dict[str, Any] | None
     samples: dict[str, Any] | None
     data: dict[str, Any] | None
+    growths: list[dict[str, Any]]
     stages: dict[str, dict[str, Any]]
 
 
@@ -74,6 +78,7 @@ def read_inputs(run: RunDirectory) -> Inputs:
         evaluation=_json_object(run.evaluation),
         samples=_json_object(run.root / "samples.json"),
         data=_json_object(run.data / "summary.json"),
+        growths=_growths(run),
         stages={
             path.stem: record
             for path in sorted(run.stage_marker("any").parent.glob("*.json"))
@@ -90,15 +95,19 @@ def read_metrics(path: Path) -> Metrics | None:
         return None
     training: dict[float, Row] = {}
     validation: dict[float, Row] = {}
+    after_growth: dict[float, Row] = {}
     for line in lines:
-        row = _numbers(line)
+        raw = _line(line)
+        row = _numbers(raw)
         if "step" not in row:
             continue
-        kind = validation if "validation_loss" in row or "validation_bits_per_byte" in row else training
+        kind = training
+        if "validation_loss" in row or "validation_bits_per_byte" in row:
+            kind = after_growth if raw.get("when") == "after growth" else validation
         kind[row["step"]] = row
     if not training and not validation:
         return None
-    return Metrics([training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)])
+    return Metrics(*([rows[step] for step in sorted(rows)] for rows in (training, validation, after_growth)))
 
 
 def finite(value: object) -> float | None:
@@ -111,14 +120,24 @@ def finite(value: object) -> float | None:
         return None
 
 
-def _numbers(line: str) -> Row:
-    """The finite numbers of one JSON line; nothing for a line that a crash cut short."""
+def _growths(run: RunDirectory) -> list[dict[str, Any]]:
+    """The records of the run's growths, in order."""
+    paths = [path for path in run.growth(0).parent.glob("*/growth.json") if path.parent.name.isdecimal()]
+    records = [_json_object(path) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+    return [record for record in records if record is not None]
+
+
+def _line(line: str) -> Mapping[str, Any]:
+    """One JSON line; nothing for a line that a crash cut short."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(raw, Mapping):
-        return {}
+    return raw if isinstance(raw, Mapping) else {}
+
+
+def _numbers(raw: Mapping[str, Any]) -> Row:
+    """The finite numbers of a line."""
     return {key: value for key, value in ((key, finite(value)) for key, value in raw.items()) if value is not None}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from anychip.errors import InputError
 from anychip.files import write_text
 from anychip.report import figures, rewards, words
+from anychip.report.growth import growth
 from anychip.report.inputs import Inputs, read_inputs
 from anychip.report.templates import render_template
 from anychip.rundir import RunDirectory
@@ -34,6 +35,7 @@ def render(inputs: Inputs) -> str:
         sampling=words.sampling(inputs),
         score=figures.score(inputs),
         learning=figures.learning(inputs),
+        growths=growth(inputs),
         speed=figures.speed(inputs),
         stages=words.stages(inputs),
         tuning=figures.tuning(inputs),
