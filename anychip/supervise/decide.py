@@ -38,10 +38,6 @@ class Policy:
     _errors: int = 0
     _strikes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def recall(self, unit: str, at: float) -> None:
-        """A failure of this unit that an earlier supervisor of the run saw, on the clock of `after`."""
-        self._strikes[unit].append(at)
-
     def after(self, kind: str, unit: str, step: int, now: float) -> str:
         """restart, leave_out (restart without the unit, which failed again and again) or stop."""
         progressed = step > self._best_step

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import platform
 import socket
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from anychip.errors import AnychipError, InputError
+from anychip.files import write_json
 from anychip.launch.sockets import interface_address
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
@@ -21,13 +22,14 @@ from anychip.supervise.channel import read_token
 from anychip.supervise.coordinating import CoordinatorProcess
 from anychip.supervise.coordinator import Hosts, Terms, job_id
 from anychip.supervise.decide import Policy
-from anychip.supervise.incidents import LOG_NAME, read_incidents
 from anychip.supervise.processes import train_command
 from anychip.supervise.record import only_coordinator
 from anychip.supervise.run import Limits, Supervisor, check_layout, is_possible, stop_signals
 from anychip.supervise.wire import Client, Server
+from anychip.train.output import where_there_is_room
 
 _HIGHEST_PORT = 65535
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,27 @@ class Place:
     name: str | None = None
 
 
-def remembering(run: RunDirectory, budget: int) -> Policy:
-    """A policy that knows which hosts failed under a coordinator before this one, and when."""
-    policy, now, clock = Policy(budget), datetime.now(timezone.utc), time.monotonic()
-    for incident in read_incidents(run.logs / LOG_NAME):
-        if incident.action in ("restart", "shrink", "replace") and incident.kind != "error":
-            age = (now - datetime.fromisoformat(incident.time)).total_seconds()
-            policy.recall(incident.node, clock - age)
-    return policy
+class RememberingPolicy(Policy):
+    """One that a coordinator started again on this host goes on with: which hosts failed, and when since its boot."""
+
+    def __init__(self, run: RunDirectory, budget: int) -> None:
+        super().__init__(budget)
+        self._path, self._boot = run.root / "strikes.json", _BOOT.read_text().strip() if _BOOT.is_file() else ""
+        with suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError
+        ):  # nothing that makes sense: nobody failed
+            known = json.loads(self._path.read_bytes())
+            if known["boot"] == self._boot:
+                self._strikes.update(
+                    {str(unit): [float(at) for at in times] for unit, times in known["strikes"].items()}
+                )
+
+    def after(self, kind: str, unit: str, step: int, now: float) -> str:
+        """`now` is on time.monotonic, which all processes since a boot share."""
+        action = super().after(kind, unit, step, now)
+        with where_there_is_room(self._path.name):
+            write_json(self._path, {"boot": self._boot, "strikes": dict(self._strikes)})
+        return action
 
 
 def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, limits: Limits) -> None:
@@ -63,7 +78,7 @@ def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, li
         hosts = Hosts(recipe, run, server, token, job, terms, stop)
         code, text = 1, "The coordinator failed."
         try:
-            Supervisor(run, hosts, limits, stop, remembering(run, limits.restarts)).run()
+            Supervisor(run, hosts, limits, stop, RememberingPolicy(run, limits.restarts)).run()
             code, text = 0, ""
         except AnychipError as error:
             code, text = error.exit_code, str(error)

@@ -25,6 +25,7 @@ SMALL = {
     "data.workers": "1",
     "training.seq_length": "64",
     "training.steps": "4",
+    "grow": "[{at_tokens: 1024, to: {num_hidden_layers: 2}}]",
     "training.eval_interval": "0",
     "training.eval_tokens": "2048",
     "tune.sft.subjects": "[str]",

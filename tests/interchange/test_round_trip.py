@@ -35,6 +35,7 @@ from anychip.interchange.safetensors_file import write_safetensors
 from anychip.recipe.schema import ModelConfig
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.checkpoint.manifest import MANIFEST_NAME
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SCALING = {"base_length": 16, "training_length": 32}
@@ -105,9 +106,11 @@ def test_export_import_export_gives_the_same_bytes(dtype: str, model: dict[str, 
 
 
 def test_conversion_json_says_what_was_compared_and_digests_every_file(tmp_path: Path) -> None:
-    export = export_run(make_run(tmp_path / "run"))
+    run = make_run(tmp_path / "run")
+    export = export_run(run)
     record = json.loads((export / "conversion.json").read_text())
-    assert record["source"] == {"run": "tiny", "stage": "pretrain", "step": 5}
+    manifest = sha256_file(CheckpointStore(run.checkpoints).open(5).path / MANIFEST_NAME)
+    assert record["source"] == {"run": "tiny", "stage": "pretrain", "step": 5, "manifest": manifest}
     check = record["logit_check"]
     assert check["passed"] and 0 <= check["relative"] <= check["threshold"] and check["largest_logit"] > 0.1
     assert check["same_top_1"] == 1.0 and check["tokens"] == 64
@@ -133,8 +136,8 @@ def test_a_step_and_a_stage_can_be_chosen(tmp_path: Path) -> None:
     assert torch.equal(exported(stage="pretrain", step=5), older["norm.weight"])
     with pytest.raises(InputError, match=r"no checkpoint of step 7.*5, 9"):
         export_run(run, stage="pretrain", step=7)
-    with pytest.raises(InputError, match="--stage grpo is not known"):
-        export_run(run, stage="grpo")
+    with pytest.raises(InputError, match="--stage rlhf is not known"):
+        export_run(run, stage="rlhf")
 
 
 def test_the_tokenizer_opens_elsewhere_and_gives_the_same_ids(tmp_path: Path) -> None:

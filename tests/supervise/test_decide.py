@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from hypothesis import strategies as st
 from anychip.parallel.messages import Message
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips, Policy, kind_of_exit
-from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents, record
-from anychip.supervise.many_hosts import remembering
+from anychip.supervise.incidents import Incident, read_incidents, record
+from anychip.supervise.many_hosts import RememberingPolicy
 from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
 
@@ -156,13 +153,13 @@ def test_incidents_are_read_back_and_torn_lines_left_out(tmp_path: Path) -> None
 
 def test_a_coordinator_that_is_started_again_remembers_who_failed(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    died = Incident(
-        kind="crash", generation=1, rank=0, pid=1, node="host-a", step=3, phase="reduce", code=-9, action="restart",
-        state="", seconds=0.0, stack=[], detail=[], collective="",
-    )  # fmt: skip
-    long_ago = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat()
-    for incident in (died, died, replace(died, node="host-b", time=long_ago), replace(died, node="host-b")):
-        record(run.logs / LOG_NAME, incident)
-    now = time.monotonic()
-    assert remembering(run, 20).after("crash", "host-a", 4, now) == "leave_out"
-    assert remembering(run, 20).after("crash", "host-b", 4, now) == "restart"
+    first = RememberingPolicy(run, 20)
+    assert [first.after("crash", "host-a", 1, at) for at in (1000.0, 1010.0)] == ["restart", "restart"]
+    first.after("crash", "host-b", 1, 1020.0)
+    assert RememberingPolicy(run, 20).after("crash", "host-a", 2, 1030.0) == "leave_out"
+    assert RememberingPolicy(run, 20).after("crash", "host-b", 2, 1030.0) == "restart"
+    assert RememberingPolicy(run, 20).after("crash", "host-b", 2, 9999.0) == "restart"  # long after
+    (tmp_path / "strikes.json").write_text('{"boot": "another", "strikes": {"host-a": [1000, 1010]}}')
+    assert RememberingPolicy(run, 20).after("crash", "host-a", 2, 1030.0) == "restart"
+    (tmp_path / "strikes.json").write_text("[")
+    assert RememberingPolicy(run, 20).after("crash", "host-a", 2, 1030.0) == "restart"
