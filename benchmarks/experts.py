@@ -10,14 +10,10 @@ Needs the `bench` extra.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from typing import Any
+
+from contestants import Contestant, Step, answer, anychip_step, set_threads, take_turns, transformers_step
 
 VOCAB, BATCH, SEQ = 8192, 4, 512
 COMMON: dict[str, Any] = {
@@ -68,54 +64,7 @@ CONTESTANTS = {
 }
 
 
-def anychip_step(shape: str, dtype_name: str, compiled: bool):
-    import torch
-
-    from anychip.chips.backend import detect_backend
-    from anychip.chips.operators import operators_for
-    from anychip.model.decoder import Decoder
-    from anychip.model.init import init_parameters
-    from anychip.recipe.schema import ModelConfig, OptimizerConfig, TrainingConfig
-    from anychip.train.engine import prove_attention
-    from anychip.train.loss import head_cross_entropy
-    from anychip.train.optimizer import Optimizer
-    from anychip.train.precision import compute_dtype
-    from anychip.train.recompute import apply_recompute
-
-    backend = detect_backend()
-    backend.prepare_process()
-    training = TrainingConfig(steps=1)
-    config, operators = ModelConfig(**SHAPES[shape]), operators_for(backend.vendor)
-    dtype = compute_dtype(dtype_name, backend)
-    model = Decoder(config, dtype, operators)
-    init_parameters(model, config, 0)
-    apply_recompute(model, training.recompute)
-    if compiled:
-        prove_attention(config, dtype, operators, torch.device("cpu"))
-        for layer in model.layers:
-            layer.compile(dynamic=False)
-    optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig(), dtype, operators)
-    learned = [p for name, p in model.named_parameters() if not name.endswith("correction_bias")]
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1))
-
-    def step() -> None:
-        loss = head_cross_entropy(
-            model(tokens[:, :-1]).flatten(0, 1),
-            model.head_weight,
-            tokens[:, 1:].flatten(),
-            training.loss_chunk_tokens,
-            cross_entropy=operators.cross_entropy,
-        )
-        (loss / (BATCH * SEQ)).backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step(3e-4)
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def hf_step(shape: str, dtype_name: str, experts: str):
-    import torch
+def hf_step(shape: str, dtype_name: str, experts: str) -> Step:
     import transformers
 
     from anychip.families.layouts import config_to_json
@@ -125,49 +74,18 @@ def hf_step(shape: str, dtype_name: str, experts: str):
     raw = {name: value for name, value in raw.items() if name not in ("torch_dtype", "architectures")}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **{**raw, "use_cache": False})
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return transformers_step(model, BATCH, SEQ, dtype_name)
 
 
 def work(name: str, shape: str) -> None:
-    """Train one step for each line read; answer with its seconds and the peak memory so far."""
-    import torch
+    from anychip.recipe.schema import ModelConfig
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    set_threads()
     whose, dtype_name, compiled, experts = CONTESTANTS[name]
-    step = anychip_step(shape, dtype_name, compiled) if whose == "anychip" else hf_step(shape, dtype_name, experts)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "memory": memory}), flush=True)
-
-
-class Contestant:
-    def __init__(self, name: str, shape: str) -> None:
-        command = [sys.executable, __file__, "--worker", name, "--shape", shape]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.seconds: list[float] = []
-        self.memory = 0
-
-    def step(self, keep: bool) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print("step", file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
-        self.memory = answer["memory"]
-        if keep:
-            self.seconds.append(answer["seconds"])
+    if whose == "anychip":
+        answer(anychip_step(ModelConfig(**SHAPES[shape]), BATCH, SEQ, dtype_name, compiled))
+    else:
+        answer(hf_step(shape, dtype_name, experts))
 
 
 def main() -> None:
@@ -185,10 +103,8 @@ def main() -> None:
 
     config = ModelConfig(**SHAPES[arguments.shape])
     print(f"{num_parameters(config):,} parameters, {num_active_parameters(config):,} active; {BATCH} x {SEQ} tokens\n")
-    contestants = {name: Contestant(name, arguments.shape) for name in arguments.only}
-    for number in range(arguments.rounds + 2):  # the first two rounds warm up and compile
-        for contestant in contestants.values():
-            contestant.step(keep=number > 1)
+    contestants = {name: Contestant("--worker", name, "--shape", arguments.shape) for name in arguments.only}
+    take_turns(contestants.values(), arguments.rounds, warm_up=2)
     rates = {name: BATCH * SEQ / statistics.median(c.seconds) for name, c in contestants.items()}
     others = [name for name in rates if name.startswith("HF")]
     print(f"| {arguments.shape} | tokens/s | peak memory |" + "".join(f" x {name} |" for name in others))

@@ -80,8 +80,8 @@ def anychip(run: RunDirectory, recipe: Recipe, seconds: float) -> tuple[Nats, in
     backend = detect_backend()
     backend.prepare_process()
     dtype = compute_dtype("auto", backend)
-    model = Decoder(recipe.model, dtype)
-    init_parameters(model, recipe.model, recipe.seed)
+    model = Decoder(recipe.final_model, dtype)
+    init_parameters(model, recipe.final_model, recipe.seed)
     optimizer = Optimizer(dict(model.named_parameters()), recipe.optimizer, dtype)
     get = batches(run, recipe)
 
@@ -105,7 +105,7 @@ def anychip(run: RunDirectory, recipe: Recipe, seconds: float) -> tuple[Nats, in
 def hf_model(recipe: Recipe) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = recipe.model
+    shape = recipe.final_model
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from training import SHAPES, Shape, model_config
+from one_step import prepare
+from training import SHAPES, Shape
 
 from anychip.train.heartbeat import PHASES, Heartbeat
 
@@ -43,56 +44,20 @@ def median_seconds(clock: Clock, rounds: int, work: Callable[[], object]) -> flo
 
 def steps_of(shape: Shape, dtype_name: str):
     """A whole step of one micro-batch by anychip, with a replay or without, and the state that digests read."""
-    from anychip.chips.backend import detect_backend
-    from anychip.data.batch import Batch
-    from anychip.model.init import init_tensor
-    from anychip.parallel.layout import Layout
-    from anychip.parallel.processes import Processes
-    from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig
-    from anychip.train.engine import Engine
-    from anychip.train.guard import Guard
-    from anychip.train.job import TrainingJob
-    from anychip.train.optimizer import Optimizer
-    from anychip.train.precision import compute_dtype
+    from anychip.recipe.schema import GuardConfig
     from anychip.train.replay import Replay
-    from anychip.train.step import Checks, train_step
+    from anychip.train.step import Checks
 
-    backend = detect_backend()
-    dtype, config = compute_dtype(dtype_name, backend), model_config(shape)
-    job = TrainingJob(
-        title="guard",
-        directory=Path(),
-        model=config,
-        source=None,
-        initialize=lambda parameters: None,
-        evaluate=None,
-        identity="",
-        steps=1,
-        seq_length=shape.seq,
-        micro_batch_size=shape.batch,
-        global_batch_size=shape.batch,
-        parallel=ParallelConfig(),
-        optimizer=OptimizerConfig(),
-        checkpoint=CheckpointConfig(),
-        log=LogConfig(),
-    )
-    processes = Processes(job.parallel, Layout(), 0, backend.device(0))
-    engine = Engine(job, processes, dtype)
-    for name, parameter in engine.parameters.items():
-        parameter.detach().copy_(init_tensor(name, parameter.shape, config, 0))
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
-    replay = Replay(GuardConfig(replay_interval=1), "", engine, processes)
-    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    guard, silent = Guard(GuardConfig()), Heartbeat(None, 0)
-    print(f"compute dtype {dtype}, {torch.get_num_threads()} threads", flush=True)
+    parts = prepare("guard", shape, dtype_name)
+    replay = Replay(GuardConfig(replay_interval=1), "", parts.engine, parts.processes)
+    print(f"compute dtype {parts.engine.parts[0].compute_dtype}, {torch.get_num_threads()} threads", flush=True)
 
     def step(replayed: bool) -> None:
         checks = Checks(lambda batch: replay.forward_backward(1, batch)) if replayed else Checks()
-        done = train_step(engine, optimizer, processes, batch, 3e-4, 1.0, guard, silent, checks)
+        done = parts.step(3e-4, checks)
         assert not done.problem, done.problem
 
-    state = [*engine.parameters.values(), *optimizer.state().values()]
+    state = [*parts.engine.parameters.values(), *parts.optimizer.state().values()]
     return step, state
 
 

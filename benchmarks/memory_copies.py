@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 SHARE = 0.01
@@ -41,10 +40,11 @@ def cost(arguments: argparse.Namespace) -> None:
     """One host: prints a line of JSON."""
     import torch
     import torch.distributed as dist
+    from contestants import anychip_step
     from torch import Tensor
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
-    from training import SHAPES, anychip_step, model_config
+    from training import SHAPES, model_config
 
     from anychip.model.arithmetic import parameter_shapes
     from anychip.train.memory import MemoryCopies
@@ -52,7 +52,7 @@ def cost(arguments: argparse.Namespace) -> None:
     hosts = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // hosts))
     shape = SHAPES[arguments.shape]
-    step = anychip_step(replace(shape, batch=shape.batch // hosts), "fp32", False)
+    step = anychip_step(model_config(shape), shape.batch // hosts, shape.seq, "fp32", False)
     group = None
     if hosts > 1:
         dist.init_process_group("gloo")

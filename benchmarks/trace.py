@@ -16,60 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from training import SHAPES, Shape, model_config
+from one_step import prepare
+from training import SHAPES, Shape
 
 
 def build(shape: Shape, dtype_name: str, recorder_path: Path | None) -> Callable[[bool], None]:
     """A step of one micro-batch; with a path, one that a recorder sees, traced or not."""
-    from anychip.chips.backend import detect_backend
-    from anychip.data.batch import Batch
-    from anychip.model.init import init_tensor
-    from anychip.parallel.layout import Layout
-    from anychip.parallel.processes import Processes
-    from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig
-    from anychip.train.engine import Engine
-    from anychip.train.guard import Guard
-    from anychip.train.heartbeat import Heartbeat
-    from anychip.train.job import TrainingJob
     from anychip.train.observe import Observer
-    from anychip.train.optimizer import Optimizer
-    from anychip.train.precision import compute_dtype
-    from anychip.train.step import Checks, train_step
+    from anychip.train.step import Checks
     from anychip.verify.record import Recorder
 
-    backend = detect_backend()
-    dtype, config = compute_dtype(dtype_name, backend), model_config(shape)
-    job = TrainingJob(
-        title="trace",
-        directory=Path(),
-        model=config,
-        source=None,
-        initialize=lambda parameters: None,
-        evaluate=None,
-        identity="",
-        steps=1,
-        seq_length=shape.seq,
-        micro_batch_size=shape.batch,
-        global_batch_size=shape.batch,
-        parallel=ParallelConfig(),
-        optimizer=OptimizerConfig(),
-        checkpoint=CheckpointConfig(),
-        log=LogConfig(),
-    )
-    processes = Processes(job.parallel, Layout(), 0, backend.device(0))
-    engine = Engine(job, processes, dtype)
-    for name, parameter in engine.parameters.items():
-        parameter.detach().copy_(init_tensor(name, parameter.shape, config, 0))
-    optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
-    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    guard, silent = Guard(GuardConfig()), Heartbeat(None, 0)
+    parts = prepare("trace", shape, dtype_name)
     observer = Observer() if recorder_path is None else Recorder(recorder_path, 1 << 40, {}, 1 << 40)
-    observer.attach(job, engine, processes)
+    observer.attach(parts.job, parts.engine, parts.processes)
 
     def step(traced: bool) -> None:
         observer.begin(1 if traced else 2, 1e-4)
-        train_step(engine, optimizer, processes, batch, 1e-4, 1.0, guard, silent, Checks(), observer)
+        parts.step(1e-4, Checks(), observer)
 
     return step
 
