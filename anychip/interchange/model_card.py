@@ -51,7 +51,8 @@ def _model(recipe: Recipe) -> str:
 
 
 def _use(recipe: Recipe) -> str:
-    model, plain = recipe.model, recipe.export.layout == "llama" or recipe.model.family == "llama"
+    model = recipe.final_model
+    plain = recipe.export.layout == "llama" or model.family == "llama"
     layout = "Tensor names and `config.json` follow Hugging Face's Llama and Mixtral: no remote code is needed."
     if not plain and model.family.startswith("telechat2"):
         layout = (

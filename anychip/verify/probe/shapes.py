@@ -37,7 +37,7 @@ class Shapes:
 
 def shapes_of(recipe: Recipe) -> Shapes:
     """What a recipe's shapes become."""
-    model = recipe.model
+    model = recipe.final_model
     served = model.num_attention_heads // model.num_key_value_heads
     key_heads = max(1, min(model.num_key_value_heads, _HEADS // served))
     return Shapes(
