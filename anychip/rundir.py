@@ -11,6 +11,14 @@ from anychip.files import write_json, write_text
 from anychip.recipe import Recipe, dump_recipe, load_recipe
 
 CHIP_PROFILE = "chip-profile.json"
+TUNING_STAGES = ("sft", "dpo", "grpo")
+"""Each keeps what it leaves in a folder of its name."""
+
+
+def stage_before(recipe: Recipe, stage: str) -> str:
+    """The stage whose weights a tuning stage begins with: the one before it that the recipe has."""
+    earlier = TUNING_STAGES[: TUNING_STAGES.index(stage)]
+    return next((name for name in reversed(earlier) if getattr(recipe.tune, name) is not None), "pretrain")
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Pretraining checkpoints, `step-N/` each."""
         return self.root / "checkpoints"
+
+    def stage_checkpoints(self, stage: str) -> Path:
+        """Checkpoints of whole weights of a stage: `pretrain`, or one of `TUNING_STAGES`."""
+        return self.checkpoints if stage == "pretrain" else self.root / stage / "checkpoints"
 
     def model_checkpoints(self, recipe: Recipe, number: int) -> Path:
         """Checkpoints of the recipe's model of this number (`recipe.models`): the last one's are `checkpoints`, those

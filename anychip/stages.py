@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from anychip.errors import InputError
 from anychip.files import sha256_json
 from anychip.recipe import Recipe, load_recipe
-from anychip.rundir import RunDirectory
+from anychip.rundir import RunDirectory, stage_before
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -259,8 +259,7 @@ def _dpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.attest.record import attesting
     from anychip.tune.run import run_dpo
 
-    before = "pretrain" if recipe.tune.sft is None else "sft"
-    with attesting(recipe, run, "dpo", after=before) as witness:
+    with attesting(recipe, run, "dpo", after=stage_before(recipe, "dpo")) as witness:
         return {"step": run_dpo(recipe, run, _fingerprint(STAGES["dpo"], recipe), witness)}
 
 
@@ -273,7 +272,7 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     from anychip.tune.run import run_grpo
     from anychip.tune.sampler import Sampler
 
-    before = "dpo" if recipe.tune.dpo else "sft" if recipe.tune.sft else "pretrain"
+    before = stage_before(recipe, "grpo")
     dtype = compute_dtype(recipe.training.compute_dtype, detect_backend())
 
     def make_sampler(data: GrpoData) -> Sampler:

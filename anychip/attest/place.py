@@ -24,11 +24,7 @@ class Place:
     def objects(self) -> Path:
         return self.folder / "objects"
 
-    def checkpoints(self, stage: str) -> Path:
-        """Where the whole weights of a stage lie (`pretrain`, `sft`, `dpo`, `grpo`)."""
-        return self.run.checkpoints if stage == "pretrain" else self.run.root / stage / "checkpoints"
-
     def checkpoint_roots(self) -> dict[str, Path]:
         """Stages that have left checkpoints."""
         stages = ["pretrain", *(path.parent.name for path in sorted(self.run.root.glob("*/checkpoints")))]
-        return {stage: root for stage in stages if (root := self.checkpoints(stage)).is_dir()}
+        return {stage: root for stage in stages if (root := self.run.stage_checkpoints(stage)).is_dir()}

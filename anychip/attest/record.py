@@ -25,7 +25,7 @@ def attesting(recipe: Recipe, run: RunDirectory, stage: str, after: str | None =
     if not recipe.attest.active:
         yield None
         return
-    weights = Place(run).checkpoints(after) if after else None
+    weights = run.stage_checkpoints(after) if after else None
     witness = ChainWitness(recipe, run, stage, weights)
     try:
         yield witness

@@ -15,7 +15,6 @@ from typing import Any
 from anychip.attest.check.findings import Findings, Refused
 from anychip.attest.check.history import History
 from anychip.attest.pins import data_digests
-from anychip.attest.place import Place
 from anychip.attest.witness import batch_bytes, manifest_digest
 from anychip.chips.backend import detect_backend
 from anychip.chips.operators import operators_for
@@ -89,7 +88,7 @@ def _stretches(run: RunDirectory, history: History) -> list[Stretch]:
             where=run.root,
             do="Check the release without --replay.",
         )
-    root = Place(run).checkpoints("pretrain")
+    root = run.checkpoints
     stored = {manifest_digest(root / step_name(step)) for step in complete_steps(root)}
     there = {state for manifest, state in history.manifests.items() if manifest in stored}
     found, start = [], {"arithmetic": "", "inputs": ""}
@@ -181,7 +180,7 @@ def _restore(
 
 def _open(run: RunDirectory, history: History, state: str, manifest: str) -> tuple[CheckpointStore, CheckpointInfo]:
     """The checkpoint of a state, verified whole."""
-    store = CheckpointStore(Place(run).checkpoints("pretrain"))
+    store = CheckpointStore(run.checkpoints)
     info = store.open(history.states[state][1])
     if manifest_digest(info.path) != manifest:
         raise InputError("is another checkpoint than the chain names.", where=info.path)
@@ -194,7 +193,7 @@ def _compare_weights(
     """The weights at the end of a whole stretch are those of its checkpoint, where that is still there."""
     manifest = next((m for m, state in history.manifests.items() if state == stretch.ends), None)
     step = stretch.claim["step"]
-    if manifest is None or manifest_digest(Place(run).checkpoints("pretrain") / step_name(step)) != manifest:
+    if manifest is None or manifest_digest(run.checkpoints / step_name(step)) != manifest:
         return
     store, info = _open(run, history, stretch.ends, manifest)
     for name, stored in store.read(info, [name for name in info.tensors if name.startswith("model.")]):

@@ -1,8 +1,9 @@
-"""Environment variables that must be set before torch is first imported."""
+"""What a process has around it: variables that must be set before torch is first imported, the running system."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def set_thread_environment() -> None:
@@ -14,3 +15,10 @@ def set_thread_environment() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def boot_id() -> str:
+    """Another one after every start of this system; empty where the system has none. Until then all its processes
+    share the clock of time.monotonic."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.is_file() else ""

@@ -11,11 +11,8 @@ does not mix with it. Which process makes which file, and when, changes no byte.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +30,7 @@ from anychip.grow.source import CheckpointRows
 from anychip.grow.units import Unit, finished, joined, units, write_unit
 from anychip.progress import progress
 from anychip.train.checkpoint import CheckpointError, CheckpointInfo
-from anychip.train.checkpoint.directory import complete_steps, publish, step_name
+from anychip.train.checkpoint.directory import complete_steps, only_writer, publish, step_name
 from anychip.train.checkpoint.manifest import MANIFEST_NAME, Manifest, checked_extra
 
 _UNFINISHED = ".growing-"
@@ -144,7 +141,7 @@ def grow_checkpoint(
     called again. Raises InputError when there is one already, CheckpointError when the disk fails or another process
     is at it, UnfitError when the proof fails."""
     stream.target.mkdir(parents=True, exist_ok=True)
-    with _alone(stream.target):
+    with only_writer(stream.target):
         stream.begin()
         parts = stream.units()
         total = sum(unit.nbytes for unit in parts)
@@ -171,19 +168,3 @@ def _make_one(number: int) -> int:
     stream, parts = _worker[0]
     stream.make([parts[number]])
     return parts[number].nbytes
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the lock of the target; the system releases it when the process dies."""
-    descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                "another process writes a checkpoint here.", where=target, do="Wait for it, or end it."
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from anychip.interchange.layout import logical_tensors
 from anychip.interchange.published import PublishedDirectory, read_json_object
 from anychip.model.decoder import Decoder
 from anychip.recipe.schema import ModelConfig, SamplingConfig
-from anychip.rundir import RunDirectory
+from anychip.rundir import TUNING_STAGES, RunDirectory
 from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
 
 
@@ -67,12 +67,11 @@ def check_tokenizer_fits(tokenizer: Tokenizer, config: ModelConfig, where: Path)
 
 def newest_checkpoint(run: RunDirectory, stage: str | None = None) -> tuple[str, CheckpointStore, CheckpointInfo]:
     """(stage, store, checkpoint) of the newest good checkpoint: tuned if there is one, unless `stage` says which."""
-    tuned = {"grpo": run.grpo, "dpo": run.dpo, "sft": run.sft}
-    places = {name: folder / "checkpoints" for name, folder in tuned.items()} | {"pretrain": run.checkpoints}
-    if stage is not None and stage not in places:
-        raise InputError(f"--stage {stage} is not known.", do=f"Allowed: {', '.join(places)}.")
-    for name in [stage] if stage else list(places):
-        store = CheckpointStore(places[name])
+    stages = [*reversed(TUNING_STAGES), "pretrain"]
+    if stage is not None and stage not in stages:
+        raise InputError(f"--stage {stage} is not known.", do=f"Allowed: {', '.join(stages)}.")
+    for name in [stage] if stage else stages:
+        store = CheckpointStore(run.stage_checkpoints(name))
         info = store.latest()
         if info is not None:
             return name, store, info

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from anychip.chips.environment import boot_id
 from anychip.parallel.messages import axes_of, telling
 
 _SHARED = Path("/dev/shm")
@@ -134,12 +135,7 @@ def _is_gloo(group: dist.ProcessGroup) -> bool:
 
 def _all_here(group: dist.ProcessGroup) -> bool:
     """Whether every process of the group sees the same shared memory."""
-    here = (socket.gethostname(), _boot(), _SHARED.stat().st_dev if _SHARED.is_dir() else None)
+    here = (socket.gethostname(), boot_id(), _SHARED.stat().st_dev if _SHARED.is_dir() else None)
     everyone: list[object] = [None] * group.size()
     dist.all_gather_object(everyone, here, group=group)
     return here[-1] is not None and all(other == here for other in everyone)
-
-
-def _boot() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""

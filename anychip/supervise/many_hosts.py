@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from anychip.chips.environment import boot_id
 from anychip.errors import AnychipError, InputError
 from anychip.files import write_json
 from anychip.launch.sockets import interface_address
@@ -29,7 +30,6 @@ from anychip.supervise.wire import Client, Server
 from anychip.train.output import where_there_is_room
 
 _HIGHEST_PORT = 65535
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RememberingPolicy(Policy):
 
     def __init__(self, run: RunDirectory, budget: int) -> None:
         super().__init__(budget)
-        self._path, self._boot = run.root / "strikes.json", _BOOT.read_text().strip() if _BOOT.is_file() else ""
+        self._path, self._boot = run.root / "strikes.json", boot_id()
         with suppress(
             OSError, ValueError, KeyError, TypeError, AttributeError
         ):  # nothing that makes sense: nobody failed

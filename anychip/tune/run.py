@@ -19,7 +19,7 @@ from anychip.parallel.parts import initialize_adapters
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
 from anychip.recipe.schema import CheckpointConfig, DpoConfig, GrpoConfig, SftConfig
-from anychip.rundir import CHIP_PROFILE, RunDirectory
+from anychip.rundir import CHIP_PROFILE, RunDirectory, stage_before
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.manifest import MANIFEST_NAME
 from anychip.train.engine import Engine
@@ -58,7 +58,7 @@ def run_sft(
 def run_dpo(recipe: Recipe, run: RunDirectory, identity: str, witness: Witness | None = None) -> int:
     """Tune the newest tuned weights, or else the pretrained ones, on preferences; returns the last step."""
     config, data = dpo_config(recipe), DpoData(recipe, run)
-    start = run.checkpoints if recipe.tune.sft is None else run.sft / "checkpoints"
+    start = run.stage_checkpoints(stage_before(recipe, "dpo"))
     job = _job("dpo", recipe, config, run.dpo, start, data, identity)
     job = replace(
         job,
@@ -93,7 +93,7 @@ def run_grpo(
     returns the last step."""
     data = GrpoData(recipe, run)
     config, reward = data.config, make_reward(data.config.rewards)
-    start = grpo_start(recipe, run)
+    start = run.stage_checkpoints(stage_before(recipe, "grpo"))
     job = replace(
         _job("grpo", recipe, config, run.grpo, start, data, identity),
         objective=Policy(config.clip_low, config.clip_high, config.beta, config.normalization, config.max_new_tokens),
@@ -107,13 +107,6 @@ def run_grpo(
         stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")
         write_json(run.grpo / "success.json", measure_success(data, reward, sampler, *stores))
     return step
-
-
-def grpo_start(recipe: Recipe, run: RunDirectory) -> Path:
-    """The checkpoints that tuning by rewards starts from."""
-    if recipe.tune.dpo is not None:
-        return run.dpo / "checkpoints"
-    return run.checkpoints if recipe.tune.sft is None else run.sft / "checkpoints"
 
 
 def run_is_over(job: TrainingJob) -> bool:

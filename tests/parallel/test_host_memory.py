@@ -77,9 +77,9 @@ def refuse_strangers(_: object) -> None:
     group = dist.group.WORLD
     assert group is not None
     rank = dist.get_rank()
-    host_memory._boot = lambda: f"host {rank}"  # type: ignore[assignment]
+    host_memory.boot_id = lambda: f"host {rank}"  # type: ignore[assignment]
     assert not host_memory._all_here(group)
-    host_memory._boot = lambda: "one host"  # type: ignore[assignment]
+    host_memory.boot_id = lambda: "one host"  # type: ignore[assignment]
     assert host_memory._all_here(group)
 
 

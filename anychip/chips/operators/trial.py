@@ -52,8 +52,8 @@ def disagreement(name: str, trial: Trial, function: Callable[..., Any], referenc
     """Where the function's results or gradients differ from the reference's; None if nowhere."""
     args, keywords = trial.inputs(Draw())
     leaves = _DIFFERENTIABLE.get(name, ())
-    found = _observe(function, _moved(args, trial.device), _moved(keywords, trial.device), leaves, trial.dtype)
-    expected = _observe(reference, _widened(args), _widened(keywords), leaves, trial.dtype)
+    found = _observe(function, moved(args, trial.device), moved(keywords, trial.device), leaves, trial.dtype)
+    expected = _observe(reference, widened(args), widened(keywords), leaves, trial.dtype)
     limit = _TOLERANCE[trial.dtype]
     for what, right in expected.items():
         if what not in found or found[what].shape != right.shape:
@@ -75,7 +75,7 @@ def _observe(
     leaves = [args[position].requires_grad_() for position in differentiable]
     with torch.set_grad_enabled(bool(leaves)):
         returned = function(*args, **keywords)
-    results = _tensors(args if returned is None else returned)
+    results = tensors_in(args if returned is None else returned)
     observed = {f"result {number}": result.detach() for number, result in enumerate(results)}
     if leaves:
         weights = Draw().normal(*results[0].shape, dtype=dtype).to(results[0])
@@ -84,28 +84,32 @@ def _observe(
     return observed
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """A tensor, or those of a sequence, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value or () for tensor in _tensors(item)]
+    return [tensor for item in value or () for tensor in tensors_in(item)]
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same lists, tuples and dictionaries with their tensors changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     return value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return _mapped(value, lambda tensor: tensor.to(device, copy=True))
+def moved(value: Any, device: torch.device) -> Any:
+    """Copies on a device."""
+    return mapped(value, lambda tensor: tensor.to(device, copy=True))
 
 
-def _widened(value: Any) -> Any:
-    return _mapped(value, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
+def widened(value: Any) -> Any:
+    """Copies in fp64; whole numbers as they are."""
+    return mapped(value, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:

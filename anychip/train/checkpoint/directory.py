@@ -83,7 +83,7 @@ def saving_directory(root: Path, step: int) -> Iterator[Path]:
     What dead saves left is removed first. Raises CheckpointError while another process saves below the same root.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with _only_writer(root):
+    with only_writer(root):
         for entry in root.iterdir():
             if _is_leftover(entry):
                 _remove(entry)
@@ -99,7 +99,7 @@ def saving_directory(root: Path, step: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _only_writer(root: Path) -> Iterator[None]:
+def only_writer(root: Path) -> Iterator[None]:
     """Hold the lock of the root; the system releases it when the process dies."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anychip.chips.operators import reference
 from anychip.chips.operators.override import Override
-from anychip.chips.operators.trial import Draw
+from anychip.chips.operators.trial import Draw, moved, tensors_in, widened
 from anychip.verify.probe.cases import Case
 from anychip.verify.probe.judge import Flaw, flaw, limits
 
@@ -85,7 +85,7 @@ def bits(case: Case, version: str, device: torch.device, overrides: Mapping[str,
 
 
 def _call(case: Case, version: str, device: torch.device, overrides: Mapping[str, Override]) -> dict[str, Tensor]:
-    return observe(case, _function(case, version, overrides), _moved(case.make(Draw()), device))
+    return observe(case, _function(case, version, overrides), moved(case.make(Draw()), device))
 
 
 def _function(case: Case, version: str, overrides: Mapping[str, Override]) -> Callable[..., Any]:
@@ -99,7 +99,7 @@ def _wrong(case: Case, version: str, found: dict[str, Tensor]) -> list[Finding]:
     expected = _expected(case)
     if case.exact:
         return _other_bits(case, version, found, expected)
-    size = case.size(_widened(case.make(Draw()))[0]) if case.size is not None else None
+    size = case.size(widened(case.make(Draw()))[0]) if case.size is not None else None
     findings = []
     for what, exact in expected.items():
         backward = what.startswith("gradient of") and case.differentiable
@@ -118,7 +118,7 @@ def _expected(case: Case) -> dict[str, Tensor]:
     """In fp64 on the CPU; in its own dtype where bits are expected."""
     arguments = case.make(Draw())
     plain = case.function or case.wrap(getattr(reference, case.operator))
-    return observe(case, plain, arguments if case.exact else _widened(arguments))
+    return observe(case, plain, arguments if case.exact else widened(arguments))
 
 
 def _other_bits(case: Case, version: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Finding]:
@@ -147,7 +147,7 @@ def observe(case: Case, function: Callable[..., Any], arguments: tuple[list[Any]
     args, keywords = arguments
     leaves = [args[position].requires_grad_() for position, _ in case.differentiable]
     with torch.set_grad_enabled(bool(leaves)):
-        results = _tensors(function(*args, **keywords))
+        results = tensors_in(function(*args, **keywords))
     names = [*case.results, *(f"result {n}" for n in range(len(case.results), len(results)))]
     observed = {name: result.detach() for name, result in zip(names, results, strict=False)}
     if leaves:
@@ -164,27 +164,3 @@ def digest(observed: dict[str, Tensor]) -> str:
         total.update(name.encode())
         total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value or () for tensor in _tensors(item)]
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return value
-
-
-def _moved(arguments: Any, device: torch.device) -> Any:
-    return _mapped(arguments, lambda tensor: tensor.to(device, copy=True))
-
-
-def _widened(arguments: Any) -> Any:
-    return _mapped(arguments, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())

@@ -35,8 +35,6 @@ struct Mask {
   }
 };
 
-inline __mmask16 lanes_below(int64_t count) { return count >= kLanes ? 0xFFFF : (1u << (count > 0 ? count : 0)) - 1; }
-
 inline __mmask16 seen(const uint8_t* mask, int64_t at, int64_t end) {
   const __mmask16 lanes = lanes_below(end - at);
   if (!mask) return lanes;

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kVectors = 4, kPanel = kVectors * kLanes, kRows = 6;
 
-inline __mmask16 lanes_below(int64_t count) { return count >= kLanes ? 0xFFFF : (1u << (count > 0 ? count : 0)) - 1; }
-
 // y [Rows, columns] = x [Rows, 2 pairs] times one panel, plus a bias.
 template <int Rows>
 void panel_product(const bf16* x, int64_t pairs, const word* panel, const bf16* bias, int64_t columns, bf16* y,
@@ -39,9 +37,7 @@ void panel_product(const bf16* x, int64_t pairs, const word* panel, const bf16* 
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const __mmask16 kept = lanes_below(columns - j * kLanes);
-    const __m512 more = bias ? _mm512_castsi512_ps(_mm512_slli_epi32(
-                                   _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, bias + j * kLanes)), 16))
-                             : _mm512_setzero_ps();
+    const __m512 more = bias ? load_bf16(bias + j * kLanes, kept) : _mm512_setzero_ps();
 #pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i)
       _mm256_mask_storeu_epi16(y + i * outputs + j * kLanes, kept, to_bf16(_mm512_add_ps(sum[i][j], more)));
