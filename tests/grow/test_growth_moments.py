@@ -121,7 +121,7 @@ def test_masks_open_step_by_step_and_the_optimizer_sees_the_whole_weight() -> No
     inner = [float(down.detach()[:16, 24:].abs().mean())]
     for number in range(2, 8):
         large.step(number)
-        inner.append(float(down[:16, 24:].abs().mean()))
+        inner.append(float(down.detach()[:16, 24:].abs().mean()))
     whole = inner[4]
     assert inner[0] < 2 * CLOSED
     assert all(abs(value / whole - part) < 0.1 for value, part in zip(inner[1:4], (0.25, 0.5, 0.75), strict=True))

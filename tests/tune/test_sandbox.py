@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,10 +61,13 @@ def test_there_is_no_network() -> None:
 
 
 @needs_isolation
-def test_nothing_can_be_written_elsewhere(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    target = tmp_path / "x"
-    assert "Read-only" in run(f"open({str(target)!r}, 'w')").errors and not target.exists()
+def test_nothing_can_be_written_elsewhere() -> None:
+    """In a folder that everybody may write: pytest's own lie where only their owner comes, and programs may run as
+    another user."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        target = Path(folder) / "x"
+        assert "Read-only" in run(f"open({str(target)!r}, 'w')").errors and not target.exists()
 
 
 @needs_isolation
