@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def serve(
     from anychip.serve.api.server import is_loopback, run_server
     from anychip.serve.api.service import Service
     from anychip.serve.parts import FollowingPart, join_parts
+    from anychip.serve.worker import EngineThread
 
     keys = read_keys(api_keys)
     if not keys and not is_loopback(host):  # before minutes of loading
@@ -53,8 +55,9 @@ def serve(
             where="serve",
             do="Give --api-keys FILE or set ANYCHIP_API_KEYS, or serve on 127.0.0.1.",
         )
-    part = join_parts()
-    talker = open_talker(
+    part, thread = join_parts(), EngineThread()
+    prepare = partial(
+        open_talker,
         path,
         sampling or {},
         weights,
@@ -64,11 +67,12 @@ def serve(
         invariant=batch_invariant,
         part=part,
     )
+    talker = thread.begin(prepare).result()
     if isinstance(part, FollowingPart):
         _follow(part, talker)
         return
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
-    service = Service(talker, name or path.resolve().name, limits, thinking=thinking)
+    service = Service(talker, name or path.resolve().name, limits, thinking=thinking, thread=thread)
     run_server(service, keys, host=host, port=port, hosts=hosts, origins=origins, drain_seconds=drain_seconds)
     part.end()
 
