@@ -78,7 +78,7 @@ __attribute__((visibility("default"))) void packed_product(const anychip::bf16* 
                                                            int64_t outputs, anychip::bf16* y) {
   using namespace anychip;
   const int64_t pairs = inputs / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
   for (int64_t start = 0; start < outputs; start += kPanel)
     for (int64_t row = 0; row < rows; row += kRows)
       some_rows(std::min(kRows, rows - row), x + row * inputs, pairs, packed + start * pairs,
