@@ -43,7 +43,8 @@ class _Tokens:
 
 
 class Recorder(Observer):
-    """Traces step 1, then every `interval` steps, and the loss of every step, into a file.
+    """Traces the first step of a model, then every `interval` steps, and the loss of every step, into a file. A model
+    that grew goes on in the same file.
 
     `seconds` counts the time that it took of this process. Layers must not be compiled: their hooks would not run.
     """
@@ -51,7 +52,7 @@ class Recorder(Observer):
     def __init__(self, path: Path, interval: int, header: dict[str, Any], max_bytes: int) -> None:
         self._path, self._interval, self._header, self._max_bytes = path, interval, header, max_bytes
         self._writer: TraceWriter | None = None
-        self._step, self._lr, self._tracing = 0, 0.0, False
+        self._step, self._lr, self._tracing, self._is_new = 0, 0.0, False, True
         self._tokens: dict[tuple[Any, ...], _Tokens] = {}
         self._sums: dict[Key, Tensor] = {}
         self._scalars: dict[str, float] = {}
@@ -59,7 +60,7 @@ class Recorder(Observer):
         self.seconds = 0.0
 
     def attach(self, job: TrainingJob, engine: Engine, processes: Processes) -> None:
-        self._job, self._engine, self._processes = job, engine, processes
+        self._job, self._engine, self._processes, self._is_new = job, engine, processes, True
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
         self._watch = Watch(engine, job.model, len(self._rows) // job.micro_batch_size, self._note_tokens)
         self._keys: list[Key] = [
@@ -69,7 +70,7 @@ class Recorder(Observer):
             *(("parameter_gradient", name) for name, _ in parameter_shapes(job.model)),
             *(("update", name) for name, _ in parameter_shapes(job.model)),
         ]
-        if processes.is_first:
+        if processes.is_first and self._writer is None:
             header = {
                 **self._header,
                 "anychip": __version__,
@@ -84,7 +85,7 @@ class Recorder(Observer):
     def begin(self, step: int, lr: float) -> None:
         self._watch.stop()  # of a step that was given up
         self._step, self._lr = step, lr
-        self._tracing = step == 1 or step % self._interval == 0
+        self._tracing, self._is_new = self._is_new or step % self._interval == 0, False
         self._sums, self._scalars = {}, {"lr": lr}
         if self._tracing:
             self._watch.start()

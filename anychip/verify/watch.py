@@ -65,7 +65,8 @@ class Watch:
                 self._replace(layer.mlp, "swiglu", self._wrapped(layer.mlp.swiglu, swiglu, lambda x: x))
 
     def _replace(self, owner: Any, name: str, new: Any) -> None:
-        self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
+        own = vars(owner)
+        self._undo.append(partial(setattr, owner, name, own[name]) if name in own else partial(delattr, owner, name))
         setattr(owner, name, new)
 
     def _enter(self, part: Any, inputs: Any) -> None:

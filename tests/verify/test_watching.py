@@ -67,7 +67,9 @@ def test_a_pass_that_is_computed_again_to_check_it_is_not_traced_twice(tmp_path:
     assert compare(one, other).outcome == "equal"
 
 
-@pytest.mark.parametrize(("model", "output"), [("mixtral", "layers.1.mlp"), ("deepseek", "layers.1.self_attn.kv_b_proj")])
+@pytest.mark.parametrize(
+    ("model", "output"), [("softmax", "layers.1.mlp"), ("sigmoid", "layers.1.self_attn.kv_b_proj")]
+)
 def test_models_with_experts_and_latent_attention_are_traced(model: str, output: str, tmp_path: Path) -> None:
     kept, again = (
         read_trace(traces_of({"model": model, "recompute": recompute}, tmp_path / recompute))
