@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from anychip.attest.check.envelope import HASHES, PublicKey, pae
+from anychip.attest.check.signatures import HASHES, PublicKey, pae
 from anychip.errors import InputError
 from anychip.files import write_text
 

@@ -13,9 +13,10 @@ from typing import Any
 from anychip.attest.bom import bill_of_materials
 from anychip.attest.card import release_card
 from anychip.attest.chain import Chain
-from anychip.attest.check.files import ATTESTATION, sha256_file
+from anychip.attest.check.findings import ATTESTATION
 from anychip.attest.check.history import History, read_history
 from anychip.attest.check.release import check_release
+from anychip.attest.check.signatures import sha256_file
 from anychip.attest.keys import load_key
 from anychip.attest.pins import PACKAGE
 from anychip.attest.place import Place

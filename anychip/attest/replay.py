@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anychip.attest.check.findings import Findings, Refused
+from anychip.attest.check.findings import Findings, Problem
 from anychip.attest.check.history import History
 from anychip.attest.pins import data_digests
 from anychip.attest.witness import batch_bytes, manifest_digest
@@ -68,7 +68,7 @@ def replay_steps(run: RunDirectory, history: History, count: int, seed: int | No
     for number, wanted in sorted(chosen.items()):
         try:
             computed, bits = _replay(run, history, stretches[number], max(wanted), findings)
-        except (AnychipError, Refused) as error:
+        except (AnychipError, Problem) as error:
             findings.problem("steps", f"a step could not be computed again: {error}")
             return
         done, same = done + computed, same + bits
