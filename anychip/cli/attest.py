@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,10 @@ def check(
     run: Annotated[Path | None, typer.Option(help="Replay: the run directory, with checkpoints and data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replay: the same seed chooses the same steps.")] = None,
 ) -> None:
-    """Check a release offline, and say what it shows and what it does not. Exit code 3 when it is rejected."""
+    """Check a release offline, and say what it shows and what it does not. Exit code 3 when it is rejected.
+
+    torchrun starts it in several processes for a replay in the layout that the run had.
+    """
     from anychip.attest.check.__main__ import describe
     from anychip.attest.check.release import check_release
     from anychip.attest.check.signatures import load_public_key
@@ -64,7 +68,8 @@ def check(
         from anychip.rundir import RunDirectory
 
         replay_steps(RunDirectory(run), history, replay, seed, findings)
-    typer.echo(describe(findings))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(describe(findings))
     if findings.problems:
         raise typer.Exit(EXIT_UNFIT)
 
