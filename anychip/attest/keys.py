@@ -73,6 +73,15 @@ def make_key(path: Path, kind: Kind = "ecdsa") -> Path:
     return public
 
 
+def existing_key(path: Path) -> Path:
+    """The key at `path`, made now if there is none. Raises InputError when it is there and cannot sign a release."""
+    if not path.exists():
+        print(f"wrote {path} (keep it) and {make_key(path)} (publish it)", flush=True)
+    elif not load_key(path).signs_models:
+        raise InputError("is no ECDSA key, and others do not sign weights.", where=path, do="Name another attest.key.")
+    return path
+
+
 def public_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.pub.pem")
 

@@ -45,7 +45,7 @@ def make_release(
 
     Raises InputError naming every part that is missing, UnfitError when a part is not what another one says of it.
     """
-    recipe, target = run.read_recipe(), out or run.root / "release"
+    recipe, target = run.read_recipe(), out or run.release
     license_file = license_file or _own_license(recipe.export.license)
     _refuse_missing(run, key, license_file, target)
     assert key is not None and license_file is not None
