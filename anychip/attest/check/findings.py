@@ -48,7 +48,7 @@ class Findings:
         except Problem as problem:
             self.problem(problem.reason, where + problem.what)
         except FileNotFoundError as error:
-            self.problem("missing file", f"{where}{Path(error.filename).name} is not there.")
+            self.problem("missing file", f"{where}{Path(str(error.filename)).name} is not there.")
         except (OSError, RecursionError) as error:
             self.problem("form", f"{where}something cannot be read ({error}).")
 
