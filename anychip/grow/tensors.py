@@ -97,6 +97,13 @@ def fresh_part(plan: GrowthPlan, name: str, *, closed: bool) -> tuple[Tensor, ..
     return found if any(bool(part.any()) for part in found) else None
 
 
+def copied_part(plan: GrowthPlan, name: str, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Which rows, columns, ... of a parameter copy those of the old one that `part` (bool, one a dimension) names."""
+    return tuple(
+        side[axis.source.clamp(min=0)] & ~axis.fresh for side, axis in zip(part, _maps(plan, name), strict=True)
+    )
+
+
 def _maps(plan: GrowthPlan, name: str) -> list[AxisMap]:
     return [plan.axes[dim.axis] for dim in roles_of(name)]
 
