@@ -58,8 +58,13 @@ def sparing(
             again.append((x, remake))
         if products is not weight:
             again.append((products, Remake(lambda: weight.to(dtype))))
-    if not again:
-        return function(x, products, *others)
+    return without(again, lambda: function(x, products, *others))
+
+
+def without(again: list[tuple[Tensor, Remake]], call: Callable[[], Tensor]) -> Tensor:
+    """call(), whose backward makes these tensors again, bit for bit, instead of keeping them."""
+    if not again or not torch.is_grad_enabled():
+        return call()
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
         for tensor, remade in again:
@@ -71,7 +76,7 @@ def sparing(
         return kept if isinstance(kept, Tensor) else kept()
 
     with saved_tensors_hooks(pack, unpack):
-        out = function(x, products, *others)
+        out = call()
     again.clear()  # the hooks outlive this call and must not keep what they were made to let go
     return out
 
