@@ -1,16 +1,14 @@
-"""`anychip serve`: load a model and serve it, with our own engine or by handing the export to vLLM."""
+"""`anychip serve`: load a model and serve it with our own engine. `vllm` hands an export to vLLM instead."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anychip.errors import InputError, UnfitError
+from anychip.errors import UnfitError
 from anychip.serve.talker import Talker, WeightType, open_talker
 
 if TYPE_CHECKING:
@@ -40,19 +38,14 @@ def serve(
 
     Started by torchrun, each process holds its part of the model, and the first one talks to the world.
     """
-    from anychip.serve.api.keys import read_keys
+    from anychip.serve.api.keys import check_open, read_keys
     from anychip.serve.api.limits import Limits
-    from anychip.serve.api.server import is_loopback, run_server
+    from anychip.serve.api.server import run_server
     from anychip.serve.api.service import Service
     from anychip.serve.parts import FollowingPart, join_parts
 
     keys = read_keys(api_keys)
-    if not keys and not is_loopback(host):  # before minutes of loading
-        raise InputError(
-            f"--host {host} opens the server to others, and there is no API key.",
-            where="serve",
-            do="Give --api-keys FILE or set ANYCHIP_API_KEYS, or serve on 127.0.0.1.",
-        )
+    check_open(host, bool(keys))  # before minutes of loading
     part = join_parts()
     talker = open_talker(
         path,
@@ -83,25 +76,3 @@ def _follow(part: FollowingPart, talker: Talker) -> None:
         raise UnfitError(
             "the process that leads this server is gone.", where=f"process {part.rank}", do="See what it said."
         ) from error
-
-
-def serve_by_vllm(path: Path, *, name: str | None, host: str, port: int, context_length: int | None) -> None:
-    """Replace this process by `vllm serve` on an exported model; on Ascend vllm-ascend plugs itself in."""
-    if not (path / "config.json").is_file():
-        raise InputError(
-            "is not an exported model, which is what vLLM loads.",
-            where=path,
-            do="Export the run first: anychip export RUN, then serve that directory.",
-        )
-    program = shutil.which("vllm")
-    if program is None:
-        raise InputError(
-            "vLLM is not installed here.",
-            where="--engine vllm",
-            do="Install vllm (on Ascend vllm-ascend too), or leave --engine out to use anychip's own engine.",
-        )
-    command = [program, "serve", str(path), "--host", host, "--port", str(port)]
-    command += ["--served-model-name", name or path.resolve().name]
-    if context_length is not None:
-        command += ["--max-model-len", str(context_length)]
-    os.execv(program, command)

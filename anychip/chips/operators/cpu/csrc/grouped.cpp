@@ -27,41 +27,6 @@ std::vector<Task> tasks_of(const int64_t* counts, int64_t experts, int64_t colum
   return tasks;
 }
 
-// 16 rows of 16 words, `stride` words apart -> their columns as rows of `to`, `ldb` words apart.
-inline void turn_block(const word* from, int64_t stride, word* to, int64_t ldb) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    _mm512_storeu_si512(to + j * ldb, _mm512_shuffle_i32x4(a, b, 0x88));
-    _mm512_storeu_si512(to + (4 + j) * ldb, _mm512_shuffle_i32x4(c, d, 0x88));
-    _mm512_storeu_si512(to + (8 + j) * ldb, _mm512_shuffle_i32x4(a, b, 0xdd));
-    _mm512_storeu_si512(to + (12 + j) * ldb, _mm512_shuffle_i32x4(c, d, 0xdd));
-  }
-}
-
-// rows [count, size] (`stride` numbers apart; count and size multiples of 16) -> transposed and paired, [size / 2, count].
-void pair_turned(const bf16* rows, int64_t stride, int64_t count, int64_t size, word* to) {
-  const int64_t words = size / 2, whole = words / kLanes * kLanes;
-  for (int64_t n = 0; n < count; n += kLanes) {
-    const word* from = reinterpret_cast<const word*>(rows + n * stride);
-    for (int64_t p = 0; p < whole; p += kLanes) turn_block(from + p, stride / 2, to + p * count + n, count);
-    for (int64_t p = whole; p < words; ++p)
-      for (int64_t i = 0; i < kLanes; ++i) to[p * count + n + i] = from[i * (stride / 2) + p];
-  }
-}
-
 void round_rows(const float* from, int64_t width, bf16* to, int64_t stride, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t x = 0; x < width; x += kLanes) store_bf16(to + i * stride + x, _mm512_loadu_ps(from + i * width + x));
@@ -86,7 +51,7 @@ void multiply_rows(const bf16* rows, const bf16* weights, bf16* out, const int64
       for (int64_t at = 0; at < depth; at += kDepth) {
         const int64_t part = std::min(kDepth, depth - at);
         if (turned)
-          pair_turned(matrix + task.column * depth + at, depth, width, part, panel);
+          pair_transposed(matrix + task.column * depth + at, depth, width, width, part, panel);
         else
           pair_rows(matrix + at * columns + task.column, columns, part, part, width, panel);
         const word* left = reinterpret_cast<const word*>(rows + task.first_row * depth + at);

@@ -133,12 +133,50 @@ inline void pair_rows(const bf16* rows, int64_t stride, int64_t count, int64_t p
     }
 }
 
-// rows [count, size] -> the transposed matrix, paired: [size / 2, padded] words; missing columns are zeros.
-inline void pair_transposed(const bf16* rows, int64_t stride, int64_t count, int64_t padded, int64_t size, word* to) {
-  for (int64_t n = 0; n < padded; ++n) {
-    const word* row = reinterpret_cast<const word*>(rows + n * stride);
-    for (int64_t p = 0; p < size / 2; ++p) to[p * padded + n] = n < count ? row[p] : 0;
+// 16 rows of 16 words, transposed in place.
+inline void transpose(__m512i* rows) {
+  __m512i half[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    half[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    half[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {  // rows[i + j] then holds columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3
+    rows[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_low = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    rows[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// rows [count, size] -> the transposed matrix, paired: [size / 2, padded] words; missing columns are zeros. `padded` is a
+// multiple of 16.
+inline void pair_transposed(const bf16* rows, int64_t stride, int64_t count, int64_t padded, int64_t size, word* to) {
+  const int64_t words = size / 2;
+  for (int64_t n = 0; n < padded; n += kLanes)
+    for (int64_t p = 0; p < words; p += kLanes) {
+      const __mmask16 kept = lanes_below(words - p);
+      __m512i block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = n + i < count ? _mm512_maskz_loadu_epi32(kept, rows + (n + i) * stride + 2 * p) : _mm512_setzero_si512();
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (p + i < words) _mm512_storeu_si512(to + (p + i) * padded + n, block[i]);
+    }
 }
 
 }  // namespace anychip
