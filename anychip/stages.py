@@ -282,10 +282,10 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         if data.config.sampler == "anychip":
             return EngineSampler(recipe.final_model, dtype, end, at_once)
         from anychip.interchange.export import export_run
-        from anychip.serve.vllm_sampler import VllmSampler
+        from anychip.serve.vllm_sampler import VllmSampler, layout_for_vllm
 
         export = run.grpo / f"start-{os.environ.get('RANK', '0')}"
-        export_run(run, stage=before, out=export)
+        export_run(run, stage=before, out=export, layout=layout_for_vllm(recipe.final_model))
         return VllmSampler(recipe.final_model, dtype, end, at_once, export)
 
     with attesting(recipe, run, "grpo", after=before) as witness:

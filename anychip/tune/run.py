@@ -123,9 +123,12 @@ def run_grpo(
     checkpoints = job.directory / "checkpoints"
     rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, checkpoints, frozen, recipe.log.interval)
     step = _train(replace(job, answering=rollouts, witness=witness), recipe, config, run.grpo, start)
-    if data.held_out and int(os.environ.get("RANK", "0")) == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if data.held_out and rank < max(1, rollouts.crew):
         stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")
-        write_json(run.grpo / "success.json", measure_success(data, reward, sampler, *stores))
+        record = measure_success(data, reward, sampler, *stores)
+        if rank == 0:
+            write_json(run.grpo / "success.json", record)
     return step
 
 
