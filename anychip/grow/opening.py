@@ -143,11 +143,12 @@ def _younger(growing: Growing, name: str, parameter: Tensor) -> list[tuple[int, 
         if plan.inserted(name) or plan.upcycled(name) or plan.moments == "reset":
             break
         sides = fresh_part(plan, name, closed=False)
-        for later, its_name in since[::-1] if sides is not None else ():
-            sides = copied_part(later, its_name, sides)
-        region = _region(parameter, sides)
-        if region is not None:
-            found.append((born, region))
+        if sides is not None:
+            for later, its_name in since[::-1]:
+                sides = copied_part(later, its_name, sides)
+            region = _region(parameter, sides)
+            if region is not None:
+                found.append((born, region))
         since.append((plan, name))
         name = plan.parent_of(name)
     return found[::-1]
