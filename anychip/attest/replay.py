@@ -226,7 +226,7 @@ def _compare_weights(
     for name, (off, whole) in zip(names, training.processes.sum(squares).tolist(), strict=True):
         distance = (off / max(whole, 1e-24)) ** 0.5
         if not distance <= tolerance:
-            what = f"{name.removeprefix('model.')} of step {stretch.claim['step']} of {stretch.stage}, computed again"
+            what = f"{name} of step {stretch.claim['step']} of {stretch.stage}, computed again"
             findings.problem("weights", f"{what}, differs by {distance:.1e} of its norm.")
 
 
