@@ -122,6 +122,7 @@ def _replay(run: RunDirectory, history: History, stretch: Stretch, last: int, fi
         batch = data.batch(position)
         ledger.update(batch_bytes(position, batch))
         lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
+        engine.begin_step(step + 1)
         found = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
         for name, value, recorded in (
             ("loss", found.loss, trace["losses"][at]),

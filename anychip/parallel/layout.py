@@ -136,9 +136,9 @@ def _check_experts(config: ParallelConfig, layout: Layout, model: ModelConfig) -
                 "where a token leaves.",
                 do="Set parallel.expert_node_size=0 or model.moe_capacity_factor=0.",
             )
-    if layout.tensor > 1 and (model.n_routed_experts or model.latent):
+    if layout.tensor > 1 and (model.n_routed_experts or model.latent or model.num_nextn_predict_layers):
         raise InputError(
-            "experts and latent attention are not split by tensor_parallel.",
+            "experts, latent attention and modules for further tokens (MTP) are not split by tensor_parallel.",
             do="Set parallel.tensor_parallel=1 and raise data_parallel_shard, expert_parallel or pipeline_parallel.",
         )
     if layout.context > 1 and (model.router_aux_loss_coef or model.num_nextn_predict_layers):
