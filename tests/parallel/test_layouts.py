@@ -12,6 +12,7 @@ import torch
 from layout_runs import LayoutRun, read, run_layouts, train
 
 LOSS, WEIGHT = 1e-12, 1e-9  # relative; in fp32 rounding alone moves losses by 1e-7
+PATIENCE = 3000  # seconds for all layouts of one number of processes, on a machine that does other things too
 
 
 def pipeline(size: int, schedule: str, **more: Any) -> dict[str, Any]:
@@ -125,13 +126,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @cache
     def trained(world_size: int, compiled: bool = False) -> Path:
-        run_layouts(COMPILED if compiled else groups[world_size], folder, timeout=900)
+        run_layouts(COMPILED if compiled else groups[world_size], folder, timeout=PATIENCE)
         return folder
 
     return trained
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(PATIENCE + 300)
 @pytest.mark.parametrize(
     "name",
     [*(run.name for run in TWO), *(pytest.param(run.name, marks=pytest.mark.slow) for run in SLOW)],

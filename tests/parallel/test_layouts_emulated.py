@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from layout_runs import LayoutRun, read, run_layouts, train
-from test_layouts import DOCUMENTS, DROPOUT, FOUR, TWO, numbers_of
+from test_layouts import DOCUMENTS, DROPOUT, FOUR, PATIENCE, TWO, numbers_of
 
 from anychip.chips.emulated.build import library
 from anychip.errors import AnychipError
@@ -52,13 +52,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LayoutRun], P
 
     @cache
     def trained(group: int) -> Path:
-        run_layouts(groups[group], folder, timeout=600, environment=ENVIRONMENT)
+        run_layouts(groups[group], folder, timeout=PATIENCE, environment=ENVIRONMENT)
         return folder
 
     return lambda run: trained(next(number for number, group in enumerate(groups) if run in group))
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(PATIENCE + 300)
 @pytest.mark.parametrize(
     "name",
     [*(run.name for run in FEW), *(pytest.param(run.name, marks=pytest.mark.slow) for run in [*PAIRS, *QUADS])],
