@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,13 @@ def serve(
     from anychip.serve.api.server import run_server
     from anychip.serve.api.service import Service
     from anychip.serve.parts import FollowingPart, join_parts
+    from anychip.serve.worker import EngineThread
 
     keys = read_keys(api_keys)
     check_open(host, bool(keys))  # before minutes of loading
-    part = join_parts()
-    talker = open_talker(
+    part, thread = join_parts(), EngineThread()
+    prepare = partial(
+        open_talker,
         path,
         sampling or {},
         weights,
@@ -57,11 +60,12 @@ def serve(
         invariant=batch_invariant,
         part=part,
     )
+    talker = thread.begin(prepare).result()
     if isinstance(part, FollowingPart):
         _follow(part, talker)
         return
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
-    service = Service(talker, name or path.resolve().name, limits, thinking=thinking)
+    service = Service(talker, name or path.resolve().name, limits, thinking=thinking, thread=thread)
     run_server(service, keys, host=host, port=port, hosts=hosts, origins=origins, drain_seconds=drain_seconds)
     part.end()
 

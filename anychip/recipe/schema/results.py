@@ -36,6 +36,11 @@ class SamplingConfig(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 256
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
 
 class ServeConfig(Section):
     sampling: SamplingConfig = SamplingConfig()

@@ -3,7 +3,7 @@ gone.
 
 `loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives
 the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.6 s, `memory` takes more
-than it may have.
+than it may have, `wrong` computes gradients that are a thousandth too large.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _injure(path: Path) -> None:
             time.sleep(0.6)
         elif wish == "memory":
             _take_memory()
-        return loss(self, *inputs)
+        return loss(self, *inputs) * (1.001 if wish == "wrong" else 1.0)
 
     def injured_tokens(self: Any, *inputs: Any) -> Any:
         while _wish(path) == "read":

@@ -72,7 +72,7 @@ template <typename Result>
 void multiply(const bf16* x, int64_t rows, int64_t inputs, int64_t run, const word* packed, const bf16* bias,
               int64_t outputs, Result* y) {
   const int64_t pairs = inputs / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
   for (int64_t start = 0; start < outputs; start += kPanel)
     for (int64_t row = 0; row < rows; row += kRows)
       some_rows(std::min(kRows, rows - row), x + row * inputs, pairs, run / 2, packed + start * pairs,
