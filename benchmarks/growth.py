@@ -18,6 +18,7 @@ the first model of its recipe; with the demo's, `compute` should take about half
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -171,15 +172,19 @@ def compute(arguments: argparse.Namespace) -> None:
           f"{arguments.small_steps} steps, {arguments.mode}\n")  # fmt: skip
     print("| seed | from scratch: bits per byte | tokens | grown: tokens to the same | FLOPs, of scratch | saved |")
     print("|---|---|---|---|---|---|", flush=True)
-    saved = []
+    saved, curves = [], []
     for seed in range(arguments.seeds):
         seeded = recipe.model_copy(update={"seed": seed})
-        scratch = curve(Learner(seeded, run, large, arguments.eval_tokens).begin(), arguments.steps, math.inf,
-                        arguments.every)[-1]  # fmt: skip
+        alone = curve(Learner(seeded, run, large, arguments.eval_tokens).begin(), arguments.steps, math.inf,
+                      arguments.every)  # fmt: skip
+        scratch = alone[-1]
         learner = Learner(seeded, run, small, arguments.eval_tokens).begin()
         points = curve(learner, arguments.small_steps, scratch[1], arguments.every)
         larger = learner.grown(run, arguments.eval_tokens, to, "map", arguments.mode)
         points += curve(larger, sys.maxsize, scratch[1], arguments.every, scratch[2])
+        curves.append({"seed": seed, "scratch": alone, "grown": points})
+        if arguments.curves:
+            arguments.curves.write_text(json.dumps(curves))
         reached = crossing(points, scratch[2])
         if reached is None:
             told = f"not reached with as many FLOPs: {points[-1][2]:.4f} | | "
@@ -235,6 +240,7 @@ def main() -> None:
         options.add_argument("--eval-tokens", type=int, default=16384)
         if verb is compute:
             options.add_argument("--steps", type=int, default=350, help="of the large model from scratch")
+            options.add_argument("--curves", type=Path, help="a JSON file for the points: tokens, FLOPs, bits per byte")
         else:
             options.add_argument("--after", type=int, default=100, help="steps after growth")
     options = verbs.add_parser("stream")

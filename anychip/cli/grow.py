@@ -30,4 +30,5 @@ def grow(
     if dry_run:
         typer.echo(dry_run_growth(recipe, overrides or [], runs, processes, as_json=as_json))
         return
-    typer.echo(grow_by_hand(recipe, overrides or [], runs, number, source, target, processes, prove_it=proof))
+    if found := grow_by_hand(recipe, overrides or [], runs, number, source, target, processes, prove_it=proof):
+        typer.echo(found)

@@ -7,7 +7,7 @@ plan      one growth: from which shape to which, how
 tensors   a block of a grown tensor (weights and moments) out of the old one's
 opening   masks that open over steps, and parts of tensors that are younger than the rest
 proof     are the logits what they were?
-source, stream, workers    a checkpoint into a grown one, block by block, by several processes
+source, units, stream, together    a checkpoint into a grown one, block by block, by several processes
 estimate  what that will take
-schedule, stage            growth inside a run
+stage, hand                growth inside a run, and by hand
 """

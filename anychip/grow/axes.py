@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,51 @@ from torch import Tensor
 from anychip.errors import InputError
 
 FRESH = -1
+_SHORT_RUN = 16
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which units to take along a dimension, int64 [n]. Whole runs are taken at once where they are long: that is
+    several times as fast as one by one."""
+
+    units: Tensor
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """(start, length) of each run of rising neighbours, in order."""
+        ends = (self.units[1:] != self.units[:-1] + 1).nonzero().flatten() + 1
+        bounds = [0, *ends.tolist(), len(self.units)]
+        return [(int(self.units[a]), b - a) for a, b in pairwise(bounds) if b > a]
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """As index_select; a view where the units are one run."""
+        if len(self.runs) * _SHORT_RUN > len(self.units):
+            return x.index_select(dim, self.units)
+        parts = [x.narrow(dim, start, length) for start, length in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def put(self, to: Tensor, values: Tensor) -> None:
+        """to[..., units] = values"""
+        done = 0
+        for start, length in self.runs:
+            to.narrow(-1, start, length).copy_(values.narrow(-1, done, length))
+            done += length
+
+    def add(self, to: Tensor, values: Tensor, sign: int = 1) -> None:
+        """to[..., units] += sign * values, for units that rise."""
+        if len(self.units) == to.shape[-1]:
+            to.add_(values, alpha=sign)
+        else:
+            to.index_add_(to.ndim - 1, self.units, values, alpha=sign)
+
+
+class Round(NamedTuple):
+    """Copies of which no two are of one unit. `last`, bool [n]: those after which there is none."""
+
+    places: Index
+    sources: Index
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +83,7 @@ class AxisMap:
     def new(self) -> int:
         return len(self.source)
 
-    @property
+    @cached_property
     def same(self) -> bool:
         return self.new == self.old and torch.equal(self.source, torch.arange(self.old))
 
@@ -52,13 +99,20 @@ class AxisMap:
         return torch.where(self.fresh, 1, counts[self.source.clamp(min=0)])
 
     @cached_property
-    def last_copy(self) -> Tensor:
-        """bool [new]: the last of the units that copy the same one."""
-        places, sources = torch.arange(self.new)[~self.fresh], self.source[~self.fresh]
-        last = torch.full((self.old,), -1).scatter_reduce(0, sources, places, "amax")
-        found = torch.zeros(self.new, dtype=torch.bool)
-        found[last[last >= 0]] = True
-        return found
+    def rounds(self) -> list[Round]:
+        """The first copies of all old units, then their second ones, and so on."""
+        places = torch.arange(self.new)[~self.fresh]
+        order = self.source[~self.fresh].sort(stable=True).indices
+        places, sources = places[order], self.source[~self.fresh][order]
+        number = torch.arange(len(sources)) - torch.searchsorted(sources, torch.arange(self.old))[sources]
+        most = int(number.max()) + 1 if len(number) else 0
+        found = [(places[number == n], sources[number == n]) for n in range(most)]
+        return [Round(Index(to), Index(of), self.copies[to] == n + 1) for n, (to, of) in enumerate(found)]
+
+    @cached_property
+    def every(self) -> Index:
+        """The old unit of each new one; for fresh ones, any."""
+        return Index(torch.where(self.fresh, torch.arange(self.new) % max(self.old, 1), self.source))
 
     def widened(self, width: int) -> AxisMap:
         """The map of rows where each unit is a head of `width` rows."""

@@ -6,7 +6,8 @@ update the part is divided by c, its gradient multiplied, and it is multiplied b
 
 Ages. AdamW divides its moments by 1 - beta^t because they started at 0 when t was 0. Those of a part that is k steps
 old started at 0 k steps ago: its update is made what k gives, for as long as that makes a difference. (A new layer
-needs none of this, its tensors count their own steps.)
+needs none of this, its tensors count their own steps.) Where a model grew before, those parts and their copies keep the
+age that they have from there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anychip.grow.plan import CLOSED, GrowthPlan
-from anychip.grow.tensors import fresh_part
+from anychip.grow.tensors import copied_part, fresh_part
 from anychip.model.arithmetic import parameter_shapes
 from anychip.parallel.tensor import local, part_of
 from anychip.recipe.schema import GrowthConfig
@@ -41,6 +42,7 @@ class Growing:
     plan: GrowthPlan
     growth: GrowthConfig
     grown_at: int
+    earlier: tuple[tuple[GrowthPlan, int], ...] = ()  # growths before it, each with its step, the oldest first
 
     def lr_share(self, step: int) -> float:
         """Share of the scheduled rate at `step` (from 0): the re-warm after growth."""
@@ -71,10 +73,13 @@ class NewParts:
     def __init__(self, growing: Growing, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         self._growing, self._parameters, self._optimizer = growing, parameters, optimizer
         plan = growing.plan
-        self._masked = _regions(plan, parameters, closed=True) if growing.growth.mode == "masked" else {}
+        self._masked: dict[str, Tensor] = {}
+        for name, parameter in parameters.items() if growing.growth.mode == "masked" else ():
+            region = _region(parameter, fresh_part(plan, name, closed=True))
+            if region is not None:
+                self._masked[name] = region
         counted = {name: p for name, p in parameters.items() if f"step.{name}" in optimizer.state()}
-        uncounted = {name: p for name, p in counted.items() if not plan.inserted(name)}
-        self._younger = _regions(plan, uncounted, closed=False) if plan.moments == "map" else {}
+        self._younger = {name: found for name, p in counted.items() if (found := _younger(growing, name, p))}
 
     def scale_gradients(self, step: int) -> None:
         """Gradients of c * W become those of W; called before they are measured."""
@@ -108,16 +113,19 @@ class NewParts:
     @torch.no_grad()
     def _correct_age(self, step: int, lr: float) -> None:
         """Replace, in younger parts, the update that the tensor's count of steps gave by what their own gives."""
-        age, config = step - self._growing.grown_at, self._optimizer.config
-        if max(config.betas) ** age < _SAME_AGE:
-            return
-        state = self._optimizer.state()
-        for name, region in self._younger.items():
+        config, state = self._optimizer.config, self._optimizer.state()
+        for name, parts in self._younger.items():
+            young = [(step - born, region) for born, region in parts if max(config.betas) ** (step - born) >= _SAME_AGE]
+            if not young:
+                continue
             mean, square, count = (state[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq", "step"))
             done = _adam_update(local(mean), local(square), float(count), config.betas, config.eps)
-            meant = _adam_update(local(mean), local(square), age, config.betas, config.eps)
+            meant = done
+            for age, region in young:
+                own = _adam_update(local(mean), local(square), age, config.betas, config.eps)
+                meant = torch.where(region, own, meant)
             rate = lr * self._optimizer.lr_scale.get(name, 1.0)
-            local(self._parameters[name].detach()).sub_(torch.where(region, rate * (meant - done), 0))
+            local(self._parameters[name].detach()).sub_((meant - done).mul_(rate))
 
 
 def _adam_update(mean: Tensor, square: Tensor, count: float, betas: tuple[float, float], eps: float) -> Tensor:
@@ -126,21 +134,36 @@ def _adam_update(mean: Tensor, square: Tensor, count: float, betas: tuple[float,
     return (mean / first) / ((square / second).sqrt() + eps)
 
 
-def _regions(plan: GrowthPlan, parameters: Mapping[str, Tensor], *, closed: bool) -> dict[str, Tensor]:
-    """What is new of each parameter here, bool, of a shape that broadcasts to its local part."""
-    found = {}
-    for name, parameter in parameters.items():
-        sides = fresh_part(plan, name, closed=closed)
-        if sides is None:
-            continue
-        region = torch.zeros((), dtype=torch.bool)
-        for place, side in enumerate(sides):
-            if bool(side.any()):
-                shape = [-1 if n == place else 1 for n in range(len(sides))]
-                region = region | part_of(parameter, side.view(shape).expand(parameter.shape))
-        if bool(region.any()):
-            found[name] = region.to(parameter.device)
-    return found
+def _younger(growing: Growing, name: str, parameter: Tensor) -> list[tuple[int, Tensor]]:
+    """The step after which each part of a parameter was new, and where it is now; the oldest part first, a later one
+    counts where both are. Nothing is older than the last growth that began the tensor, or its moments, anew."""
+    found: list[tuple[int, Tensor]] = []
+    since: list[tuple[GrowthPlan, str]] = []
+    for plan, born in (*growing.earlier, (growing.plan, growing.grown_at))[::-1]:
+        if plan.inserted(name) or plan.upcycled(name) or plan.moments == "reset":
+            break
+        sides = fresh_part(plan, name, closed=False)
+        if sides is not None:
+            for later, its_name in since[::-1]:
+                sides = copied_part(later, its_name, sides)
+            region = _region(parameter, sides)
+            if region is not None:
+                found.append((born, region))
+        since.append((plan, name))
+        name = plan.parent_of(name)
+    return found[::-1]
+
+
+def _region(parameter: Tensor, sides: tuple[Tensor, ...] | None) -> Tensor | None:
+    """Where one of the sides says so, of this process's part of a parameter: bool, of a shape that broadcasts to it."""
+    if sides is None:
+        return None
+    region = torch.zeros((), dtype=torch.bool)
+    for place, side in enumerate(sides):
+        if bool(side.any()):
+            shape = [-1 if n == place else 1 for n in range(len(sides))]
+            region = region | part_of(parameter, side.view(shape).expand(parameter.shape))
+    return region.to(parameter.device) if bool(region.any()) else None
 
 
 def _scale(values: Tensor, region: Tensor, factor: float) -> None:

@@ -7,7 +7,6 @@ at the last model that has a checkpoint, so that it may be stopped or killed any
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.chips.backend import detect_backend
 from anychip.data.validation import validation_batches
 from anychip.errors import InputError
 from anychip.files import sha256_json, write_json
@@ -26,12 +24,12 @@ from anychip.grow.opening import Growing
 from anychip.grow.plan import GrowthPlan, grown_config, plan_growth, plan_of_record
 from anychip.grow.proof import Proof, reader
 from anychip.grow.source import CheckpointRows
-from anychip.grow.stream import Stream, grow_checkpoint, kept_extra
+from anychip.grow.stream import Stream, kept_extra
+from anychip.grow.together import grow_together, open_store, ranks
 from anychip.model.init import tensor_seed
-from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
-from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
+from anychip.train.checkpoint import CheckpointInfo
 from anychip.train.checkpoint.directory import complete_steps, read_manifest, step_name
 from anychip.train.job import TrainingJob
 from anychip.train.loop import run_training
@@ -49,14 +47,26 @@ class GrowingRun:
 
     def train(self) -> int:
         """Train all models in turn, from where the run stands; returns the last step."""
-        for number in range(len(self.recipe.grow)):  # before anything is trained
-            grown_config(self.recipe.models[number], dict(self.recipe.grow[number].to))
+        self.check()
         for number in range(self.current(), len(self.recipe.models)):
             if number:
                 self.grow(number - 1)
             step = run_training(self.job(number))
             gc.collect()  # the model's memory, before the larger one's is taken
         return step
+
+    def check(self) -> None:
+        """Raise InputError for growth that cannot be, before anything is trained."""
+        for number, growth in enumerate(self.recipe.grow):
+            grown_config(self.recipe.models[number], dict(growth.to))
+        steps = [*self.recipe.growth_steps, self.recipe.training.steps]
+        for number, growth in enumerate(self.recipe.grow[:-1]):
+            if growth.mode == "masked" and steps[number + 1] - steps[number] < growth.open_steps:
+                raise InputError(
+                    f"grow: growth {number + 1} begins {steps[number + 1] - steps[number]} steps after growth "
+                    f"{number}, whose masks open over {growth.open_steps}.",
+                    do=f"Lower grow.{number}.open_steps, or let growth {number + 1} begin later.",
+                )
 
     def current(self) -> int:
         """The last model that has a checkpoint, or the first."""
@@ -69,8 +79,9 @@ class GrowingRun:
         lineage = newest_lineage(checkpoints)
         growing = None
         if number:
-            plan, at = plan_of_record(lineage[-1]["growth"]), self.recipe.growth_steps[number - 1]
-            growing = Growing(plan, self.recipe.grow[number - 1], at)
+            own = lineage[-number:]  # there may be some before this run
+            *earlier, (plan, at) = [(plan_of_record(entry["growth"]), int(entry["step"])) for entry in own]
+            growing = Growing(plan, self.recipe.grow[number - 1], at, tuple(earlier))
         last = number == len(self.recipe.grow)
         return replace(
             self.whole,
@@ -89,14 +100,15 @@ class GrowingRun:
         if complete_steps(target):
             return
         started = time.monotonic()
-        store = CheckpointStore(self.run.model_checkpoints(self.recipe, number))
+        processes = ranks(self.whole.parallel)
+        store = open_store(self.run.model_checkpoints(self.recipe, number), processes)
         info = store.open(self.recipe.growth_steps[number])
         texts = self.texts()
         plan = make_plan(self.recipe, number, info, texts)
         extra = kept_extra(info)
         extra |= {"identity": sha256_json([self.whole.identity, number + 1])}
         stream = Stream(info, plan, target, extra)
-        proof = _grow_together(stream, texts, self.whole)
+        proof = grow_together(stream, texts, processes)
         if proof is not None:
             seconds = round(time.monotonic() - started, 3)
             keep_record(self.run.growth(number), stream, proof, self.recipe, seconds)
@@ -151,21 +163,3 @@ def keep_record(folder: Path, stream: Stream, proof: Proof, recipe: Recipe, seco
         "seconds": seconds,
     }
     write_json(folder / "growth.json", record)
-
-
-def _grow_together(stream: Stream, texts: Mapping[str, Tensor], job: TrainingJob) -> Proof | None:
-    """Growth by all processes of the job; the proof on the first of them, None elsewhere."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return grow_checkpoint(stream, texts)
-    backend = detect_backend()
-    backend.prepare_process()
-    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
-    processes = Processes.join(job.parallel, device, backend.collective_backend)
-    if processes.is_first:
-        stream.begin()
-    processes.barrier()
-    stream.make(stream.units()[processes.rank :: processes.layout.world_size])
-    processes.barrier()
-    proof = stream.publish(texts) if processes.is_first else None
-    processes.barrier()
-    return proof

@@ -12,6 +12,7 @@ gradient, weights that were multiplied by f get 1/f of theirs; second moments ta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -25,32 +26,52 @@ from anychip.grow.upcycle import upcycled_block
 from anychip.model.init import tensor_seed
 
 BLOCK_ELEMENTS = 1 << 23
+_STRIP_ELEMENTS = 1 << 18
+"""What is computed at a time, for the arithmetic to find in cache what it left there."""
 
 Shape = tuple[int, ...]
 
 
 def row_blocks(shape: Shape) -> Iterator[range]:
-    """The blocks that a grown tensor is made in: a function of its shape alone, and with it of all chance in them."""
+    """The blocks that a grown tensor is written in: a function of its shape alone."""
     size = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
     for start in range(0, shape[0], size):
         yield range(start, min(start + size, shape[0]))
 
 
 def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
-    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step."""
+    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step. Made in
+    strips that start where a multiple of their size does, so that all chance in them follows from the shape."""
+    size = max(1, _STRIP_ELEMENTS // max(1, prod(axis.new for axis in _maps(plan, name)[1:])))
+    bounds = [rows.start, *range((rows.start // size + 1) * size, rows.stop, size), rows.stop]
+    strips = [range(start, stop) for start, stop in pairwise(bounds)]
+    first = _grown_strip(plan, kind, name, strips[0], old)
+    if len(strips) == 1:
+        return first
+    out = first.new_empty((len(rows), *first.shape[1:]))
+    for strip in strips:
+        made = first if strip is strips[0] else _grown_strip(plan, kind, name, strip, old)
+        out[strip.start - rows.start : strip.stop - rows.start] = made
+    return out
+
+
+def _grown_strip(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
     if plan.upcycled(name):
         return upcycled_block(plan, kind, name, rows, old)
-    block = _gather(plan, kind, name, rows, old)
-    maps = _maps(plan, name)
+    dims, maps = roles_of(name), _maps(plan, name)
     if kind != "model":
-        return _moments(plan, kind, name, rows, block)
-    chance = torch.Generator().manual_seed(tensor_seed(plan.seed, f"grow:{name}:{rows.start}"))
-    dims = roles_of(name)
-    for place, (dim, axis) in enumerate(zip(dims, maps, strict=True)):
+        if plan.inserted(name) or plan.moments == "reset":
+            some = old.rows(f"{kind}.{plan.parent_of(name)}", torch.arange(1))
+            return some.new_zeros((len(rows), *(axis.new for axis in maps[1:])))
+        return _moments(plan, kind, name, rows, _gather(plan, kind, name, rows, old, maps))
+    shared = dims[-1].side == "in" and bool((maps[-1].copies > 1).any())
+    block = _gather(plan, kind, name, rows, old, maps[:-1] if shared else maps)
+    for dim, axis in zip(dims, maps, strict=True):
         if (factor := plan.factor(name, dim, axis)) != 1.0:
             block = block * factor
-        if dim.side == "in" and place == len(dims) - 1 and bool((axis.copies > 1).any()):
-            block = _shared(block, axis, plan.noise, chance)
+    chance = torch.Generator().manual_seed(tensor_seed(plan.seed, f"grow:{name}:{rows.start}"))
+    if shared:
+        block = _shared(block, maps[-1], plan.noise, chance)
     block = _fresh(plan, name, rows, block, old, chance)
     return block.mul_(plan.closed) if plan.inserted(name) and writes_residual(name) else block
 
@@ -76,6 +97,13 @@ def fresh_part(plan: GrowthPlan, name: str, *, closed: bool) -> tuple[Tensor, ..
     return found if any(bool(part.any()) for part in found) else None
 
 
+def copied_part(plan: GrowthPlan, name: str, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Which rows, columns, ... of a parameter copy those of the old one that `part` (bool, one a dimension) names."""
+    return tuple(
+        side[axis.source.clamp(min=0)] & ~axis.fresh for side, axis in zip(part, _maps(plan, name), strict=True)
+    )
+
+
 def _maps(plan: GrowthPlan, name: str) -> list[AxisMap]:
     return [plan.axes[dim.axis] for dim in roles_of(name)]
 
@@ -86,13 +114,13 @@ def _closes(dim: Dim) -> bool:
     return dim.side == "out" if dim.axis == "hidden" else dim.side == "in"
 
 
-def _gather(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
-    """The old elements that the new ones copy; where they are fresh, any."""
-    first, *others = _maps(plan, name)
-    block = old.rows(f"{kind}.{plan.parent_of(name)}", first.source[rows.start : rows.stop].clamp(min=0))
-    for place, axis in enumerate(others, 1):
-        if not axis.same:
-            block = block.index_select(place, axis.source.clamp(min=0))
+def _gather(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows, maps: list[AxisMap]) -> Tensor:
+    """The old elements that the new ones copy along the first dimensions; where they are fresh, any."""
+    first = _maps(plan, name)[0]
+    units = first.source[rows.start : rows.stop].clamp(min=0)
+    block = old.rows(f"{kind}.{plan.parent_of(name)}", units)
+    for place, axis in enumerate(maps[1:], 1):
+        block = block if axis.same else axis.every.take(block, place)
     return block
 
 
@@ -106,8 +134,6 @@ def _part(values: Tensor, place: int, rows: range) -> Tensor:
 
 
 def _moments(plan: GrowthPlan, kind: Kind, name: str, rows: range, block: Tensor) -> Tensor:
-    if plan.inserted(name) or plan.moments == "reset":
-        return torch.zeros_like(block)
     power = 2 if kind == "optimizer.exp_avg_sq" else 1
     for place, (dim, axis) in enumerate(zip(roles_of(name), _maps(plan, name), strict=True)):
         factor = torch.ones(axis.new, dtype=torch.float64)
@@ -122,24 +148,36 @@ def _moments(plan: GrowthPlan, kind: Kind, name: str, rows: range, block: Tensor
 
 
 def _shared(block: Tensor, axis: AxisMap, noise: float, chance: torch.Generator) -> Tensor:
-    """Each weight [..., new], gathered whole, becomes its copy's share; the shares of one add up to it exactly."""
-    weights = 1 + noise * (2 * torch.rand(block.shape, generator=chance, dtype=torch.float32) - 1)
-    sources = axis.source.clamp(min=0)
-    totals = weights.new_zeros((*block.shape[:-1], axis.old)).index_add_(-1, sources, weights)
-    weights /= totals.index_select(-1, sources)
-    unit = _last_bit(block)
-    shares = torch.where(unit > 0, (block * weights.to(block.dtype) / unit).round_() * unit, 0)
-    shares[..., axis.last_copy] = 0
-    given = shares.new_zeros((*block.shape[:-1], axis.old)).index_add_(-1, sources, shares)
-    rest = block - given.index_select(-1, sources)
-    return torch.where(axis.last_copy, rest, shares)
+    """Old weights [..., old] -> [..., new]: each becomes its copies' shares, which add up to it exactly."""
+    weights = torch.rand((*block.shape[:-1], axis.new), generator=chance, dtype=torch.float32)
+    weights.mul_(2 * noise).add_(1 - noise)
+    total = torch.zeros(block.shape, dtype=torch.float32)
+    for places, sources, _ in axis.rounds:
+        sources.add(total, places.take(weights, -1))
+    unit, rest = _last_bit(block), block.clone()
+    out = axis.every.take(block, -1)
+    for places, sources, last in axis.rounds:
+        left = sources.take(rest, -1)
+        if bool(last.all()):
+            places.put(out, left)
+            break
+        own = sources.take(unit, -1)
+        share = (places.take(weights, -1) / sources.take(total, -1)).to(block.dtype).mul_(sources.take(block, -1))
+        share.div_(own).round_().mul_(own).masked_fill_(own == 0, 0)
+        share = torch.where(last, left, share) if bool(last.any()) else share
+        places.put(out, share)
+        sources.add(rest, share, -1)
+    return out
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _last_bit(x: Tensor) -> Tensor:
-    """The value of the last bit of each element; 0 where it cannot be held."""
-    bits = round(-torch.tensor(torch.finfo(x.dtype).eps).double().log2().item()) + 1
-    exponent = torch.frexp(x).exponent
-    return torch.ldexp(torch.ones_like(x), exponent - bits)
+    """The value of the last bit of each element; 0 of those that are too small to have one."""
+    integer = _INTEGERS[x.element_size()]
+    exponent = torch.full((), torch.inf, dtype=x.dtype).view(integer)  # has all its bits, and no others
+    return (x.view(integer) & exponent).view(x.dtype).mul_(torch.finfo(x.dtype).eps)
 
 
 def _fresh(plan: GrowthPlan, name: str, rows: range, block: Tensor, old: Rows, chance: torch.Generator) -> Tensor:

@@ -15,8 +15,10 @@ from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 
 from anychip.chips.operators import Operators, reference
+from anychip.chips.operators.contract import ExpertMlp
+from anychip.chips.operators.plain_experts import Gather
 from anychip.model.layers import MLP
-from anychip.model.remake import Remake, product, sparing
+from anychip.model.remake import Remake, product, sparing, without
 from anychip.model.routing import add_loss, balance_loss, count_load, z_loss
 from anychip.recipe.schema import ModelConfig
 
@@ -26,6 +28,14 @@ class Choice(NamedTuple):
 
     weights: Tensor  # [b * s, k] in fp32 or wider
     experts: Tensor  # [b * s, k] int64
+
+
+class Sorted(NamedTuple):
+    """Choices in the order of experts."""
+
+    order: Tensor  # [n] int64: which choice stands here
+    place: Tensor  # [t * k] int64: where each choice went, n for none
+    counts: Tensor  # [e] int64: choices of each expert
 
 
 class Here(NamedTuple):
@@ -53,38 +63,41 @@ class Router(nn.Module):
             nn.Parameter(torch.empty(config.n_routed_experts)) if config.topk_method == "noaux_tc" else None
         )
         self.loss_scale = 1.0  # of balance and z loss, summed over this process's sequences; who trains sets it
+        self.speaks = True  # for its tokens: of processes that route the same ones, one adds losses and loads
         self.load: Tensor | None = None  # tokens an expert got in training passes since someone took it
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Choice:
         """x [b, s, h] -> a choice for each of its tokens, in order."""
+        return self.choose(x, self.weight, self.e_score_correction_bias, remake)
+
+    def choose(self, x: Tensor, weight: Tensor, bias: Tensor | None, remake: Remake | None = None) -> Choice:
         config = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         again = _then(remake, lambda rows: rows.to(wide)) if wide != x.dtype else remake
-        logits = product(x.to(wide), self.weight, remake=again).flatten(0, 1)  # [b * s, e]
+        logits = product(x.to(wide), weight, remake=again).flatten(0, 1)  # [b * s, e]
         scores = logits.softmax(-1) if config.scoring_func == "softmax" else logits.sigmoid()
-        ranked = scores.detach()
-        if self.e_score_correction_bias is not None:
-            ranked = ranked + self.e_score_correction_bias.detach()
+        ranked = scores.detach() if bias is None else scores.detach() + bias.detach()
         experts = ranked.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * config.routed_scaling_factor
         if torch.is_grad_enabled():
-            weights = self._train(weights, logits, scores, experts, x.shape[0])
+            weights = self._train(weights, logits, scores, experts, bias, x.shape[0])
         return Choice(weights, experts)
 
-    def _train(self, weights: Tensor, logits: Tensor, scores: Tensor, experts: Tensor, sequences: int) -> Tensor:
+    def _train(
+        self, weights: Tensor, logits: Tensor, scores: Tensor, experts: Tensor, bias: Tensor | None, sequences: int
+    ) -> Tensor:
         """The weights, whose backward also sees balance and z loss and the load."""
         config = self.config
-        counts = count_load(experts, config.n_routed_experts)
+        counts = count_load(experts, config.n_routed_experts) * self.speaks
         self.load = counts if self.load is None else self.load + counts
         losses = []
-        if config.router_aux_loss_coef:
+        if config.router_aux_loss_coef and self.speaks:
             losses.append(config.router_aux_loss_coef * balance_loss(scores, experts, sequences))
-        if config.router_z_loss_coef:
+        if config.router_z_loss_coef and self.speaks:
             losses.append(config.router_z_loss_coef * z_loss(logits, sequences))
-        bias = self.e_score_correction_bias
         bias = bias if bias is not None and bias.requires_grad else None
         if not losses and bias is None:
             return weights
@@ -93,23 +106,41 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """e SwiGLUs side by side. Weights are [e, out, in] fp32 masters. Who shares experts among processes replaces
-    `forward` from outside."""
+    `forward`, or what the products hold, from outside."""
 
     def __init__(self, config: ModelConfig, operators: Operators = reference) -> None:
         super().__init__()
         count, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.grouped_matmul, self.swiglu = operators.grouped_matmul, operators.swiglu
+        self.grouped_matmul, self.swiglu, self.expert_mlp = (
+            operators.grouped_matmul, operators.swiglu, operators.expert_mlp
+        )  # fmt: skip
         self.gate_proj = GroupedLinear(count, hidden, inner, bias=False)
         self.up_proj = GroupedLinear(count, hidden, inner, bias=False)
         self.down_proj = GroupedLinear(count, inner, hidden, bias=config.biases == "telechat2")
 
-    def forward(self, rows: Tensor, counts: Tensor, remake: Remake | None = None, keep: bool = True) -> Tensor:
-        """rows [n, h] sorted by expert, counts [e] int64 -> [n, h]. keep: whether backward finds the SwiGLU."""
-        matmul = self.grouped_matmul
-        gate = self.gate_proj(matmul, rows, counts, remake)
-        up = self.up_proj(matmul, rows, counts, remake)
-        again = None if keep else Remake(lambda: self.swiglu(gate, up))
-        return self.down_proj(matmul, self.swiglu(gate, up), counts, again)
+    def forward(self, x: Tensor, sorted_: Sorted, remake: Remake | None = None, keep: bool = True) -> Tensor:
+        """x [t, h] -> each choice's answer [n, h], in the order of experts. keep: whether backward finds what was
+        gathered and the SwiGLU."""
+        if self.expert_mlp is not None and x.element_size() == 2 and not is_fake(x):
+            answers = self._by_one_operator(self.expert_mlp, x, sorted_, remake)
+        else:
+            answers = self._by_products(x, sorted_, remake, keep)
+        return self.down_proj.add_bias(answers, sorted_.counts)
+
+    def _by_one_operator(self, operator: ExpertMlp, x: Tensor, sorted_: Sorted, remake: Remake | None) -> Tensor:
+        weights = [linear.held()[0] for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        again = [] if remake is None or not x.is_contiguous() else [(x, remake)]
+        return without(again, lambda: operator(x, *sorted_, *weights))
+
+    def _by_products(self, x: Tensor, sorted_: Sorted, remake: Remake | None, keep: bool) -> Tensor:
+        matmul, (order, place, counts) = self.grouped_matmul, sorted_
+        rows = Gather.apply(x, order, place)
+        k = len(place) // max(len(x), 1)
+        again = None if keep else _then(remake, lambda x: x.flatten(0, -2)[order // k], x)
+        gate = self.gate_proj(matmul, rows, counts, again)
+        up = self.up_proj(matmul, rows, counts, again)
+        remade = None if keep else Remake(lambda: self.swiglu(gate, up))
+        return self.down_proj(matmul, self.swiglu(gate, up), counts, remade)
 
 
 class GroupedLinear(nn.Module):
@@ -120,14 +151,16 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(count, out_features)) if bias else None
 
-    def forward(self, matmul: Any, rows: Tensor, counts: Tensor, remake: Remake | None = None) -> Tensor:
-        return self.multiply(matmul, rows, counts, self.weight, self.bias, remake)
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; of experts that processes share, this process's."""
+        return self.weight, self.bias
 
-    def multiply(
-        self, matmul: Any, rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None, remake: Remake | None
-    ) -> Tensor:
-        """rows [n, in], the first counts[0] of which are of the first expert, and so on -> [n, out]."""
-        out = sparing(lambda x, w: matmul(x, w.mT, counts), rows, weight, remake)
+    def forward(self, matmul: Any, rows: Tensor, counts: Tensor, remake: Remake | None = None) -> Tensor:
+        """rows [n, in], the first counts[0] of which are of the first expert, and so on -> [n, out], without bias."""
+        return sparing(lambda x, w: matmul(x, w.mT, counts), rows, self.held()[0], remake)
+
+    def add_bias(self, out: Tensor, counts: Tensor) -> Tensor:
+        bias = self.held()[1]
         return out if bias is None else out + bias.to(out.dtype).repeat_interleave(counts, 0, output_size=len(out))
 
 
@@ -136,7 +169,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, operators: Operators = reference) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.combine = config, operators.combine
         self.gate = Router(config)
         self.experts = Experts(config, operators)
         shared = config.n_shared_experts * config.moe_intermediate_size
@@ -156,16 +189,14 @@ class MixtureOfExperts(nn.Module):
         self, x: Tensor, choice: Choice, remake: Remake | None = None, keep: bool = True, here: Here | None = None
     ) -> Tensor:
         """The chosen experts' weighed answers, [b * s, h]."""
-        order, place, counts = sort_by_expert(choice.experts, self.config, here)
-        rows = Gather.apply(x.flatten(0, 1), order, place)
-        k = choice.experts.shape[1]
-        again = None if keep else _then(remake, lambda x: x.flatten(0, 1)[order // k], x)
-        return Combine.apply(self.experts(rows, counts, again, keep), choice.weights, order, place)
+        sorted_ = sort_by_expert(choice.experts, self.config, here)
+        answers = self.experts(x.flatten(0, 1), sorted_, remake, keep)
+        return self.combine(answers, choice.weights, sorted_.order, sorted_.place)
 
 
-def sort_by_expert(experts: Tensor, config: ModelConfig, here: Here | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Choices [t, k] -> (order [n]: choices by expert, tokens of one expert in order; place [t * k]: where each choice
-    went, n for none; counts [e]). With a capacity, an expert's choices beyond it are left out."""
+def sort_by_expert(experts: Tensor, config: ModelConfig, here: Here | None = None) -> Sorted:
+    """Choices [t, k] by expert, tokens of one expert in order. With a capacity, an expert's choices beyond it are left
+    out."""
     flat = experts.flatten()
     order = torch.sort(flat, stable=True).indices
     counts = count_load(experts, config.n_routed_experts if here is None else here.experts + 1)
@@ -179,59 +210,12 @@ def sort_by_expert(experts: Tensor, config: ModelConfig, here: Here | None = Non
         order, counts = order[within < limit], counts.clamp(max=limit)
     place = torch.full_like(flat, len(order))
     place[order] = torch.arange(len(order), device=flat.device)
-    return order, place, counts
+    return Sorted(order, place, counts)
 
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether it has a shape but no numbers (a dry run): choices are then taken to be even."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
-
-
-class Gather(torch.autograd.Function):
-    """rows [t, h] -> [n, h], the row of each choice in the order of experts. Backward adds up each token's k."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(order, place)
-        ctx.tokens = len(rows)
-        return rows.index_select(0, order // (len(place) // len(rows)))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        order, place = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return _of_choices(grad, order, place).view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Answers [n, h] and weights [t, k] -> each token's weighed sum, [t, h] in the answers' dtype, added up in that of
-    the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, answers: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(answers, weights, order)
-        chosen = _of_choices(answers, order, place).view(*weights.shape, -1)
-        total = chosen[:, 0].to(weights.dtype) * weights[:, :1]
-        for number in range(1, weights.shape[1]):
-            total.addcmul_(chosen[:, number].to(weights.dtype), weights[:, number : number + 1])
-        return total.to(answers.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        answers, weights, order = ctx.saved_tensors
-        grad, k = grad_outputs[0], weights.shape[1]
-        rows = grad.index_select(0, order // k)  # of each answer, in the order of experts
-        by_answer = (rows * answers).sum(-1, dtype=weights.dtype)
-        grad_weights = weights.new_zeros(weights.numel()).index_copy_(0, order, by_answer).view_as(weights)
-        grad_answers = rows.mul_(weights.flatten()[order, None].to(rows.dtype))
-        return grad_answers, grad_weights, None, None
-
-
-def _of_choices(rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-    """Rows in the order of experts -> [t * k, h] in the order of choices, zero for those left out."""
-    if len(order) == len(place):
-        return rows.index_select(0, place)
-    return rows.new_zeros(len(place), rows.shape[1]).index_copy_(0, order, rows)
 
 
 def _then(remake: Remake | None, more: Any, kept: Tensor | None = None) -> Remake | None:

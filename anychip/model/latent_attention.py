@@ -71,9 +71,10 @@ class LatentAttention(nn.Module):
 
     def _queries(self, x: Tensor, remake: Remake | None) -> Tensor:
         if not self.compressed:
-            return self.q_proj(x, remake).view(*x.shape[:2], -1, self.nope + self.rope)
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, remake)))
-        return q.view(*x.shape[:2], -1, self.nope + self.rope)
+            q = self.q_proj(x, remake)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, remake)))
+        return q.view(*q.shape[:2], -1, self.nope + self.rope)
 
     def _attend(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, scale: float, mask: Any

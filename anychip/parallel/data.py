@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from anychip.model.decoder import Decoder, further_modules
 from anychip.parallel.collectives import sum_in_buckets
-from anychip.parallel.expert import mixtures
+from anychip.parallel.expert import are_shared, cut_inside, mixtures
 from anychip.parallel.gradients import sharded_axes
 from anychip.parallel.host_memory import share_host_memory
 from anychip.parallel.processes import Processes
@@ -45,9 +45,9 @@ def apply_sharding(
                 mesh=experts,
                 mp_policy=policy,
                 reshard_after_forward=not pipelined,
-                shard_placement_fn=lambda _: Shard(1),
+                shard_placement_fn=cut_inside,
             )
-        elif any(isinstance(parameter, DTensor) for parameter in mixture.experts.parameters()):
+        elif are_shared(mixture.experts):
             whole |= set(mixture.experts.parameters())
     for layer in (*model.layers, *further_modules(model)):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not pipelined, ignored_params=whole)

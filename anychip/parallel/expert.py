@@ -1,7 +1,8 @@
 """Expert parallelism (arXiv 2006.16668): the processes of a group share the experts, tokens travel to theirs and back.
 
 A group lies inside `data_parallel_shard`: its members read different rows, so every expert sees the tokens of all of
-them. What an expert-parallel group does not split, its shards do: FSDP cuts each expert's matrices among groups.
+them. What an expert-parallel group does not split, its shards do: FSDP cuts each expert's matrices among groups. With
+tensor parallelism each expert's inner width is cut, too (tensor_experts.py).
 
 Directly, each choice of a token is one row of one all-to-all. Where a group spans nodes (`expert_node_size`), a token
 crosses to a node once, however many of its experts are there, its answers come back as one sum, and the inner
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from anychip.chips.operators.plain import rows_of_each
+from anychip.chips.operators.plain_experts import Gather, rows_of_each
 from anychip.model.decoder import Decoder
-from anychip.model.experts import Choice, Experts, Gather, GroupedLinear, Here, MixtureOfExperts, is_fake
+from anychip.model.experts import Choice, Experts, GroupedLinear, Here, MixtureOfExperts, Sorted, is_fake
 from anychip.model.remake import Remake
+from anychip.parallel.gradients import sharded_axes
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
@@ -33,45 +36,69 @@ def mixtures(model: Decoder) -> Iterator[MixtureOfExperts]:
 
 
 def apply_expert_parallel(model: Decoder, processes: Processes) -> None:
-    """Keep this process's experts of each mixture, on the meta device, and make it exchange tokens."""
-    mesh = processes.expert_mesh
+    """Keep this process's part of each mixture's experts, on the meta device, and make it exchange tokens."""
+    mesh = processes.experts_mesh()
     if mesh is None:
         return
     for mixture in mixtures(model):
-        for linear in (mixture.experts.gate_proj, mixture.experts.up_proj, mixture.experts.down_proj):
+        experts = mixture.experts
+        for linear, inner in ((experts.gate_proj, 1), (experts.up_proj, 1), (experts.down_proj, 2)):
             for name, parameter in list(linear.named_parameters(recurse=False)):
-                part = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].contiguous()
-                share = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-                linear.register_parameter(name, nn.Parameter(share))
-            linear.forward = partial(_multiply_here, linear)  # type: ignore[method-assign]
-        inner = processes.expert_node_group or mesh.get_group()
-        mixture.experts.forward = partial(_run_by_owner, mixture.experts, inner)  # type: ignore[method-assign]
+                share = _share(parameter, processes, mesh, inner if name == "weight" else None)
+                linear.register_parameter(name, share)
+            linear.held = partial(_held, linear, processes.layout.tensor)  # type: ignore[method-assign]
+        if processes.expert_mesh is None:
+            continue
+        group = processes.expert_node_group or processes.expert_mesh.get_group()
+        experts.forward = partial(_run_by_owner, experts, group)  # type: ignore[method-assign]
         if (across := processes.expert_across_group) is not None:
             mixture.routed = partial(_by_node, mixture, across)  # type: ignore[method-assign]
 
 
-def _multiply_here(
-    linear: GroupedLinear, matmul: Any, rows: Tensor, counts: Tensor, remake: Remake | None = None
-) -> Tensor:
+def _share(parameter: nn.Parameter, processes: Processes, mesh: DeviceMesh, inner: int | None) -> nn.Parameter:
+    """This process's experts, and of each its part of dimension `inner`; a bias is whole."""
+    part, placements = parameter.detach(), []
+    for axis, dim in ((processes.expert_mesh, 0), (processes.mesh("tensor"), inner)):
+        if axis is not None and dim is not None:
+            part = part.chunk(axis.size(), dim)[axis.get_local_rank()]
+        if axis is not None:
+            placements.append(Replicate() if dim is None else Shard(dim))
+    return nn.Parameter(DTensor.from_local(part.contiguous(), mesh, placements, run_check=False))
+
+
+def _held(linear: GroupedLinear, processes: int) -> tuple[Tensor, Tensor | None]:
+    """Of answers that `processes` add up each brings its share of the bias."""
     bias = None if linear.bias is None else local(linear.bias)
-    return linear.multiply(matmul, rows, counts, local(linear.weight), bias, remake)
+    return local(linear.weight), bias if bias is None or processes == 1 else bias / processes
+
+
+def are_shared(experts: Experts) -> bool:
+    """Whether processes that read different rows share them."""
+    return any("shard" in sharded_axes(parameter) for parameter in experts.parameters())
+
+
+def cut_inside(parameter: Tensor) -> Shard:
+    """Where FSDP cuts matrices of experts that are shared: inside, where tensor parallelism does not."""
+    taken = {placement.dim for placement in parameter.placements if isinstance(placement, Shard)}  # type: ignore[attr-defined]
+    return Shard(2 if 1 in taken else 1)
 
 
 def _run_by_owner(
     experts: Experts,
     group: dist.ProcessGroup,
-    rows: Tensor,
-    counts: Tensor,
+    x: Tensor,
+    sorted_: Sorted,
     remake: Remake | None = None,
     keep: bool = True,
 ) -> Tensor:
     """As `Experts.forward` over all experts of the group, of which each process runs its own. What was received is
     kept for backward: to gather it again would take another message."""
-    sent, arrived = _exchanged_counts(counts, group)  # [processes, experts here] each
+    rows = Gather.apply(x, sorted_.order, sorted_.place)
+    sent, arrived = _exchanged_counts(sorted_.counts, group)  # [processes, experts here] each
     leaving, coming = _totals(sent, len(rows)), _totals(arrived, len(rows))
     received = AllToAll.apply(rows, leaving, coming, group)
     order, place = _by_expert(arrived, len(received))
-    answers = Experts.forward(experts, Gather.apply(received, order, place), arrived.sum(0), None, keep)
+    answers = Experts.forward(experts, received, Sorted(order, place, arrived.sum(0)), None, keep)
     return AllToAll.apply(Gather.apply(answers, place, order), coming, leaving, group)
 
 

@@ -136,11 +136,8 @@ def _check_experts(config: ParallelConfig, layout: Layout, model: ModelConfig) -
                 "where a token leaves.",
                 do="Set parallel.expert_node_size=0 or model.moe_capacity_factor=0.",
             )
-    if layout.tensor > 1 and (model.n_routed_experts or model.latent):
-        raise InputError(
-            "experts and latent attention are not split by tensor_parallel.",
-            do="Set parallel.tensor_parallel=1 and raise data_parallel_shard, expert_parallel or pipeline_parallel.",
-        )
+    if model.n_routed_experts:
+        _divides("tensor_parallel", layout.tensor, "moe_intermediate_size", model.moe_intermediate_size)
     if layout.context > 1 and (model.router_aux_loss_coef or model.num_nextn_predict_layers):
         what = "router_aux_loss_coef" if model.router_aux_loss_coef else "num_nextn_predict_layers"
         raise InputError(

@@ -22,6 +22,7 @@ from anychip.parallel.layout import check_layout
 from anychip.parallel.pipeline import keep_stage, layers_of_stages
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import apply_tensor_parallel, box_of, local, part_of
+from anychip.parallel.tensor_experts import apply_tensor_parallel_to_experts
 from anychip.recipe.schema import LoraConfig, ModelConfig
 
 
@@ -68,6 +69,7 @@ def build_parts(
             apply_context_parallel(part, context, processes.config.context_method, operators)
         if (tensor := processes.mesh("tensor")) is not None:
             apply_tensor_parallel(part, tensor)
+            apply_tensor_parallel_to_experts(part, tensor)
         apply_expert_parallel(part, processes)
         if lora is not None:
             freeze(part)

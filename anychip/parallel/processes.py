@@ -46,6 +46,7 @@ class Processes:
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
         self.expert_mesh: DeviceMesh | None = None  # of the processes that share the experts
         self.expert_sharding_mesh: DeviceMesh | None = None  # that FSDP cuts each of their experts over
+        self._expert_tensor_mesh: DeviceMesh | None = None  # of those who share experts, by those who share matrices
         self.expert_node_group: dist.ProcessGroup | None = None  # those of `expert_mesh` in this node
         self.expert_across_group: dist.ProcessGroup | None = None  # one of each node
         if config.expert_parallel > 1:
@@ -75,6 +76,9 @@ class Processes:
             return mesh[found[0]] if len(found) == 1 else mesh[found]._flatten("_".join(found))
 
         self.expert_mesh = over("across", "within")
+        assert self.expert_mesh is not None and self.expert_mesh.mesh_dim_names is not None
+        if "tensor" in wide:
+            self._expert_tensor_mesh = mesh[self.expert_mesh.mesh_dim_names[0], "tensor"]
         if "across" in wide and "within" in wide:
             self.expert_across_group, self.expert_node_group = mesh["across"].get_group(), mesh["within"].get_group()
         sharing = over("outer", "context")
@@ -82,6 +86,12 @@ class Processes:
             assert sharing.mesh_dim_names is not None
             sharing = mesh["replicate", sharing.mesh_dim_names[0]]
         self.expert_sharding_mesh = sharing
+
+    def experts_mesh(self) -> DeviceMesh | None:
+        """Of the processes that hold parts of the experts: of all of them, of each one's matrices, or both."""
+        if self.expert_mesh is None:
+            return self.mesh("tensor")
+        return self._expert_tensor_mesh or self.expert_mesh
 
     def expert_groups(self) -> dict[str, dist.ProcessGroup]:
         """The groups that only expert parallelism talks in, by what they are."""

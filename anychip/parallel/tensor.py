@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
-from anychip.model.decoder import Decoder
-from anychip.model.layers import Adapter, Linear, RMSNorm
+from anychip.model.decoder import Attention, Decoder, further_modules
+from anychip.model.layers import MLP, Adapter, Linear, RMSNorm
 from anychip.model.remake import Remake, product
 from anychip.parallel.collectives import GatherSequence, ScatterSequence, sum_in_buckets
 from anychip.parallel.messages import telling
 
-_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+_ATTENTION_COLUMNS = ("q_proj", "k_proj", "v_proj")
+MLP_PARTS = ("gate_proj", "up_proj"), "down_proj"
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -63,30 +63,52 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Cut the parameters of a decoder (or of one pipeline stage of it) and make its modules compute on their parts.
 
-    Outputs of embedding, layers and final norm are then [b, s / n, h]: this process's part of the sequence.
+    Outputs of embedding, layers and final norm are then [b, s / n, h]: this process's part of the sequence. Latent
+    attention, experts and modules for further tokens are left to tensor_experts.py.
     """
     layer: Any
-    for layer in model.layers:
-        for linear in map(layer.get_submodule, _COLUMNS):
-            _shard(linear, mesh, 0)
-            _shard_adapter(linear.adapter, mesh, a=Replicate(), b=Shard(0))
-            linear.forward = partial(_column, linear)
-        for linear in map(layer.get_submodule, _ROWS):
-            _shard(linear, mesh, 1)
-            _shard_adapter(linear.adapter, mesh, a=Shard(1), b=Replicate())
-            linear.forward = partial(_row, linear, mesh)
-        for block in (layer.self_attn, layer.mlp):
-            block.forward = _with_whole_sequence(block.forward, mesh)
+    for layer in (*model.layers, *(module.layer for module in further_modules(model))):
+        for block, columns, rows in ((layer.self_attn, _ATTENTION_COLUMNS, "o_proj"), (layer.mlp, *MLP_PARTS)):
+            if isinstance(block, Attention | MLP):
+                split_block(block, mesh, columns, rows)
+                block.forward = with_whole_sequence(block.forward, mesh)  # type: ignore[method-assign]
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            _keep_whole(norm, mesh)
+            keep_whole(norm, mesh)
     if model.embed_tokens is not None:
         _shard(model.embed_tokens, mesh, 0)
         model.embed_tokens.forward = partial(_embed, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.norm is not None:
-        _keep_whole(model.norm, mesh)
+        keep_whole(model.norm, mesh)
     if getattr(model, "lm_head", None) is not None:
-        _shard(model.lm_head, mesh, 0)
-        model.lm_head.forward = partial(_column, model.lm_head)  # type: ignore[method-assign]
+        split_columns(model.lm_head, mesh)
+
+
+def split_block(block: nn.Module, mesh: DeviceMesh, columns: Iterable[str], rows: str) -> None:
+    """Cut the products of a block by columns, and the one that follows them by rows."""
+    for name in columns:
+        split_columns(block.get_submodule(name), mesh)
+    linear: Any = block.get_submodule(rows)
+    split_rows(linear, mesh)
+    linear.forward = partial(_row, linear, mesh)
+
+
+def split_columns(linear: Any, mesh: DeviceMesh) -> None:
+    _shard(linear, mesh, 0)
+    _shard_adapter(linear.adapter, mesh, a=Replicate(), b=Shard(0))
+    linear.forward = partial(product_here, linear)
+
+
+def split_rows(linear: Any, mesh: DeviceMesh) -> None:
+    _shard(linear, mesh, 1)
+    _shard_adapter(linear.adapter, mesh, a=Shard(1), b=Replicate())
+
+
+def keep_linear_whole(linear: Any, mesh: DeviceMesh) -> None:
+    """Of a product that every process makes of its part of the sequence."""
+    for name, parameter in list(linear.named_parameters(recurse=False)):
+        linear.register_parameter(name, as_dtensor(parameter, mesh, Replicate()))
+    _shard_adapter(linear.adapter, mesh, a=Replicate(), b=Replicate())
+    linear.forward = partial(product_here, linear)
 
 
 def sum_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
@@ -108,14 +130,14 @@ def _shard(module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
     """Cut `weight` on `dim`. A bias is added to whole rows: cut with the columns, kept whole with the rows."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         placement = Replicate() if name == "bias" and dim == 1 else Shard(dim if name == "weight" else 0)
-        module.register_parameter(name, _as_dtensor(parameter, mesh, placement))
+        module.register_parameter(name, as_dtensor(parameter, mesh, placement))
 
 
 def _shard_adapter(adapter: Adapter | None, mesh: DeviceMesh, **placements: Any) -> None:
     """Cut an adapter where its matrix is cut; its other half is whole, and every process has a part of its gradient."""
     if adapter is not None:
         for name, placement in placements.items():
-            adapter.register_parameter(name, _as_dtensor(adapter.get_parameter(name), mesh, placement))
+            adapter.register_parameter(name, as_dtensor(adapter.get_parameter(name), mesh, placement))
         adapter.forward = partial(_adapt, adapter)  # type: ignore[method-assign]
 
 
@@ -123,7 +145,7 @@ def _adapt(adapter: Adapter, x: Tensor, remake: Remake | None = None) -> Tensor:
     return adapter.adapt(x, local(adapter.a), local(adapter.b), remake)
 
 
-def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
+def as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
     """The parameter's own part; meant for the meta device, where nothing is copied."""
     part = parameter.detach()
     if isinstance(placement, Shard):
@@ -131,21 +153,24 @@ def _as_dtensor(parameter: nn.Parameter, mesh: DeviceMesh, placement: Any) -> nn
     return nn.Parameter(DTensor.from_local(part, mesh, [placement], run_check=False))
 
 
-def _column(linear: Linear, x: Tensor, remake: Remake | None = None) -> Tensor:
+def product_here(linear: Linear, x: Tensor, remake: Remake | None = None) -> Tensor:
     out = product(x, local(linear.weight), None if linear.bias is None else local(linear.bias), remake)
     return out if linear.adapter is None else out + linear.adapter(x, remake)
 
 
 def _row(linear: Linear, mesh: DeviceMesh, x: Tensor, remake: Remake | None = None) -> Tensor:
-    partial_sum = product(x, local(linear.weight), remake=remake)
-    if linear.adapter is not None:
-        partial_sum = partial_sum + linear.adapter(x, remake)
-    total = ScatterSequence.apply(partial_sum, mesh.get_group())
+    total = ScatterSequence.apply(partial_sum(linear, x, remake), mesh.get_group())
     return total if linear.bias is None else total + local(linear.bias).to(x.dtype)
 
 
-def _keep_whole(norm: RMSNorm, mesh: DeviceMesh) -> None:
-    norm.weight = _as_dtensor(norm.weight, mesh, Replicate())
+def partial_sum(linear: Linear, x: Tensor, remake: Remake | None = None) -> Tensor:
+    """What this process's inputs bring to the product, without the bias."""
+    out = product(x, local(linear.weight), remake=remake)
+    return out if linear.adapter is None else out + linear.adapter(x, remake)
+
+
+def keep_whole(norm: RMSNorm, mesh: DeviceMesh) -> None:
+    norm.weight = as_dtensor(norm.weight, mesh, Replicate())
     norm.forward = partial(_norm, norm)  # type: ignore[method-assign]
 
 
@@ -162,7 +187,7 @@ def _embed(embedding: nn.Embedding, mesh: DeviceMesh, input_ids: Tensor) -> Tens
     return ScatterSequence.apply(found, mesh.get_group())
 
 
-def _with_whole_sequence(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
+def with_whole_sequence(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
     def run(x: Tensor, *inputs: Any, remake: Remake | None = None, **keywords: Any) -> Any:
         """The gathered norms are kept: to make them again would take another message."""
         return forward(GatherSequence.apply(x, mesh.get_group()), *inputs, **keywords)

@@ -14,6 +14,7 @@ from anychip.serve.talker import Talker, WeightType, open_talker
 
 if TYPE_CHECKING:
     from anychip.serve.parts import FollowingPart
+    from anychip.serve.worker import EngineThread
 
 
 def serve(
@@ -62,7 +63,7 @@ def serve(
     )
     talker = thread.begin(prepare).result()
     if isinstance(part, FollowingPart):
-        _follow(part, talker)
+        _follow(part, talker, thread)
         return
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
     service = Service(talker, name or path.resolve().name, limits, thinking=thinking, thread=thread)
@@ -70,12 +71,12 @@ def serve(
     part.end()
 
 
-def _follow(part: FollowingPart, talker: Talker) -> None:
+def _follow(part: FollowingPart, talker: Talker, thread: EngineThread) -> None:
     """Until the leader has answered all that it will; a signal to end is the leader's to act on."""
     for end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(end, signal.SIG_IGN)
     try:
-        part.follow(talker.engine.model)
+        thread.begin(lambda: part.follow(talker.engine.model)).result()
     except RuntimeError as error:
         raise UnfitError(
             "the process that leads this server is gone.", where=f"process {part.rank}", do="See what it said."

@@ -190,6 +190,7 @@ class Engine:
         states = part_model.further(hidden, part.input_ids, part.documents)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for depth, state in enumerate(states, start=1):
+            state = gather_sequence(state, self._processes.mesh("tensor"))
             total = total + self._head().loss(state[:, :-depth], part.labels[:, depth:])
         return total * (self._job.model.mtp_loss_scaling_factor / depths / self._size)
 

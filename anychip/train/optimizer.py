@@ -65,8 +65,8 @@ class Optimizer:
         2408.15664, algorithm 1)."""
         for parameter in self._routing.values():
             if parameter.grad is not None:
-                load = parameter.grad
-                parameter.add_((load.mean() - load).sign(), alpha=self.config.router_bias_update_rate)
+                load = local(parameter.grad)
+                local(parameter.detach()).add_((load.mean() - load).sign(), alpha=self.config.router_bias_update_rate)
 
     def _adamw(self, names: Iterable[str], lr: float, weight_decay: float) -> None:
         """AdamW is elementwise: each process updates its own part of every tensor."""

@@ -126,3 +126,29 @@ def test_masks_open_step_by_step_and_the_optimizer_sees_the_whole_weight() -> No
     assert inner[0] < 2 * CLOSED
     assert all(abs(value / whole - part) < 0.1 for value, part in zip(inner[1:4], (0.25, 0.5, 0.75), strict=True))
     assert abs(inner[5] / whole - 1) < 0.2  # open, it only learns
+
+
+def test_parts_that_are_young_from_an_earlier_growth_keep_their_age_in_the_next() -> None:
+    """Masked units at step 40, all doubled at step 43: the first are then three steps old, and so are their copies."""
+    small = new_training(small_model())
+    for number in range(1, 41):
+        small.step(number)
+    first = growth("masked", intermediate_size=40).model_copy(update={"open_steps": 1})
+    middle = grown(small, first, 40)
+    for number in range(41, 44):
+        middle.step(number)
+    second = growth(**{**TWICE, "intermediate_size": 80}).model_copy(update={"noise": 0.0})
+    plans = plan_growth(small.model.config, first, 1), plan_growth(middle.model.config, second, 1)
+    growing = Growing(plans[1], second, 43, ((plans[0], 40),))
+    large = Training(plans[1].new, grow_state(plans[1], middle.state()), growing)
+    up = large.model.layers[0].mlp.up_proj.weight
+    before = up.detach().clone()
+    large.step(44)
+    moved = (before - up.detach()).detach()
+    state = large.optimizer.state()
+    mean, square = (state[f"{kind}.layers.0.mlp.up_proj.weight"] for kind in ("exp_avg", "exp_avg_sq"))
+    young = torch.zeros(80, dtype=torch.bool)
+    young[24:40] = young[64:80] = True
+    for rows, age in ((young, 4), (~young, 44)):
+        meant = 1e-3 * (mean / (1 - 0.9**age)) / (square / (1 - 0.95**age)).sqrt()
+        torch.testing.assert_close(moved[rows], meant[rows], rtol=1e-8, atol=1e-18)

@@ -21,6 +21,8 @@ NEAR = 1e-10  # relative, of gradients; losses and weights below
 SOFTMAX = {"model": "softmax", "changes": {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001}}
 SIGMOID = {"model": "sigmoid", "changes": {"router_aux_loss_coef": 0.001, "num_nextn_predict_layers": 1}}
 PLAIN = {"model": "sigmoid"}
+QUERIES = {"model": "latent", "changes": {"q_lora_rank": 0}}
+CAPACITY = {"model": "sigmoid", "changes": {"moe_capacity_factor": 1.0, "n_shared_experts": 2}}
 
 
 def shards(size: int, experts: int, **more: Any) -> dict[str, Any]:
@@ -37,6 +39,11 @@ TWO = [
     LayoutRun({"data_parallel_replicate": 2}, 4, SIGMOID),
     LayoutRun({"context_parallel": 2}, 4, PLAIN),
     LayoutRun({"pipeline_parallel": 2, "pipeline_schedule": "1f1b"}, 4, PLAIN),
+    LayoutRun({"tensor_parallel": 2}, 8, SIGMOID),
+    LayoutRun({"tensor_parallel": 2}, 8, SOFTMAX),
+    LayoutRun({"tensor_parallel": 2}, 16, {**CAPACITY, "recompute": "selective"}),
+    LayoutRun({"tensor_parallel": 2}, 8, {**QUERIES, "recompute": "selective"}),
+    LayoutRun({"tensor_parallel": 2}, 8, {**PLAIN, "optimizer": "muon"}),
 ]
 FOUR = [
     LayoutRun(shards(4, 4), 4, SIGMOID),
@@ -46,8 +53,21 @@ FOUR = [
     LayoutRun(shards(2, 2, data_parallel_replicate=2), 4, SIGMOID),
     LayoutRun(shards(2, 2, context_parallel=2), 4, PLAIN),
     LayoutRun(shards(2, 2, pipeline_parallel=2), 4, PLAIN),
+    LayoutRun({"tensor_parallel": 4}, 8, SIGMOID),
+    LayoutRun({"data_parallel_shard": 2, "tensor_parallel": 2}, 4, SIGMOID),
+    LayoutRun({"data_parallel_replicate": 2, "tensor_parallel": 2}, 8, SOFTMAX),
+    LayoutRun(shards(2, 2, tensor_parallel=2), 4, SIGMOID),
+    LayoutRun({"pipeline_parallel": 2, "tensor_parallel": 2}, 4, PLAIN),
+    LayoutRun({"context_parallel": 2, "tensor_parallel": 2}, 8, PLAIN),
 ]
-RUNS = {run.name: run for run in (*TWO, *FOUR)}
+EIGHT = [
+    LayoutRun(shards(4, 2, tensor_parallel=2), 4, SIGMOID),
+    LayoutRun(shards(4, 4, expert_node_size=2, tensor_parallel=2), 4, SOFTMAX),
+    LayoutRun(shards(2, 2, tensor_parallel=2, data_parallel_replicate=2), 4, SIGMOID),
+    LayoutRun(shards(2, 2, tensor_parallel=2, pipeline_parallel=2), 4, PLAIN),
+    LayoutRun(shards(2, 2, tensor_parallel=2, context_parallel=2), 8, PLAIN),
+]
+RUNS = {run.name: run for run in (*TWO, *FOUR, *EIGHT)}
 
 
 @cache
@@ -65,9 +85,13 @@ def _kind(run: LayoutRun) -> tuple[str, str, str]:
     return run.job["model"], str(run.job.get("changes")), run.job.get("optimizer", "adamw")
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+@pytest.fixture(
+    scope="module",
+    params=[2, 4, pytest.param(8, marks=pytest.mark.slow)],
+    ids=["2 processes", "4 processes", "8 processes"],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[LayoutRun]]:
-    runs = TWO if request.param == 2 else FOUR
+    runs = {2: TWO, 4: FOUR, 8: EIGHT}[request.param]
     path = tmp_path_factory.mktemp("experts")
     run_layouts(runs, path, steps=STEPS)
     return path, runs
@@ -111,7 +135,7 @@ MODEL = ModelConfig(
         (shards(2, 2), {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}, "no experts"),
         (shards(2, 2, expert_node_size=2), {"moe_capacity_factor": 1.0}, "exclude each other"),
         (shards(3, 3, expert_node_size=2), {}, "expert_node_size 2 does not divide"),
-        ({"tensor_parallel": 2}, {}, "not split by tensor_parallel"),
+        ({"tensor_parallel": 2}, {"moe_intermediate_size": 15}, "does not divide moe_intermediate_size 15"),
         ({"context_parallel": 2}, {"router_aux_loss_coef": 0.1}, "looks at whole sequences"),
         ({"pipeline_parallel": 2}, {"num_nextn_predict_layers": 1}, "embedding on the last"),
     ],
@@ -128,6 +152,7 @@ def test_a_checkpoint_of_shared_experts_fills_any_other_layout(tmp_path: Path) -
     job = {**SIGMOID, "dtype": "float32"}
     saved = LayoutRun(shards(4, 2), 4, job)
     run_ranks(4, save_all, ([saved], tmp_path), tmp_path)
-    for number, run in enumerate((LayoutRun(shards(2, 2), 4, job), LayoutRun({}, 4, job))):
+    cut = LayoutRun({"tensor_parallel": 2}, 8, job)
+    for number, run in enumerate((LayoutRun(shards(2, 2), 4, job), LayoutRun({}, 4, job), cut)):
         run_ranks(run.world_size, load_all, ([(number, (saved, run))], tmp_path), tmp_path)
         assert all((tmp_path / f"loaded-{number}.{rank}").exists() for rank in range(run.world_size))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.chips.operators import plain
+from anychip.chips.operators import plain, plain_experts
 from anychip.chips.operators.fused_adamw import FUSED_ADAMW
 from anychip.chips.operators.override import Override
 from anychip.chips.operators.plain_attention import visible_past
@@ -192,7 +192,7 @@ def _grouped_matmul(npu: ModuleType) -> Callable[..., Tensor]:
 
     def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         if x.dtype not in (torch.float16, torch.bfloat16):
-            return plain.grouped_matmul(x, weights, counts)
+            return plain_experts.grouped_matmul(x, weights, counts)
         return _GroupedMatmul.apply(npu, x, weights, counts.to(x.device).cumsum(0))
 
     return grouped_matmul

@@ -86,6 +86,26 @@ class GroupedMatmul(Protocol):
         """
 
 
+class ExpertMlp(Protocol):
+    """Each chosen expert's SwiGLU MLP for each token, from gathering to the last product, differentiable in x and the
+    three weights. For 16-bit tokens; a chip's own or none: a model gathers rows and calls `grouped_matmul` then."""
+
+    def __call__(
+        self, x: Tensor, order: Tensor, place: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        """x [t, h]; order int64 [n]: the choices (k a token) in the order of experts, those of no expert here left out;
+        place int64 [t * k]: where each choice is in that order, n for none; counts int64 [e]: choices of each expert,
+        n in all; gate, up [e, f, h], down [e, h, f] of x's dtype or fp32 -> answers [n, h] in x's dtype."""
+
+
+class Combine(Protocol):
+    """Each token's answers, weighed and added up; differentiable in answers and weights."""
+
+    def __call__(self, answers: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        """answers [n, h], weights [t, k] fp32 or wider, order and place as in `ExpertMlp` -> [t, h] in the answers'
+        dtype, added up in that of the weights."""
+
+
 class CrossEntropy(Protocol):
     """Cross-entropy of a chunk of logits and its gradient at once. Not differentiable: the head's loss calls it."""
 
@@ -124,5 +144,7 @@ class Operators:
     rotate: Rotate
     swiglu: Swiglu
     grouped_matmul: GroupedMatmul
+    combine: Combine
     cross_entropy: CrossEntropy
     adamw: AdamW
+    expert_mlp: ExpertMlp | None = None

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from anychip.chips.operators.contract import Operators
 from anychip.chips.operators.plain_attention import attention, attention_backward, attention_with_lse
+from anychip.chips.operators.plain_experts import Gather, combine, grouped_matmul
 
 
 def wide(x: Tensor) -> Tensor:
@@ -96,47 +96,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _Swiglu.apply(gate, up)
 
 
-def rows_of_each(counts: Tensor, rows: int) -> list[int]:
-    """The counts as numbers. A dry run's have none: `rows` are then shared out as evenly as can be."""
-    if isinstance(counts, FakeTensor) or counts.device.type == "meta":
-        each, left = divmod(rows, len(counts))
-        return [each + (number < left) for number in range(len(counts))]
-    found: list[int] = counts.tolist()
-    return found
+def expert_mlp(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """See contract.ExpertMlp."""
 
+    def multiply(rows: Tensor, weights: Tensor) -> Tensor:
+        return grouped_matmul(rows, weights.to(rows.dtype).mT, counts)
 
-class _GroupedMatmul(torch.autograd.Function):
-    """One product an expert, written straight into its rows of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.sizes = rows_of_each(counts, len(x))
-        out = x.new_empty(x.shape[0], weights.shape[2])
-        for rows, weight, result in zip(x.split(ctx.sizes), weights, out.split(ctx.sizes), strict=True):
-            torch.mm(rows, weight, out=result)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weights = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
-        start = 0
-        for expert, size in enumerate(ctx.sizes):
-            part = slice(start, start + size)
-            if grad_x is not None:
-                torch.mm(grad[part], weights[expert].t(), out=grad_x[part])
-            if grad_weights is not None:
-                torch.mm(x[part].t(), grad[part], out=grad_weights[expert])
-            start += size
-        return grad_x, grad_weights, None
-
-
-def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """See contract.GroupedMatmul."""
-    return _GroupedMatmul.apply(x, weights, counts)
+    rows: Tensor = Gather.apply(x, order, place)
+    return multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -209,6 +178,7 @@ reference = Operators(
     rotate=rotate,
     swiglu=swiglu,
     grouped_matmul=grouped_matmul,
+    combine=combine,
     cross_entropy=cross_entropy,
     adamw=adamw,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from anychip.chips.operators import ascend, cambricon, cpu, cuda_like
+from anychip.chips.operators import ascend, cambricon, cpu, cuda_like, plain
 from anychip.chips.operators.contract import Operators
 from anychip.chips.operators.override import CheckedOperator, Override
 from anychip.chips.operators.plain import reference
@@ -40,7 +40,7 @@ def operators_for(
             )
     known = overrides_of(vendor) if overrides is None else overrides
     chosen = {
-        name: CheckedOperator(name, override, getattr(reference, name))
+        name: CheckedOperator(name, override, getattr(plain, name))
         for name, override in known.items()
         if profile.get(name, "vendor") == "vendor"
     }

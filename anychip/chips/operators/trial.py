@@ -225,6 +225,43 @@ class GroupedMatmulTrial(NamedTuple):
         return [x, weights, counts], {}
 
 
+class ExpertMlpTrial(NamedTuple):
+    """Some experts idle, one choice left out."""
+
+    dtype: torch.dtype
+    device: torch.device
+    weight_dtype: torch.dtype
+    hidden: int
+    inner: int
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        order, place, counts = _choices(draw)
+        x = draw.normal(len(place) // 2, self.hidden, dtype=self.dtype)
+        shapes = ((self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+        weights = [draw.normal(len(counts), *s, dtype=torch.float64) / s[1] ** 0.5 for s in shapes]
+        return [x, order, place, counts, *(w.to(self.weight_dtype) for w in weights)], {}
+
+
+class CombineTrial(NamedTuple):
+    dtype: torch.dtype
+    device: torch.device
+    size: int
+
+    def inputs(self, draw: Draw) -> tuple[list[Any], dict[str, Any]]:
+        order, place, _ = _choices(draw)
+        weights = draw.normal(len(place) // 2, 2, dtype=torch.float32)
+        return [draw.normal(len(order), self.size, dtype=self.dtype), weights, order, place], {}
+
+
+def _choices(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """order, place, counts of 24 choices of 12 tokens among five experts, the first and last of which nobody chose."""
+    chosen = 1 + draw.integers(3, 24)
+    order = torch.sort(chosen, stable=True).indices[:-1]
+    place = torch.full((24,), len(order))
+    place[order] = torch.arange(len(order))
+    return order, place, chosen[order].bincount(minlength=5)
+
+
 class CrossEntropyTrial(NamedTuple):
     dtype: torch.dtype
     device: torch.device
@@ -275,6 +312,8 @@ _DIFFERENTIABLE: Mapping[str, tuple[int, ...]] = {
     "rotate": (0,),
     "swiglu": (0, 1),
     "grouped_matmul": (0, 1),
+    "expert_mlp": (0, 4, 5, 6),
+    "combine": (0, 1),
 }
 TRIALS: Mapping[str, Callable[..., Trial]] = {
     "attention": _of_attention(AttentionTrial),
@@ -284,6 +323,10 @@ TRIALS: Mapping[str, Callable[..., Trial]] = {
     "rotate": lambda x, cos, sin: RotateTrial(x.dtype, x.device, x.shape[2], x.shape[3]),
     "swiglu": lambda gate, up: SwigluTrial(gate.dtype, gate.device, gate.shape[-1]),
     "grouped_matmul": lambda x, weights, counts: GroupedMatmulTrial(x.dtype, x.device, *weights.shape[1:]),
+    "expert_mlp": lambda x, order, place, counts, gate, up, down: ExpertMlpTrial(
+        x.dtype, x.device, gate.dtype, x.shape[1], gate.shape[1]
+    ),
+    "combine": lambda answers, weights, order, place: CombineTrial(answers.dtype, answers.device, answers.shape[1]),
     "cross_entropy": lambda logits, target, *, with_gradient: CrossEntropyTrial(
         logits.dtype, logits.device, with_gradient
     ),

@@ -13,7 +13,11 @@ OVERRIDES: Mapping[str, Override] = {
     name: Override(_ATTENTION, (name,), lambda module, name=name: getattr(module, name), traceable=True)  # type: ignore[misc]
     for name in ("attention", "attention_with_lse", "attention_backward")
 } | {
-    "grouped_matmul": Override(
-        "anychip.chips.operators.cpu.grouped", ("grouped_matmul",), lambda module: module.grouped_matmul
+    name: Override(f"anychip.chips.operators.cpu.{module}", (name,), lambda module, name=name: getattr(module, name))  # type: ignore[misc]
+    for name, module in (
+        ("grouped_matmul", "grouped"),
+        ("expert_mlp", "experts"),
+        ("combine", "experts"),
+        ("cross_entropy", "cross_entropy"),
     )
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anychip.chips.operators import plain
+from anychip.chips.operators import plain_experts
 from anychip.chips.operators.cpu.library import RUNS_HERE, load
 
 _LANES = 16
@@ -18,7 +18,7 @@ _LANES = 16
 def grouped_matmul(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """See contract.GroupedMatmul."""
     if not (RUNS_HERE and x.dtype == torch.bfloat16 and not any(size % _LANES for size in weights.shape[1:])):
-        return plain.grouped_matmul(x, weights, counts)
+        return plain_experts.grouped_matmul(x, weights, counts)
     out: Tensor = _GroupedMatmul.apply(x, weights, counts)
     return out
 
