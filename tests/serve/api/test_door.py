@@ -208,7 +208,7 @@ def test_hanging_up_ends_the_answer(serve: Serve) -> None:
         _until(lambda: served.service.worker.load == 0 and not served.service.worker.batch.running)
 
 
-def _until(condition: object, seconds: float = 20) -> None:
+def _until(condition: object, seconds: float = 120) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
