@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXIT_BAD_INPUT = 2
 EXIT_UNFIT = 3
+EXIT_SUSPECT = 4
 
 
 class AnychipError(Exception):
@@ -34,3 +35,10 @@ class UnfitError(AnychipError):
     """A check of a chip, a checkpoint or a conversion failed (exit code 3)."""
 
     exit_code = EXIT_UNFIT
+
+
+class SuspectError(UnfitError):
+    """The chip of this process computes wrongly, as others found; theirs do not (exit code 4). What supervises the
+    process goes on without the chip."""
+
+    exit_code = EXIT_SUSPECT

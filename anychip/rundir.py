@@ -120,6 +120,11 @@ class RunDirectory:
         return self.root / "export"
 
     @property
+    def release(self) -> Path:
+        """What `anychip release` gathers and signs, unless it is told another place."""
+        return self.root / "release"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

@@ -63,6 +63,8 @@ def _is_first_process() -> bool:
 
 def run_stages(recipe: Recipe, run: RunDirectory) -> None:
     """Run every wanted stage that has not ended."""
+    if recipe.attest.key is not None and _is_first_process():  # before hours of training
+        _signing_key(recipe.attest.key)
     for stage in STAGES.values():
         if stage.wanted(recipe):
             run_stage(stage.name, recipe, run)
@@ -280,10 +282,10 @@ def _grpo(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         if data.config.sampler == "anychip":
             return EngineSampler(recipe.final_model, dtype, end, at_once)
         from anychip.interchange.export import export_run
-        from anychip.serve.vllm_sampler import VllmSampler
+        from anychip.serve.vllm_sampler import VllmSampler, layout_for_vllm
 
         export = run.grpo / f"start-{os.environ.get('RANK', '0')}"
-        export_run(run, stage=before, out=export)
+        export_run(run, stage=before, out=export, layout=layout_for_vllm(recipe.final_model))
         return VllmSampler(recipe.final_model, dtype, end, at_once, export)
 
     with attesting(recipe, run, "grpo", after=before) as witness:
@@ -347,6 +349,26 @@ def _report(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     return {"path": str(write_report(run))}
 
 
+def _release(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
+    from anychip.attest.keys import public_path
+    from anychip.attest.release import make_release
+
+    assert recipe.attest.key is not None
+    key = _signing_key(recipe.attest.key)
+    path = make_release(run, None, key)
+    print(f"  check it: anychip attest check {path} --operator {public_path(key)}")
+    return {"path": str(path)}
+
+
+def _signing_key(path: str) -> Path:
+    try:
+        from anychip.attest.keys import existing_key
+    except ImportError as error:
+        do = 'Run: pip install "anychip[attest]", or leave attest.key out.'
+        raise InputError(f"keys need a package that is missing ({error}).", where="attest.key", do=do) from None
+    return existing_key(Path(path).expanduser())
+
+
 _HELD_OUT_DIALOGS = 300
 _SAMPLES_SHOWN = 3
 _TRAINED_WITH = (
@@ -381,5 +403,7 @@ STAGES: dict[str, Stage] = {
         Stage("export", _export, ["export"], after=["train", "sft", "dpo", "grpo", "eval", "tasks"]),
         Stage("samples", _samples, [], after=["sft", "dpo", "grpo"], wanted=lambda recipe: recipe.tune.sft is not None),
         Stage("report", _report, [], after=["train"]),
+        Stage("release", _release, ["attest.key"], after=["eval", "export"],
+              wanted=lambda recipe: recipe.attest.key is not None, there=lambda recipe, run: run.release.is_dir()),
     )
 }  # fmt: skip

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,33 @@ def prompt(client: int, round_: int) -> list[int]:
     return [20 + (31 * i * i + 7 * i + 977 * client + 131 * round_) % 30_000 for i in range(PROMPT_TOKENS)]
 
 
-def serve(max_batch: int, weights: str, threads: int) -> None:
-    """The server process: a random model, and a tokenizer that only has to decode."""
+def _random_decoder(threads: int) -> Any:
     import torch
 
-    from anychip.data.tokenizer import train_bpe
     from anychip.model.decoder import Decoder
     from anychip.model.init import init_parameters
-    from anychip.recipe.schema import ModelConfig, SamplingConfig
-    from anychip.serve.api.keys import Keys
-    from anychip.serve.api.server import run_server
-    from anychip.serve.api.service import Service
-    from anychip.serve.talker import make_talker
+    from anychip.recipe.schema import ModelConfig
 
     torch.set_num_threads(threads)
     config = ModelConfig.model_validate(SHAPE)
     decoder = Decoder(config)
     init_parameters(decoder, config, seed=0)
+    return decoder
+
+
+def serve(max_batch: int, weights: str, threads: int) -> None:
+    """The server process: a random model, and a tokenizer that only has to decode."""
+    from anychip.data.tokenizer import train_bpe
+    from anychip.recipe.schema import SamplingConfig
+    from anychip.serve.api.keys import Keys
+    from anychip.serve.api.server import run_server
+    from anychip.serve.api.service import Service
+    from anychip.serve.talker import make_talker
+    from anychip.serve.worker import EngineThread
+
+    sys.setswitchinterval(float(os.environ.get("SW", "0.005")))
+    thread = EngineThread()
+    decoder = thread.begin(partial(_random_decoder, threads)).result()
     tokenizer = train_bpe(["the cat sat on the mat"], vocab_size=280)
     # A random model answers with any of its 32,000 tokens: each is a letter, so that every one is sent at once.
     tokenizer.decode = lambda ids, skip_special=True: "".join(chr(97 + index % 26) for index in ids)  # type: ignore
@@ -63,8 +74,8 @@ def serve(max_batch: int, weights: str, threads: int) -> None:
         sampling: Any
 
     loaded = Loaded(decoder, tokenizer, SamplingConfig())
-    talker = make_talker(loaded, {}, weights, max_batch=max_batch)  # type: ignore[arg-type]
-    service = Service(talker, "model")
+    talker = thread.begin(lambda: make_talker(loaded, {}, weights, max_batch=max_batch)).result()  # type: ignore
+    service = Service(talker, "model", thread=thread)
     run_server(service, Keys([]), host="127.0.0.1", port=0, hosts=(), origins=(), drain_seconds=0)
 
 

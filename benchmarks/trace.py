@@ -1,7 +1,8 @@
 """What tracing costs: a training step as it is, one with a recorder that does not trace it, and a traced one.
 
-Prints medians, and the share of the time that tracing every INTERVAL steps takes. The three alternate. Run it on an
-idle machine, or with --busy, which takes one thread and its CPU time.
+Prints medians, and the share of the time that tracing every INTERVAL steps takes. The three alternate, on one model:
+what is not traced leaves nothing behind in it (tests/verify). Run it on an idle machine, or with --busy, which takes
+one thread and its CPU time.
 
     python benchmarks/trace.py --interval 100
 """
@@ -20,21 +21,25 @@ from one_step import prepare
 from training import SHAPES, Shape
 
 
-def build(shape: Shape, dtype_name: str, recorder_path: Path | None) -> Callable[[bool], None]:
-    """A step of one micro-batch; with a path, one that a recorder sees, traced or not."""
+def build(shape: Shape, dtype_name: str, path: Path) -> dict[str, Callable[[], None]]:
+    """Steps of one micro-batch, by what looks on."""
     from anychip.train.observe import Observer
     from anychip.train.step import Checks
     from anychip.verify.record import Recorder
 
     parts = prepare("trace", shape, dtype_name)
-    observer = Observer() if recorder_path is None else Recorder(recorder_path, 1 << 40, {}, 1 << 40)
-    observer.attach(parts.job, parts.engine, parts.processes)
+    recorder = Recorder(path, 2, {}, 1 << 40)  # the first step of all is traced too, and warms up
+    recorder.attach(parts.job, parts.engine, parts.processes)
 
-    def step(traced: bool) -> None:
-        observer.begin(1 if traced else 2, 1e-4)
+    def step(observer: Observer, number: int) -> None:
+        observer.begin(number, 1e-4)
         parts.step(1e-4, Checks(), observer)
 
-    return step
+    return {
+        "as it is": lambda: step(Observer(), 1),
+        "recorder idle": lambda: step(recorder, 1),
+        "traced": lambda: step(recorder, 2),
+    }
 
 
 def main() -> None:
@@ -52,19 +57,14 @@ def main() -> None:
     shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
-        plain, recorded = build(shape, options.dtype, None), build(shape, options.dtype, path)
-        works = {
-            "as it is": lambda: plain(False),
-            "recorder idle": lambda: recorded(False),
-            "traced": lambda: recorded(True),
-        }
+        works = build(shape, options.dtype, path)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(options.rounds + 1):  # the first round warms up
             for name, work in works.items():
                 started = clock()
                 work()
                 seconds[name].append(clock() - started)
-        bytes_a_step = path.stat().st_size / (options.rounds + 1)
+        bytes_a_step = path.stat().st_size / (options.rounds + 2)
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     base = median["as it is"]
     print(f"{options.shape}, {options.rounds} rounds, {torch.get_num_threads()} threads\n")

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from anychip.attest.check.envelope import HASHES, PublicKey, pae
+from anychip.attest.check.signatures import HASHES, PublicKey, pae
 from anychip.errors import InputError
 from anychip.files import write_text
 
@@ -71,6 +71,15 @@ def make_key(path: Path, kind: Kind = "ecdsa") -> Path:
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     write_text(public, pem.decode())
     return public
+
+
+def existing_key(path: Path) -> Path:
+    """The key at `path`, made now if there is none. Raises InputError when it is there and cannot sign a release."""
+    if not path.exists():
+        print(f"wrote {path} (keep it) and {make_key(path)} (publish it)", flush=True)
+    elif not load_key(path).signs_models:
+        raise InputError("is no ECDSA key, and others do not sign weights.", where=path, do="Name another attest.key.")
+    return path
 
 
 def public_path(path: Path) -> Path:

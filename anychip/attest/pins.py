@@ -50,6 +50,7 @@ def package_digest() -> str:
     return found.hexdigest()
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Python, system, and every installed distribution with the digest of its RECORD, which lists the digests of its
     files as they were installed. The files themselves are not read."""

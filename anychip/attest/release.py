@@ -13,9 +13,10 @@ from typing import Any
 from anychip.attest.bom import bill_of_materials
 from anychip.attest.card import release_card
 from anychip.attest.chain import Chain
-from anychip.attest.check.files import ATTESTATION, sha256_file
+from anychip.attest.check.findings import ATTESTATION
 from anychip.attest.check.history import History, read_history
 from anychip.attest.check.release import check_release
+from anychip.attest.check.signatures import sha256_file
 from anychip.attest.keys import load_key
 from anychip.attest.pins import PACKAGE
 from anychip.attest.place import Place
@@ -44,7 +45,7 @@ def make_release(
 
     Raises InputError naming every part that is missing, UnfitError when a part is not what another one says of it.
     """
-    recipe, target = run.read_recipe(), out or run.root / "release"
+    recipe, target = run.read_recipe(), out or run.release
     license_file = license_file or _own_license(recipe.export.license)
     _refuse_missing(run, key, license_file, target)
     assert key is not None and license_file is not None

@@ -1,208 +1,237 @@
 """Computes randomly chosen steps again, from the checkpoints and data of a run, and compares them with its chain.
 
-From a checkpoint that the chain names, training goes on to the chosen step exactly as it did, in this one process:
-every batch must have the recorded tokens, every loss and gradient norm be the recorded one. With the same arithmetic
-(layout, threads, micro-batches) they are the same bits; with another, sums round differently.
+From a checkpoint that the chain names, training goes on to the chosen step exactly as it did: every batch must have the
+recorded tokens, every loss and gradient norm be the recorded one. With the same arithmetic (layout, threads,
+micro-batches) they are the same bits; with another, sums round differently.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from anychip.attest.check.findings import Findings, Refused
+import torch
+from torch import Tensor
+
+from anychip.attest.check.findings import Findings, Problem
 from anychip.attest.check.history import History
 from anychip.attest.pins import data_digests
+from anychip.attest.retrain import STAGES, Retraining, join, opened, parallel
 from anychip.attest.witness import batch_bytes, manifest_digest
-from anychip.chips.backend import detect_backend
-from anychip.chips.operators import operators_for
 from anychip.data.cursor import DataCursor
-from anychip.data.loader import TrainingData
 from anychip.errors import AnychipError, InputError
-from anychip.parallel.parts import initialize_parts
-from anychip.parallel.processes import Processes
+from anychip.parallel.tensor import local
 from anychip.recipe import Recipe, parse_recipe
-from anychip.recipe.schema import ParallelConfig
-from anychip.rundir import RunDirectory
-from anychip.train.checkpoint import CheckpointInfo, CheckpointStore
+from anychip.rundir import RunDirectory, stage_before
+from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.directory import complete_steps, step_name
-from anychip.train.engine import Engine
-from anychip.train.guard import Guard, GuardState
-from anychip.train.heartbeat import Heartbeat
-from anychip.train.job import TrainingJob, training_job
-from anychip.train.optimizer import Optimizer
-from anychip.train.precision import compute_dtype
-from anychip.train.schedule import lr_share
-from anychip.train.step import train_step
+from anychip.train.checkpoint.ranks import Ranks
+from anychip.tune.adapters import adapter_directory
 
 # Relative differences that another order of sums explains, in training of some hundred steps from one state.
-TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps from a stored state to the claim after it."""
+    """Steps from a state to the claim after it; `checkpoint` holds that state, None is the beginning of the stage."""
 
     begins: str
     ends: str
     claim: dict[str, Any]
-    arithmetic: str
-    inputs: str
+    start: dict[str, Any]
+    checkpoint: Path | None
+
+    @property
+    def stage(self) -> str:
+        return str(self.claim["stage"])
+
+    @property
+    def steps(self) -> range:
+        return range(self.claim["from_step"], self.claim["step"])
+
+
+@dataclass
+class _Outcome:
+    """Over all stretches: steps computed, those of the same bits, and in words where the arithmetic was another."""
+
+    done: int = 0
+    same: int = 0
+    otherwise: dict[str, None] = field(default_factory=dict)
 
 
 def replay_steps(run: RunDirectory, history: History, count: int, seed: int | None, findings: Findings) -> None:
-    """Replay `count` steps of the pretraining, chosen among those that a checkpoint here leads to, and add to the
-    findings what came out. Other stages are not replayed."""
-    stretches = _stretches(run, history)
+    """Replay `count` steps, chosen among those that a checkpoint here leads to, and add to the findings what came out.
+
+    All processes of a job call it together and find the same. Stages other than STAGES are not replayed.
+    """
+    stretches = list(_stretches(run, history))
     if not stretches:
         findings.problem("steps", "no step can be computed again: no checkpoint of this chain is in the run directory.")
         return
-    chance = random.Random(seed)
-    chosen: dict[int, set[int]] = {}
-    steps = [(n, step) for n, s in enumerate(stretches) for step in range(s.claim["from_step"], s.claim["step"])]
-    for number, step in chance.sample(steps, min(count, len(steps))):
-        chosen.setdefault(number, set()).add(step)
-    done = same = 0
-    for number, wanted in sorted(chosen.items()):
+    chance = random.Random(_shared_seed(run, seed))
+    steps = [(number, step) for number, stretch in enumerate(stretches) for step in stretch.steps]
+    chosen: dict[int, int] = {}
+    sample = chance.sample(steps, min(count, len(steps)))
+    for number, step in sorted(sample):
+        chosen[number] = step  # the last one of its stretch
+    outcome = _Outcome()
+    for number, last in chosen.items():
         try:
-            computed, bits = _replay(run, history, stretches[number], max(wanted), findings)
-        except (AnychipError, Refused) as error:
+            _replay(run, history, stretches[number], last, findings, outcome)
+        except (AnychipError, Problem) as error:
             findings.problem("steps", f"a step could not be computed again: {error}")
             return
-        done, same = done + computed, same + bits
-    first, last = min(s.claim["from_step"] for s in stretches), max(s.claim["step"] for s in stretches)
     findings.shown.append(
-        f"{sum(map(len, chosen.values()))} steps chosen at random among steps {first + 1} to {last} (and those before "
-        f"them, {done} in all) were computed again from checkpoints and data: batches, losses and gradient norms are "
-        f"those recorded, {same} of them to the last bit."
+        f"{len(sample)} steps chosen at random among {_ranges(stretches)} (and those before them, {outcome.done} in "
+        "all) were computed again from checkpoints and data: batches, losses and gradient norms are those recorded, "
+        f"{outcome.same} of them to the last bit."
+    )
+    findings.not_shown += outcome.otherwise
+    others = {link["body"]["stage"] for link in history.links if link["kind"] == "claim"} - set(STAGES)
+    findings.not_shown += [
+        f"That the steps of {stage} were made so: they cannot be computed again." for stage in others
+    ]
+
+
+def _ranges(stretches: list[Stretch]) -> str:
+    """The steps of each stage that may be chosen, from 1."""
+    of_stage: dict[str, list[range]] = {}
+    for stretch in stretches:
+        of_stage.setdefault(stretch.stage, []).append(stretch.steps)
+    return ", ".join(
+        f"steps {min(r.start for r in ranges) + 1} to {max(r.stop for r in ranges)} of {stage}"
+        for stage, ranges in of_stage.items()
     )
 
 
-def _stretches(run: RunDirectory, history: History) -> list[Stretch]:
-    """What can be computed again here: claims that go on from a checkpoint on disk, or from the beginning."""
-    if run.read_recipe().grow:
-        raise InputError(
-            "grew while it was trained, and steps of models that grow are not computed again.",
-            where=run.root,
-            do="Check the release without --replay.",
-        )
-    root = run.checkpoints
-    stored = {manifest_digest(root / step_name(step)) for step in complete_steps(root)}
-    there = {state for manifest, state in history.manifests.items() if manifest in stored}
-    found, start = [], {"arithmetic": "", "inputs": ""}
+def _shared_seed(run: RunDirectory, seed: int | None) -> int:
+    """The first process's, on all."""
+    processes = join(parallel(run.read_recipe()))
+    drawn = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    return int(Ranks(processes.new_control_group()).broadcast(drawn))
+
+
+def _stretches(run: RunDirectory, history: History) -> Iterator[Stretch]:
+    """What can be computed again here: claims that go on from a checkpoint on disk, or from the beginning of a stage
+    whose first weights are there."""
+    recipe = run.read_recipe()
+    stored, weights_before = _stored(run, recipe), {stage: _weights_before(run, recipe, stage) for stage in STAGES}
+    there: dict[str, Path | None] = {s: stored[m] for m, s in history.manifests.items() if m in stored}
+    start: dict[str, Any] = {}
+    first_weights: dict[str, str | None] = {}
     for digest, link in zip(history.digests, history.links, strict=True):
         body = link["body"]
-        if link["kind"] == "start" and body["stage"] == "pretrain":
+        if link["kind"] == "start":
             start = body
-            if body["resumed"] is None and body["weights"] is None:
-                there.add(digest)
-        elif link["kind"] == "claim" and body["stage"] == "pretrain" and body["parent"] in there:
-            found.append(Stretch(body["parent"], digest, body, start["arithmetic"], start["inputs"]))
-    return found
+            if body.get("resumed") is None:
+                there[digest] = None
+                first_weights[body["stage"]] = body.get("weights")
+        elif link["kind"] == "claim" and body["stage"] in STAGES and body["parent"] in there:
+            stage = body["stage"]
+            if first_weights.get(stage) == weights_before[stage]:
+                yield Stretch(body["parent"], digest, body, start, there[body["parent"]])
 
 
-def _replay(run: RunDirectory, history: History, stretch: Stretch, last: int, findings: Findings) -> tuple[int, int]:
-    """Go on from a stretch's state up to step `last` (from 0); how many steps, and how many gave the same bits."""
-    inputs = history.lookup(stretch.inputs, "inputs")
+def _stored(run: RunDirectory, recipe: Recipe) -> dict[str, Path]:
+    """Complete checkpoints of the run by the digest of their manifest."""
+    roots = [run.model_checkpoints(recipe, number) for number in range(len(recipe.models))]
+    for stage in STAGES[1:]:
+        roots += [run.stage_checkpoints(stage), adapter_directory(run.root / stage) / "checkpoints"]
+    paths = [root / step_name(step) for root in roots for step in complete_steps(root)]
+    return {digest: path for path in paths if (digest := manifest_digest(path)) is not None}
+
+
+def _weights_before(run: RunDirectory, recipe: Recipe, stage: str) -> str | None:
+    """The digest of the weights that a stage would begin with if it began now; None for the first stage."""
+    if stage == "pretrain":
+        return None
+    root = run.stage_checkpoints(stage_before(recipe, stage))
+    return manifest_digest(root / step_name(max(complete_steps(root), default=0)))
+
+
+def _replay(
+    run: RunDirectory, history: History, stretch: Stretch, last: int, findings: Findings, outcome: _Outcome
+) -> None:
+    """Go on from a stretch's state up to step `last` (from 0)."""
+    inputs = history.lookup(stretch.start["inputs"], "inputs")
     recipe = parse_recipe(inputs["recipe"], "the recipe in the chain")
-    if data_digests(recipe, run, "pretrain") != inputs["data"]:
+    if data_digests(recipe, run, stretch.stage) != inputs["data"]:
         raise InputError("its data is not the data that was pinned.", where=run.data)
-    data = TrainingData(run, recipe)
-    job, engine, optimizer, processes = _machine(recipe, run, data)
-    guard, heartbeat = Guard(job.guard), Heartbeat.of_environment(0, 0, processes.device)
-    _restore(run, history, stretch.begins, engine, optimizer, guard, recipe)
+    training = Retraining.of(recipe, run, stretch.stage, _growths_behind(history, stretch.begins))
+    training.restore(stretch.checkpoint, _manifest_of(history, stretch.begins))
+    dtype = training.engine.parts[0].compute_dtype
+    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    if (arithmetic := stretch.start["arithmetic"]) != (own := training.engine.arithmetic):
+        text = f"That the last bits are right: {stretch.stage} was trained by {arithmetic}, and computed again by {own}"
+        outcome.otherwise[f"{text}; numbers that differ by less than {tolerance:g} were taken for the same."] = None
     claim, trace = stretch.claim, history.lookup(stretch.claim["trace"], "trace")
     cursor, ledger = DataCursor.of_json(claim["skipped"]), hashlib.sha256()
-    tolerance = TOLERANCES.get(str(engine.parts[0].compute_dtype), 2e-2)
-    same = 0
     for at, step in enumerate(range(claim["from_step"], last + 1)):
         position = cursor.position(step)
-        batch = data.batch(position)
+        batch = training.job.source.batch(position)
         ledger.update(batch_bytes(position, batch))
-        lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
-        found = train_step(engine, optimizer, processes, batch, lr, job.optimizer.grad_clip, guard, heartbeat)
-        for name, value, recorded in (
-            ("loss", found.loss, trace["losses"][at]),
-            ("gradient norm", found.grad_norm, trace["grad_norms"][at]),
-        ):
-            if not _near(value, recorded, tolerance):
-                findings.problem(
-                    "steps",
-                    f"step {step + 1}, computed again, has {name} {value:.6g}; {recorded} was recorded.",
-                )
-        same += (found.loss, found.grad_norm) == (trace["losses"][at], trace["grad_norms"][at])
-    if last + 1 == claim["step"] and ledger.hexdigest() != claim["ledger"]:
-        findings.problem("data", f"the batches of steps {claim['from_step'] + 1} to {last + 1} are not those recorded.")
+        found = training.step(step, batch)
+        recorded = trace["losses"][at], trace["grad_norms"][at]
+        pairs = zip(("loss", "gradient norm"), (found.loss, found.grad_norm), recorded, strict=True)
+        for name, value, right in pairs:
+            if not _near(value, right, tolerance):
+                what = f"step {step + 1} of {stretch.stage}, computed again, has {name} {value:.6g}; {right}"
+                findings.problem("steps", f"{what} was recorded.")
+        outcome.done += 1
+        outcome.same += (found.loss, found.grad_norm) == recorded
     if last + 1 == claim["step"]:
-        _compare_weights(run, history, stretch, engine, tolerance, findings)
-    return last + 1 - claim["from_step"], same
+        if ledger.hexdigest() != claim["ledger"]:
+            steps = f"steps {claim['from_step'] + 1} to {last + 1}"
+            findings.problem("data", f"the batches of {steps} of {stretch.stage} are not those recorded.")
+        _compare_weights(run, recipe, history, stretch, training, tolerance, findings)
 
 
-def _machine(recipe: Recipe, run: RunDirectory, data: TrainingData) -> tuple[TrainingJob, Engine, Optimizer, Processes]:
-    """Model and optimizer of a recipe, in this one process."""
-    backend = detect_backend()
-    backend.prepare_process()
-    device, dtype = backend.device(0), compute_dtype(recipe.training.compute_dtype, backend)
-    job = training_job(recipe, run.root, data, lambda parameters: None, None, "")
-    job = replace(job, parallel=ParallelConfig())
-    processes = Processes.join(job.parallel, device, backend.collective_backend)
-    operators = operators_for(backend.vendor, job.operators)
-    engine = Engine(job, processes, dtype, operators)
-    return job, engine, Optimizer(engine.trainable, job.optimizer, dtype, operators), processes
+def _growths_behind(history: History, state: str) -> int:
+    """How often the model of a state had grown."""
+    links = dict(zip(history.digests, history.links, strict=True))
+    bodies = [links[earlier]["body"] for earlier in history.lineage(state) if links[earlier]["kind"] == "derived"]
+    return sum(body["how"] == "grown" for body in bodies)
 
 
-def _restore(
-    run: RunDirectory,
-    history: History,
-    state: str,
-    engine: Engine,
-    optimizer: Optimizer,
-    guard: Guard,
-    recipe: Recipe,
-) -> None:
-    """Bring model, optimizer and guard into a state of the chain."""
-    manifests = [manifest for manifest, held in history.manifests.items() if held == state]
-    if not manifests:
-        initialize_parts(engine.parameters, recipe.model, recipe.seed)
-        optimizer.reset()
-        return
-    store, info = _open(run, history, state, manifests[0])
-    guard.restore(GuardState.model_validate(info.extra.get("guard", {})))
-    named = {f"model.{name}": parameter.detach() for name, parameter in engine.trainable.items()}
-    named |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-    if info.extra.get("weights_only", False):
-        named = {name: value for name, value in named.items() if name.startswith("model.")}
-        optimizer.reset()
-    store.load(info, named)
-
-
-def _open(run: RunDirectory, history: History, state: str, manifest: str) -> tuple[CheckpointStore, CheckpointInfo]:
-    """The checkpoint of a state, verified whole."""
-    store = CheckpointStore(run.checkpoints)
-    info = store.open(history.states[state][1])
-    if manifest_digest(info.path) != manifest:
-        raise InputError("is another checkpoint than the chain names.", where=info.path)
-    return store, info
+def _manifest_of(history: History, state: str) -> str:
+    return next((manifest for manifest, held in history.manifests.items() if held == state), "")
 
 
 def _compare_weights(
-    run: RunDirectory, history: History, stretch: Stretch, engine: Engine, tolerance: float, findings: Findings
+    run: RunDirectory,
+    recipe: Recipe,
+    history: History,
+    stretch: Stretch,
+    training: Retraining,
+    tolerance: float,
+    findings: Findings,
 ) -> None:
     """The weights at the end of a whole stretch are those of its checkpoint, where that is still there."""
-    manifest = next((m for m, state in history.manifests.items() if state == stretch.ends), None)
-    step = stretch.claim["step"]
-    if manifest is None or manifest_digest(run.checkpoints / step_name(step)) != manifest:
+    manifest = _manifest_of(history, stretch.ends)
+    if (path := _stored(run, recipe).get(manifest)) is None:
         return
-    store, info = _open(run, history, stretch.ends, manifest)
-    for name, stored in store.read(info, [name for name in info.tensors if name.startswith("model.")]):
-        computed = engine.parameters[name.removeprefix("model.")].detach().cpu().double()
-        distance = float((computed - stored.double()).norm() / stored.double().norm().clamp_min(1e-12))
+    info, computed = opened(path, manifest), training.weights()
+    kept = {name: torch.empty_like(value) for name, value in computed.items()}
+    CheckpointStore(path.parent).load(info, kept, part=training.engine.pipelined)
+    names = sorted(name for name in info.tensors if name.startswith("model."))
+    squares = torch.zeros(len(names), 2, device=training.processes.device)  # of the difference, of what was kept
+    for row, name in zip(squares, names, strict=True):
+        if name in kept:
+            row += _squares(local(computed[name]), local(kept[name])).to(row)
+    for name, (off, whole) in zip(names, training.processes.sum(squares).tolist(), strict=True):
+        distance = (off / max(whole, 1e-24)) ** 0.5
         if not distance <= tolerance:
-            findings.problem(
-                "weights", f"{name} of step {step}, computed again, differs by {distance:.1e} of its norm."
-            )
+            what = f"{name} of step {stretch.claim['step']} of {stretch.stage}, computed again"
+            findings.problem("weights", f"{what}, differs by {distance:.1e} of its norm.")
+
+
+def _squares(computed: Tensor, kept: Tensor) -> Tensor:
+    return torch.stack(((computed - kept).square().sum(), kept.square().sum()))
 
 
 def _near(value: float, recorded: Any, tolerance: float) -> bool:

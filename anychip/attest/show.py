@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from anychip.attest.check.files import ATTESTATION
-from anychip.attest.check.findings import Refused
+from anychip.attest.check.findings import ATTESTATION, Problem
 from anychip.attest.check.history import History
 from anychip.attest.costs import count_costs
 from anychip.attest.release import history_of_run
@@ -22,7 +21,7 @@ def show(folder: Path) -> str:
         history = history_of(folder) if is_release else history_of_run(RunDirectory(folder))
         lines = [_line(link) for link in history.links]
         lines += ["", *_pinned(history), *count_costs(history).lines()]
-    except (Refused, OSError, ValueError, KeyError, TypeError) as error:
+    except (Problem, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"its chain cannot be read: {error}", where=folder, do="Check the release.") from None
     problems = [f"- {problem.reason}: {problem.what}" for problem in history.findings.problems]
     lines += ["", "The chain does not hold:", *problems] if problems else ["", "Each link follows the one before it."]

@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from anychip.attest.check.envelope import PAYLOAD_TYPE, STATEMENT_TYPE
-from anychip.attest.check.files import ATTESTATION, BUNDLE, PREDICATE, SERIALIZATION, root_digest, sha256_file
-from anychip.attest.check.findings import Refused, canonical, parse, read
+from anychip.attest.check.findings import ATTESTATION, Problem, canonical, parse, read
 from anychip.attest.check.history import History, read_history
-from anychip.attest.check.release import ABOUT, FILES, STATEMENTS
+from anychip.attest.check.release import FILES, STATEMENTS, about
+from anychip.attest.check.signatures import (
+    BUNDLE,
+    PAYLOAD_TYPE,
+    PREDICATE,
+    SERIALIZATION,
+    STATEMENT_TYPE,
+    root_digest,
+    sha256_file,
+)
 from anychip.attest.keys import SigningKey
 from anychip.errors import InputError
 from anychip.files import atomic_writer
@@ -63,8 +70,8 @@ def add_signature(folder: Path, role: str, key: SigningKey) -> Path:
             payload, signatures = base64.b64decode(envelope["payload"]), envelope["signatures"]
         else:
             history = history_of(folder)
-            payload, signatures = make_statement(ABOUT[role](history), STATEMENTS[role], {}), []
-    except (Refused, OSError, ValueError, KeyError, TypeError) as error:
+            payload, signatures = make_statement(about(role, history), STATEMENTS[role], {}), []
+    except (Problem, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"cannot be signed: {error}", where=folder, do="Check it with `anychip attest check`."
         ) from None
@@ -79,9 +86,9 @@ def history_of(folder: Path) -> History:
     return read_history((home / "chain.jsonl").read_bytes(), objects)
 
 
-def make_statement(about: dict[str, str], kind: str, predicate: dict[str, Any]) -> bytes:
+def make_statement(subjects: dict[str, str], kind: str, predicate: dict[str, Any]) -> bytes:
     """An in-toto statement of this predicate type about things by name and SHA-256."""
-    subject = [{"name": name, "digest": {"sha256": digest}} for name, digest in about.items()]
+    subject = [{"name": name, "digest": {"sha256": digest}} for name, digest in subjects.items()]
     return canonical({"_type": STATEMENT_TYPE, "subject": subject, "predicateType": kind, "predicate": predicate})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from anychip.attest.chain import Chain
 from anychip.attest.check.findings import Findings
-from anychip.attest.check.policy import judge
+from anychip.attest.check.history import judge
 from anychip.attest.objects import keep
 from anychip.attest.pins import environment_digest, package_digest, pin_inputs
 from anychip.attest.place import Place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,14 +46,19 @@ def check(
     run: Annotated[Path | None, typer.Option(help="Replay: the run directory, with checkpoints and data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replay: the same seed chooses the same steps.")] = None,
 ) -> None:
-    """Check a release offline, and say what it shows and what it does not. Exit code 3 when it is rejected."""
-    from anychip.attest.check.__main__ import describe, load_keys
+    """Check a release offline, and say what it shows and what it does not. Exit code 3 when it is rejected.
+
+    torchrun starts it in several processes for a replay in the layout that the run had.
+    """
+    from anychip.attest.check.__main__ import describe
     from anychip.attest.check.release import check_release
+    from anychip.attest.check.signatures import load_public_key
     from anychip.errors import EXIT_UNFIT, InputError
 
     try:
-        keys = load_keys({"operator": operator or [], "data-owner": data_owner or [], "chip-vendor": chip_vendor or []})
-    except (OSError, ValueError) as error:
+        named = {"operator": operator, "data-owner": data_owner, "chip-vendor": chip_vendor}
+        keys = {role: [load_public_key(path) for path in paths] for role, paths in named.items() if paths}
+    except ValueError as error:
         raise InputError(f"A public key cannot be read: {error}.", do="Give files that keygen wrote.") from None
     if replay and run is None:
         raise InputError("--replay needs --run.", do="Give the run directory that holds checkpoints and data.")
@@ -62,7 +68,8 @@ def check(
         from anychip.rundir import RunDirectory
 
         replay_steps(RunDirectory(run), history, replay, seed, findings)
-    typer.echo(describe(findings))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(describe(findings))
     if findings.problems:
         raise typer.Exit(EXIT_UNFIT)
 

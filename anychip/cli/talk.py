@@ -18,9 +18,11 @@ from anychip.cli.options import (
     WeightsOption,
     one_of,
 )
+from anychip.errors import InputError
 
 WEIGHTS = ("auto", "bf16", "fp32", "int8")
 ENGINES = ("anychip", "vllm")
+OURS_ALONE = ("allow_host", "queue", "prefill_tokens", "batch_invariant", "drain_seconds")
 
 
 def chat(
@@ -77,6 +79,7 @@ def generate(
 
 
 def serve(
+    context: typer.Context,
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need API keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
@@ -91,7 +94,7 @@ def serve(
     repetition_penalty: PenaltyOption = None,
     max_new_tokens: LengthOption = None,
     weights: WeightsOption = "auto",
-    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers at a time.")] = 32,
+    max_batch: Annotated[int | None, typer.Option(min=1, max=1024, help="Answers at a time; default: 32.")] = None,
     queue: Annotated[int | None, typer.Option(min=0, help="Answers that may wait; more get status 429.")] = None,
     context_length: Annotated[int | None, typer.Option(min=2, help="Default: the model's.")] = None,
     prefill_tokens: Annotated[int, typer.Option(min=16, help="Prompt tokens a step.")] = 512,
@@ -99,12 +102,34 @@ def serve(
     thinking: Annotated[bool, typer.Option(help="Answers begin with reasoning (T1, TeleChat3).")] = False,
     drain_seconds: Annotated[int, typer.Option(min=0, help="Time for running answers after SIGTERM.")] = 30,
 ) -> None:
-    """Serve a model: an OpenAI-compatible API, and a page to talk on."""
-    from anychip.serve.serve import serve, serve_by_vllm
+    """Serve a model: an OpenAI-compatible API, and a page to talk on.
 
+    Words behind -- go to vLLM's own command line, with --engine vllm.
+    """
+    sampling = _given(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
     if one_of(engine, "engine", ENGINES) == "vllm":
-        serve_by_vllm(model, name=name, host=host, port=port, context_length=context_length)
+        from anychip.serve.vllm import serve_by_vllm
+
+        _refuse_ours_alone(context)
+        serve_by_vllm(
+            model,
+            name=name,
+            host=host,
+            port=port,
+            api_keys=api_keys,
+            origins=allow_origin or (),
+            sampling=sampling,
+            weights=one_of(weights, "weights", WEIGHTS),
+            max_batch=max_batch,
+            context_length=context_length,
+            thinking=thinking,
+            more=context.args,
+        )
         return
+    if context.args:
+        raise InputError(f"does not know {' '.join(context.args)}.", where="serve", do="Leave it out.")
+    from anychip.serve.serve import serve
+
     serve(
         model,
         name=name,
@@ -113,9 +138,9 @@ def serve(
         api_keys=api_keys,
         hosts=allow_host or (),
         origins=allow_origin or (),
-        sampling=_given(temperature, top_k, top_p, repetition_penalty, max_new_tokens),
+        sampling=sampling,
         weights=one_of(weights, "weights", WEIGHTS),
-        max_batch=max_batch,
+        max_batch=32 if max_batch is None else max_batch,
         queue=queue,
         context_length=context_length,
         prefill_tokens=prefill_tokens,
@@ -123,6 +148,17 @@ def serve(
         thinking=thinking,
         drain_seconds=drain_seconds,
     )
+
+
+def _refuse_ours_alone(context: typer.Context) -> None:
+    for name in OURS_ALONE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{name.replace('_', '-')} is for anychip's own engine.",
+                where="--engine vllm",
+                do="Leave it out; words behind -- go to vLLM as they are.",
+            )
 
 
 def _given(

@@ -33,14 +33,23 @@ from anychip.train.checkpoint.manifest import MANIFEST_NAME
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def export_run(run: RunDirectory, step: int | None = None, stage: str | None = None, out: Path | None = None) -> Path:
-    """Export a checkpoint (default: the newest, tuned before pretrained) to `out` (default: RUN/export).
+def export_run(
+    run: RunDirectory,
+    step: int | None = None,
+    stage: str | None = None,
+    out: Path | None = None,
+    layout: Layout | None = None,
+) -> Path:
+    """Export a checkpoint (default: the newest, tuned before pretrained) to `out` (default: RUN/export), in `layout`
+    (default: the recipe's).
 
     One tensor is in memory at a time. The directory appears only after its logits were compared with the
     checkpoint's; an older export in its place is replaced, anything else is left alone. Raises UnfitError when the
     logits differ, InputError when the target is something else or cannot be written.
     """
     recipe = run.read_recipe()
+    if layout is not None:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"layout": layout})})
     stage, store, info = newest_checkpoint(run, stage)
     if step is not None:
         info = store.open(step)

@@ -60,6 +60,10 @@ class KeyValueCache:
         kept_values.narrow(2, self.length - new, new).copy_(values)
         return kept_keys.narrow(2, 0, self.length), kept_values.narrow(2, 0, self.length)
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values [batch, kv_heads, capacity, head_dim] of a layer, filled or not."""
+        return self._layers[layer]
+
     def grow(self, capacity: int) -> None:
         """Move to `capacity` tokens, keeping what is there; never shrinks."""
         if capacity <= self.capacity:

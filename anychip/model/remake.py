@@ -66,11 +66,13 @@ def without(again: list[tuple[Tensor, Remake]], call: Callable[[], Tensor]) -> T
     if not again or not torch.is_grad_enabled():
         return call()
 
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
         for tensor, remade in again:
             if _same_memory(saved, tensor):
                 return _promised(saved, remade)
-        return saved
+        return saved if outer is None else _packed(saved, *outer)
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
@@ -79,6 +81,15 @@ def without(again: list[tuple[Tensor, Remake]], call: Callable[[], Tensor]) -> T
         out = call()
     again.clear()  # the hooks outlive this call and must not keep what they were made to let go
     return out
+
+
+def _packed(
+    saved: Tensor, pack: Callable[[Tensor], object], unpack: Callable[[object], Tensor]
+) -> Callable[[], Tensor]:
+    """As hooks around ours would have it: PyTorch calls the innermost only, and recomputation of whole layers is one of
+    those around."""
+    kept = pack(saved)
+    return lambda: unpack(kept)
 
 
 def _promised(saved: Tensor, remade: Remake) -> Callable[[], Tensor]:

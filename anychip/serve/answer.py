@@ -1,8 +1,9 @@
-"""One answer in the making: which tokens the model has read, which one comes next, when it ends."""
+"""Answers in the making: which tokens the model has read, which one comes next, when they end."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from anychip.model.cache import KeyValueCache
 from anychip.serve.inference import Piece
 from anychip.serve.request import Event, FinishReason, Request, TokenLogprob
-from anychip.serve.sampling import choose_token, penalize_occurrence, uniform_draw
+from anychip.serve.sampling import draw_token, penalize_occurrence, penalize_repetition, uniform_draw
 
 
 @dataclass
@@ -43,29 +44,53 @@ class Answer:
         """The next `tokens` pending tokens as a part of a step."""
         return Piece(self.cache, tokens, len(self.seen), every=self.in_prompt and self.request.prompt_logprobs)
 
-    def advance(self, tokens: int, logits: Tensor) -> Event | None:
+    def advance(self, tokens: int, logits: Tensor) -> bool:
         """The model has read `tokens` more; fp32 logits [rows, vocab_size] as the piece asked for.
 
-        The event of the next token, or None while the prompt is still being read.
+        Whether the next token can be chosen: the last row is for it then. While the prompt is being read it cannot.
         """
         taken, self.pending = self.pending[:tokens], self.pending[tokens:]
         self.read += taken
         if self.in_prompt and self.request.prompt_logprobs:
             following = self.request.prompt[len(self.read) - tokens + 1 : len(self.read) + 1]
-            for token, row in zip(following, logits, strict=False):
-                self.prompt_logprobs.append(token_logprob(row, token, self.request.top_logprobs or 0))
-        return None if self.pending else self._next(logits[-1])
+            for token, logprobs in zip(following, logits.log_softmax(-1), strict=False):
+                self.prompt_logprobs.append(token_logprob(logprobs, token, self.request.top_logprobs or 0))
+        return not self.pending
 
-    def _next(self, logits: Tensor) -> Event:
-        """The last event of an answer may carry its last token: with `length` and `context` it does."""
+    @property
+    def adjusts(self) -> bool:
+        """Whether the next token is chosen from other logits than the model's."""
+        request = self.request
+        penalized = request.presence_penalty or request.frequency_penalty or request.sampling.repetition_penalty != 1
+        return bool(penalized or request.logit_bias or request.constraint is not None)
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """The logits [vocab_size] to choose from."""
+        request = self.request
+        logits = penalize_occurrence(logits, self.answered, request.presence_penalty, request.frequency_penalty)
+        if request.logit_bias:
+            tokens = torch.tensor(list(request.logit_bias), device=logits.device)
+            logits = logits.index_add(0, tokens, logits.new_tensor(list(request.logit_bias.values())))
+        if request.constraint is not None:
+            logits = request.constraint.mask(logits)
+        return penalize_repetition(logits, self.seen, request.sampling.repetition_penalty)
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token, of a request that is not greedy."""
+        request = self.request
+        number = uniform_draw(request.seed, request.draws or request.id, self.length)
+        return draw_token(logits, request.sampling, number)
+
+    def take(self, token: int, logprobs: Tensor | None) -> Event:
+        """Go on with this token. `logprobs` [vocab_size] where the request asks for them, by the model's own logits.
+
+        The last event of an answer may carry its last token: with `length` and `context` it does.
+        """
         request, index = self.request, self.length
         prompt_logprobs = self.prompt_logprobs if request.prompt_logprobs and not index else None
-        if not bool(logits.isfinite().all()):
-            return Event(request.id, None, "error")
-        token = self._choose(logits, index)
         if token in request.stop_ids:
             return Event(request.id, None, "stop", prompt_logprobs=prompt_logprobs)
-        logprob = None if request.top_logprobs is None else token_logprob(logits, token, request.top_logprobs)
+        logprob = None if logprobs is None else token_logprob(logprobs, token, request.top_logprobs or 0)
         self.seen.append(token)
         self.answered[token] += 1
         self.pending = [token]
@@ -79,21 +104,31 @@ class Answer:
             reason = "context" if len(self.seen) >= self.context_length else None
         return Event(request.id, token, reason, logprob, prompt_logprobs)
 
-    def _choose(self, logits: Tensor, index: int) -> int:
-        request = self.request
-        logits = penalize_occurrence(logits, self.answered, request.presence_penalty, request.frequency_penalty)
-        if request.logit_bias:
-            tokens = torch.tensor(list(request.logit_bias), device=logits.device)
-            logits = logits.index_add(0, tokens, logits.new_tensor(list(request.logit_bias.values())))
-        if request.constraint is not None:
-            logits = request.constraint.mask(logits)
-        draw = uniform_draw(request.seed, request.draws or request.id, index)
-        return choose_token(logits, self.seen, request.sampling, draw)
+
+def choose_next(answers: Sequence[Answer], logits: Tensor) -> list[Event]:
+    """The next token of each answer, from fp32 logits [answers, vocab_size]: what can be done for all at once is."""
+    least, most = logits.aminmax(dim=-1)  # NaN where a row has one
+    sound = (least.isfinite() & most.isfinite()).tolist()
+    asking = [row for row, one in enumerate(answers) if one.request.top_logprobs is not None]
+    logprobs = dict(zip(asking, logits[asking].log_softmax(-1), strict=True))
+    changed = [row for row, one in enumerate(answers) if one.adjusts and sound[row]]
+    if changed:
+        logits = logits.clone()
+        for row in changed:
+            logits[row] = answers[row].adjusted(logits[row])
+    best = logits.argmax(-1).tolist()
+    events = []
+    for row, one in enumerate(answers):
+        if not sound[row]:
+            events.append(Event(one.request.id, None, "error"))
+            continue
+        token = best[row] if one.request.sampling.is_greedy else one.draw(logits[row])
+        events.append(one.take(token, logprobs.get(row)))
+    return events
 
 
-def token_logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
-    """From fp32 logits [vocab_size]."""
-    logprobs = logits.log_softmax(0)
+def token_logprob(logprobs: Tensor, token: int, top: int) -> TokenLogprob:
+    """From log-probabilities [vocab_size]."""
     if not top:
         return TokenLogprob(token, float(logprobs[token]))
     values, tokens = logprobs.topk(min(top, len(logprobs)))

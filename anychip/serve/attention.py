@@ -6,7 +6,7 @@ pieces of prompts and sequences far longer than the others, attend one by one. B
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from anychip.model.cache import KeyValueCache
 from anychip.model.rope import Rotary
 from anychip.serve.slots import COLUMNS, Slot, Slots
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, turned queries [tokens, n, d], keys and values [tokens, k, d] -> mixed values [tokens, n * d]."""
 
 _CALL_COLUMNS = 256  # what one more operation costs, in columns of attention: measured on a CPU of 2 cores
 

@@ -8,10 +8,11 @@ slot has in common with it; one that begins like a prompt being read just now wa
 from __future__ import annotations
 
 from collections import deque
+from itertools import accumulate
 
 import torch
 
-from anychip.serve.answer import Answer
+from anychip.serve.answer import Answer, choose_next
 from anychip.serve.inference import InferenceModel
 from anychip.serve.request import Event, Request
 from anychip.serve.slots import Slot, Slots, common_beginning
@@ -56,12 +57,13 @@ class Batch:
         pieces = [one.piece(count) for one, count in taken]
         logits = self.model.forward(ids, pieces, self.slots)
         sizes = [piece.tokens if piece.every else 1 for piece in pieces]
-        events = []
-        for (one, count), rows in zip(taken, logits.split(sizes), strict=True):
-            event = one.advance(count, rows)
-            if event is None:
-                continue
-            events.append(event)
+        ready = [one.advance(count, rows) for (one, count), rows in zip(taken, logits.split(sizes), strict=True)]
+        last = torch.tensor(list(accumulate(sizes)), device=logits.device) - 1
+        choosing = [one for (one, _), can in zip(taken, ready, strict=True) if can]
+        if not choosing:
+            return []
+        events = choose_next(choosing, logits if len(choosing) == len(logits) else logits[last[ready]])
+        for one, event in zip(choosing, events, strict=True):
             if event.finish_reason is not None:
                 del self.running[one.request.id]
                 self._leave(one, damaged=event.finish_reason == "error")

@@ -14,7 +14,7 @@ import torch
 from anychip.errors import InputError, UnfitError
 from anychip.model.cache import KeyValueCache
 from anychip.model.rope import keeps_published_hazard
-from anychip.serve.answer import Answer
+from anychip.serve.answer import Answer, choose_next
 from anychip.serve.batch import Batch
 from anychip.serve.inference import InferenceModel
 from anychip.serve.request import Event, Request
@@ -96,8 +96,9 @@ class Engine:
         while True:
             count = min(len(answer.pending), self.prefill_tokens)
             ids = torch.tensor(answer.pending[:count], device=self.model.device)
-            event = answer.advance(count, self.model.forward(ids, [answer.piece(count)]))
-            if event is not None:
+            logits = self.model.forward(ids, [answer.piece(count)])
+            if answer.advance(count, logits):
+                (event,) = choose_next([answer], logits[-1:])
                 yield _sound(event)
                 if event.finish_reason is not None:
                     return

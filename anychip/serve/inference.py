@@ -10,7 +10,6 @@ attends alone, so sequences of any lengths, and prompts beside single tokens, go
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,20 +17,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from anychip.chips.backend import detect_backend
-from anychip.chips.operators import operators_for
+from anychip.chips.operators import Operators, operators_for
+from anychip.chips.operators.cached import attends_cached
 from anychip.errors import InputError
-from anychip.model.cache import KeyValueCache
+from anychip.model.cache import KeyValueCache, kept_shape
 from anychip.model.decoder import Decoder, DecoderLayer
-from anychip.model.experts import MixtureOfExperts
 from anychip.model.rope import RotaryTable
 from anychip.recipe.schema import ModelConfig
-from anychip.serve.attention import Span, StepAttention
+from anychip.serve.attention import Attend, Span, StepAttention
+from anychip.serve.feed_forward import feed_forward
 from anychip.serve.latent import LatentWeights, latent_weights
 from anychip.serve.parts import WHOLE, Part
-from anychip.serve.products import Precision, Product, choose_precision, make_product
+from anychip.serve.products import Precision, Product, choose_precision, make_head, make_product
+from anychip.serve.row_attention import RowAttention
 from anychip.serve.slots import Slots
 
 _INVARIANT_ROWS = 16  # rows of every product in the batch-invariant mode
@@ -96,16 +97,21 @@ class InferenceModel:
         self.invariant = invariant
         self._free_rows = self.precision.panels  # any rows may be multiplied together
         self._pairs = self.device.type == "cpu" and self.precision.activations == torch.bfloat16
+        self._operators = operators_for(detect_backend().vendor)
+        width = kept_shape(self._here, 0)[2]
+        self._by_kernel = attends_cached(self.device, self.precision.activations, width)
         self._rotary = RotaryTable(self.config, self.device)
         self._embedding = decoder.embed_tokens.weight.detach().to(weights)
         self._layers: list[LayerWeights] = []
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            self._layers.append(_layer_weights(layer, self.config, self.precision, part, release=release))
+            self._layers.append(
+                _layer_weights(layer, self.config, self.precision, self._operators, part, release=release)
+            )
             if release:
                 layer.to("meta")
-        self._norm = decoder.norm.weight.detach().to(self.precision.activations)
-        self._head = make_product(part.rows(decoder.head_weight), None, self.precision)
+        self._norm = decoder.norm.weight.detach().float()
+        self._head = make_head(part.vocabulary(decoder.head_weight), self.precision)
         if release:
             decoder.to("meta")
 
@@ -126,7 +132,9 @@ class InferenceModel:
         """
         self.part.announce(input_ids, pieces)
         spans = self._extend(pieces)
-        attention = StepAttention(spans, slots)
+        attention = (
+            RowAttention(spans, slots, self._operators.attention) if self._by_kernel else StepAttention(spans, slots)
+        )
         cos, sin = _rotation(spans)
         x = _scaled(F.embedding(input_ids, self._embedding).to(self.precision.activations), self.config.input_mult)
         for index, layer in enumerate(self._layers):
@@ -139,8 +147,10 @@ class InferenceModel:
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
-        logits = self._by_rows(lambda rows: self._head(self._normed(rows, self._norm)), x).float()
-        return _scaled(self.part.join(logits), self.config.logit_scale)
+        return self.part.join(self._by_rows(self._logits, x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._head(_scaled(self._normed(x, self._norm), self.config.logit_scale))
 
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.before(self._normed(x, layer.input_norm))
@@ -180,9 +190,9 @@ class InferenceModel:
         return spans
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        return self._operators.rms_norm(x, weight, self.config.rms_norm_eps)
 
-    def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, attention: StepAttention) -> Tensor:
+    def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, attention: Attend) -> Tensor:
         """qkv [tokens, n + 2k, d] -> mixed values [tokens, n * d]."""
         heads, groups = self._here.num_attention_heads, self._here.num_key_value_heads
         turning = qkv.narrow(1, 0, heads + groups)
@@ -208,45 +218,23 @@ def _rotation(spans: list[Span]) -> tuple[Tensor, Tensor]:
 
 
 def _layer_weights(
-    layer: DecoderLayer, config: ModelConfig, precision: Precision, part: Part, *, release: bool
+    layer: DecoderLayer,
+    config: ModelConfig,
+    precision: Precision,
+    operators: Operators,
+    part: Part,
+    *,
+    release: bool,
 ) -> LayerWeights:
     attention: Any = layer.self_attn
-    latent = latent_weights(attention, precision, config.rms_norm_eps) if config.latent else None
+    latent = latent_weights(attention, config, precision, operators.rms_norm, part) if config.latent else None
     if latent is None:
         qkv = [part.rows(linear.weight) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach().to(precision.activations),
+        input_norm=layer.input_layernorm.weight.detach().float(),
         before=latent.before if latent is not None else make_product(torch.cat(qkv), None, precision),
         latent=latent,
         o=make_product(part.columns(attention.o_proj.weight), part.once(attention.o_proj.bias), precision),
-        post_attention_norm=layer.post_attention_layernorm.weight.detach().to(precision.activations),
-        feed_forward=_feed_forward(layer, precision, part, release=release),
+        post_attention_norm=layer.post_attention_layernorm.weight.detach().float(),
+        feed_forward=feed_forward(layer, precision, operators, part, release=release),
     )
-
-
-def _feed_forward(layer: DecoderLayer, precision: Precision, part: Part, *, release: bool) -> Product:
-    mlp: Any = layer.mlp
-    if isinstance(mlp, MixtureOfExperts):
-        return _mixture(layer, precision, release=release)
-    inner = [part.rows(linear.weight) for linear in (mlp.gate_proj, mlp.up_proj)]
-    gate_up = make_product(torch.cat(inner), None, precision)
-    down = make_product(part.columns(mlp.down_proj.weight), part.once(mlp.down_proj.bias), precision)
-
-    def run(x: Tensor) -> Tensor:
-        gate, up = gate_up(x).chunk(2, dim=-1)
-        return part.sum(down(F.silu(gate) * up))
-
-    return run
-
-
-def _mixture(layer: DecoderLayer, precision: Precision, *, release: bool) -> Product:
-    """The decoder's own, its experts in the type of the activations; its router stays as it is, in fp32 or wider."""
-    mixture = layer.mlp if release else copy.deepcopy(layer.mlp)
-    assert isinstance(mixture, MixtureOfExperts)
-    if release:
-        layer.mlp = nn.Identity()  # the layer is emptied next
-    mixture.experts.to(precision.activations)
-    if mixture.shared_experts is not None:
-        mixture.shared_experts.to(precision.activations)
-    mixture.experts.grouped_matmul = operators_for(detect_backend().vendor).grouped_matmul
-    return lambda x: mixture(x[None])[0]

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from anychip.chips.operators.contract import RmsNorm
 from anychip.model.latent_attention import LatentAttention
-from anychip.serve.attention import StepAttention
+from anychip.recipe.schema import ModelConfig
+from anychip.serve.attention import Attend
+from anychip.serve.parts import Part
 from anychip.serve.products import Precision, Product, make_product
 
 
@@ -26,19 +28,20 @@ class LatentWeights:
     norm: Tensor
     up_keys: Tensor
     up_values: Tensor
+    rms_norm: RmsNorm
     eps: float
 
     def before(self, x: Tensor) -> Tensor:
         """Normed states [t, h] -> [t, n * (p + r) + c + r]: queries, the latent, the key's turning part."""
         if isinstance(self.queries, tuple):
             down, norm, up = self.queries
-            q = up(F.rms_norm(down(x), norm.shape, norm, self.eps))
+            q = up(self.rms_norm(down(x), norm, self.eps))
         else:
             q = self.queries(x)
         latent, turning = self.down(x).tensor_split((len(self.norm),), dim=-1)
-        return torch.cat((q, F.rms_norm(latent, self.norm.shape, self.norm, self.eps), turning), dim=-1)
+        return torch.cat((q, self.rms_norm(latent, self.norm, self.eps), turning), dim=-1)
 
-    def attend(self, layer: int, rows: Tensor, cos: Tensor, sin: Tensor, attention: StepAttention) -> Tensor:
+    def attend(self, layer: int, rows: Tensor, cos: Tensor, sin: Tensor, attention: Attend) -> Tensor:
         """What `before` gave, and tables [t, 1, r] -> mixed values [t, n * v]."""
         heads, still, latent = self.up_keys.shape
         rope = cos.shape[-1]
@@ -52,31 +55,36 @@ class LatentWeights:
         return torch.einsum("tnc,nvc->tnv", found, self.up_values).flatten(1)
 
 
-def latent_weights(attention: LatentAttention, precision: Precision, eps: float) -> LatentWeights:
-    """Copies of an attention's weights, as they are read."""
+def latent_weights(
+    attention: LatentAttention, config: ModelConfig, precision: Precision, rms_norm: RmsNorm, part: Part
+) -> LatentWeights:
+    """Copies of an attention's weights, as they are read: of the heads that are here. Latents are made by everyone."""
     dtype = precision.activations
 
-    def product(linear: Any) -> Product:
-        return make_product(linear.weight, None, precision)
+    def product(weight: Tensor) -> Product:
+        return make_product(weight, None, precision)
 
     def norm(module: Any) -> Tensor:
-        weight: Tensor = module.weight.detach().to(dtype)
+        weight: Tensor = module.weight.detach().float()
         return weight
 
-    up = attention.kv_b_proj.weight.detach().to(dtype).view(-1, attention.nope + attention.value, attention.latent)
+    up = part.rows(attention.kv_b_proj.weight).detach().to(dtype)
+    up = up.view(-1, attention.nope + attention.value, attention.latent)
     up_keys, up_values = up.split((attention.nope, attention.value), dim=1)
     queries: tuple[Product, Tensor, Product] | Product
     if attention.compressed:
-        queries = product(attention.q_a_proj), norm(attention.q_a_layernorm), product(attention.q_b_proj)
+        down, up_queries = attention.q_a_proj.weight, part.rows(attention.q_b_proj.weight)
+        queries = product(down), norm(attention.q_a_layernorm), product(up_queries)
     else:
-        queries = product(attention.q_proj)
+        queries = product(part.rows(attention.q_proj.weight))
     return LatentWeights(
         queries,
-        product(attention.kv_a_proj_with_mqa),
+        product(attention.kv_a_proj_with_mqa.weight),
         norm(attention.kv_a_layernorm),
         up_keys.contiguous(),
         up_values.contiguous(),
-        eps,
+        rms_norm,
+        config.rms_norm_eps,
     )
 
 

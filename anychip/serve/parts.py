@@ -1,9 +1,10 @@
-"""One model over several processes: each has some of the heads, of the inner width and of the vocabulary.
+"""One model over several processes: each has some of the heads, experts, of the inner width and of the vocabulary.
 
 The first process leads: it takes requests, chooses tokens, answers. In every step it tells the others what happened to
 the slots since the last one and which tokens are read into them; then all compute their parts and add them up. Nobody
 else decides anything, so nothing can be decided differently in two places. The split is that of training's
-`tensor_parallel` (arXiv 1909.08053), without its split of the sequence.
+`tensor_parallel` (arXiv 1909.08053), without its split of the sequence: processes that share matrices in training write
+answers together in the same way.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from anychip.recipe.schema import ModelConfig, ParallelConfig
 from anychip.serve.slots import Slot, Slots
 
 if TYPE_CHECKING:
+    from anychip.parallel.processes import Processes
     from anychip.serve.inference import InferenceModel, Piece
 
 # What a message is made of: a word, and the numbers that belong to it.
 _NEW_SLOTS, _RESERVE, _COPY, _CLEAR, _STEP, _END = range(6)
 _T = TypeVar("_T")
 _IDLE = timedelta(days=3650)  # a server may wait for its next request as long as it likes
+_BY_ROWS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+_BY_COLUMNS = ("o_proj", "down_proj")
 
 
 class Part:
@@ -41,8 +45,16 @@ class Part:
         """The heads that are here."""
         return config
 
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of what is here of a whole tensor, by its logical name."""
+        return tensor
+
     def rows(self, weight: Tensor) -> Tensor:
-        """The outputs that are computed here, of a matrix [out, in]."""
+        """The outputs that are computed here, of a matrix [out, in]; the experts, of their matrices [e, out, in]."""
+        return weight
+
+    def vocabulary(self, weight: Tensor) -> Tensor:
+        """The rows of the output head that are here."""
         return weight
 
     def columns(self, weight: Tensor) -> Tensor:
@@ -77,28 +89,24 @@ WHOLE = Part()
 
 
 class SharedPart(Part):
-    """One of several. Every process of the default group makes one."""
+    """One of several, those of `group`, who make one each. `words` is a group of the same processes for messages in
+    host memory. The model is given whole, or as `cut` left it."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.group.WORLD
-        self._words = dist.new_group(backend="gloo", timeout=_IDLE, group_desc="words of the leader")
+    def __init__(
+        self, group: dist.ProcessGroup | None, words: dist.ProcessGroup | None, *, is_cut: bool = False
+    ) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group, self._words, self._is_cut = group or dist.group.WORLD, words, is_cut
+        self._leader = 0 if group is None else dist.get_global_rank(group, 0)
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """Raises InputError for sizes that do not divide, experts and latent attention."""
-        if config.latent or config.n_routed_experts:
-            kind = "latent attention" if config.latent else "experts"
-            raise InputError(
-                f"a model with {kind} is not served by several processes.",
-                where="serve",
-                do="Serve it by one, or export it and serve it with vLLM.",
-            )
-        for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
-            if getattr(config, name) % self.size:
+        """Raises InputError for sizes that do not divide."""
+        for name, size in _shared_sizes(config).items():
+            if size % self.size:
                 raise InputError(
-                    f"{self.size} processes do not divide the model's {name} {getattr(config, name):,}.",
+                    f"{self.size} processes do not divide the model's {name} {size:,}.",
                     where="serve",
-                    do="Start as many processes as divide its heads, inner width and vocabulary.",
+                    do="Start as many processes as divide its heads, experts, inner width and vocabulary.",
                 )
         return config.model_copy(
             update={
@@ -108,11 +116,20 @@ class SharedPart(Part):
             }
         )
 
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        kind = name.split(".")[-2] if name.endswith(".weight") else ""
+        if ".experts." in name or kind in _BY_ROWS:
+            return tensor.chunk(self.size, dim=0)[self.rank].clone()
+        return tensor.chunk(self.size, dim=1)[self.rank].clone() if kind in _BY_COLUMNS else tensor
+
     def rows(self, weight: Tensor) -> Tensor:
+        return weight if self._is_cut else weight.chunk(self.size, dim=0)[self.rank]
+
+    def vocabulary(self, weight: Tensor) -> Tensor:
         return weight.chunk(self.size, dim=0)[self.rank]
 
     def columns(self, weight: Tensor) -> Tensor:
-        return weight.chunk(self.size, dim=1)[self.rank]
+        return weight if self._is_cut else weight.chunk(self.size, dim=1)[self.rank]
 
     def once(self, bias: Tensor | None) -> Tensor | None:
         return bias if self.rank == 0 else None
@@ -127,23 +144,44 @@ class SharedPart(Part):
         return gather(x, 1, self._group)
 
     def _send(self, words: list[int]) -> None:
-        dist.broadcast(torch.tensor([len(words)]), 0, group=self._words)
-        dist.broadcast(torch.tensor(words), 0, group=self._words)
+        dist.broadcast(torch.tensor([len(words)]), self._leader, group=self._words)
+        dist.broadcast(torch.tensor(words), self._leader, group=self._words)
 
     def _receive(self) -> Iterator[int]:
         length = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(length, 0, group=self._words)
+        dist.broadcast(length, self._leader, group=self._words)
         words = torch.zeros(int(length), dtype=torch.int64)
-        dist.broadcast(words, 0, group=self._words)
+        dist.broadcast(words, self._leader, group=self._words)
         return iter(words.tolist())
 
 
-class LeadingPart(SharedPart):
-    """The part of the process that decides."""
+def _shared_sizes(config: ModelConfig) -> dict[str, int]:
+    """What is split, by name."""
+    names = ["num_key_value_heads", "num_attention_heads", "vocab_size"]
+    if not config.has_experts(0):
+        names.append("intermediate_size")
+    if config.n_routed_experts:
+        names.append("n_routed_experts")
+    sizes = {name: getattr(config, name) for name in names}
+    if config.n_shared_experts:
+        sizes["n_shared_experts x moe_intermediate_size"] = config.n_shared_experts * config.moe_intermediate_size
+    return sizes
 
-    def __init__(self) -> None:
-        super().__init__()
+
+class LeadingPart(SharedPart):
+    """The part of the process that decides. A `server` ends when one of the others is gone, as if told to."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        words: dist.ProcessGroup | None,
+        *,
+        is_cut: bool = False,
+        server: bool = False,
+    ) -> None:
+        super().__init__(group, words, is_cut=is_cut)
         self._unsaid: list[int] = []
+        self._server = server
 
     def note(self, *words: int) -> None:
         """Something that the others must do before the next step."""
@@ -171,14 +209,16 @@ class LeadingPart(SharedPart):
         return self._while_all_live(lambda: super(LeadingPart, self).join(x))
 
     def end(self) -> None:
+        self._unsaid = []
         self._send([_END])
 
     def _while_all_live(self, talk: Callable[[], _T]) -> _T:
-        """Without one of the others there is no model: this process then ends too, as if it had been told to."""
+        """Without one of the others there is no model."""
         try:
             return talk()
         except RuntimeError:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if self._server:
+                os.kill(os.getpid(), signal.SIGTERM)
             raise
 
 
@@ -255,4 +295,18 @@ def join_parts() -> Part:
     from anychip.parallel.processes import Processes
 
     processes = Processes.join(ParallelConfig(tensor_parallel=world_size), torch.device("cpu"), "gloo")
-    return LeadingPart() if processes.is_first else FollowingPart()
+    words = dist.new_group(backend="gloo", timeout=_IDLE, group_desc="words of the leader")
+    return LeadingPart(None, words, server=True) if processes.is_first else FollowingPart(None, words)
+
+
+def join_training(processes: Processes) -> Part:
+    """This process's part of the model that a training job has, among the neighbours it shares matrices with. Called by
+    all processes together."""
+    size = processes.layout.tensor
+    if size == 1:
+        return WHOLE
+    starts = range(0, processes.layout.world_size, size)
+    groups = [dist.new_group(list(range(start, start + size)), backend="gloo") for start in starts]
+    words = groups[processes.rank // size]
+    kind = FollowingPart if processes.rank % size else LeadingPart
+    return kind(processes.group("tensor"), words, is_cut=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anychip.chips.backend import detect_backend
-from anychip.chips.operators.prepared import packed_product, packs_bf16
+from anychip.chips.operators.prepared import packed_product, packs_bf16, wide_product
 from anychip.errors import InputError
 
 # bf16 has 8 significant bits and fp16 has 11, so every bf16 weight from 2**-17 to 65,504 is an fp16 number. A smaller
@@ -72,6 +72,14 @@ def make_product(weight: Tensor, bias: Tensor | None, precision: Precision) -> P
         return lambda x: F.linear(x, weight, bias)
     transposed = weight.t().contiguous()
     return (lambda x: x @ transposed) if bias is None else (lambda x: torch.addmm(bias, x, transposed))
+
+
+def make_head(weight: Tensor, precision: Precision) -> Product:
+    """The output head [vocab, h], as `make_product` but with results in fp32: logits are not rounded to 16 bits."""
+    if precision.activations.itemsize > 2 or precision.int8:
+        product = make_product(weight, None, precision)
+        return lambda x: product(x).float()
+    return wide_product(weight.detach().to(precision.activations))
 
 
 def _int8_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from anychip.model.decoder import Decoder
+from anychip.parallel.processes import Processes
 from anychip.recipe.schema import ModelConfig, SamplingConfig
 from anychip.serve.engine import Engine
 from anychip.serve.inference import InferenceModel
+from anychip.serve.parts import WHOLE, FollowingPart, Part, join_training
 from anychip.serve.request import Request
 from anychip.tune.sampler import Asked, Said
 
@@ -30,25 +32,36 @@ class _EndsWith:
 
 
 class EngineSampler:
-    """Answers with the serving engine in this process (a `Sampler`). Answers of one call do not depend on those of
-    earlier ones; they depend on their neighbours by the rounding of sums alone."""
+    """Answers with the serving engine in this process, or in those that share matrices (a `Sampler`). Answers of one
+    call do not depend on those of earlier ones; they depend on their neighbours by the rounding of sums alone."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, end_id: int, max_batch: int) -> None:
         """`dtype` is that of the matrices, the one in which training multiplies."""
         self._config, self._dtype, self._end_id, self._max_batch = config, dtype, end_id, max_batch
         self._engine: Engine | None = None
+        self._part: Part = WHOLE
+
+    def join(self, processes: Processes) -> int:
+        self._part = join_training(processes)
+        return self._part.size
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._engine = None  # before there is memory for the next one
         with torch.device("meta"):
             decoder = Decoder(self._config)
         for name, tensor in weights:
             module, _, leaf = name.rpartition(".")
-            setattr(decoder.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-        self._engine = Engine(InferenceModel(decoder, self._dtype), max_batch=self._max_batch)
+            kept = self._part.cut(name, tensor.to(self._dtype) if _is_multiplied(name, tensor) else tensor)
+            setattr(decoder.get_submodule(module), leaf, nn.Parameter(kept, requires_grad=False))
+        model = InferenceModel(decoder, self._dtype, release=True, part=self._part)
+        self._engine = Engine(model, max_batch=self._max_batch)
 
     def sample(self, asked: Sequence[Asked], seed: int, max_new_tokens: int, *, greedy: bool = False) -> list[Said]:
         if self._engine is None:
             raise ValueError("load weights first")
+        if isinstance(self._part, FollowingPart):
+            self._part.follow(self._engine.model)
+            return []
         sampling = SamplingConfig(temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens)
         ends = _EndsWith(self._end_id)
         requests = [
@@ -62,4 +75,10 @@ class EngineSampler:
                 assert event.logprob is not None
                 tokens[int(event.request_id)].append(event.token)
                 drawn[int(event.request_id)].append(event.logprob.logprob)
+        self._part.end()
         return [Said(*pair) for pair in zip(tokens, drawn, strict=True)]
+
+
+def _is_multiplied(name: str, tensor: Tensor) -> bool:
+    """Whether it is a matrix in the dtype of the products; routers choose in fp32."""
+    return tensor.dim() > 1 and ".mlp.gate." not in name

@@ -1,20 +1,20 @@
-"""`anychip serve`: load a model and serve it, with our own engine or by handing the export to vLLM."""
+"""`anychip serve`: load a model and serve it with our own engine. `vllm` hands an export to vLLM instead."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anychip.errors import InputError, UnfitError
+from anychip.errors import UnfitError
 from anychip.serve.talker import Talker, WeightType, open_talker
 
 if TYPE_CHECKING:
     from anychip.serve.parts import FollowingPart
+    from anychip.serve.worker import EngineThread
 
 
 def serve(
@@ -40,21 +40,18 @@ def serve(
 
     Started by torchrun, each process holds its part of the model, and the first one talks to the world.
     """
-    from anychip.serve.api.keys import read_keys
+    from anychip.serve.api.keys import check_open, read_keys
     from anychip.serve.api.limits import Limits
-    from anychip.serve.api.server import is_loopback, run_server
+    from anychip.serve.api.server import run_server
     from anychip.serve.api.service import Service
     from anychip.serve.parts import FollowingPart, join_parts
+    from anychip.serve.worker import EngineThread
 
     keys = read_keys(api_keys)
-    if not keys and not is_loopback(host):  # before minutes of loading
-        raise InputError(
-            f"--host {host} opens the server to others, and there is no API key.",
-            where="serve",
-            do="Give --api-keys FILE or set ANYCHIP_API_KEYS, or serve on 127.0.0.1.",
-        )
-    part = join_parts()
-    talker = open_talker(
+    check_open(host, bool(keys))  # before minutes of loading
+    part, thread = join_parts(), EngineThread()
+    prepare = partial(
+        open_talker,
         path,
         sampling or {},
         weights,
@@ -64,44 +61,23 @@ def serve(
         invariant=batch_invariant,
         part=part,
     )
+    talker = thread.begin(prepare).result()
     if isinstance(part, FollowingPart):
-        _follow(part, talker)
+        _follow(part, talker, thread)
         return
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
-    service = Service(talker, name or path.resolve().name, limits, thinking=thinking)
+    service = Service(talker, name or path.resolve().name, limits, thinking=thinking, thread=thread)
     run_server(service, keys, host=host, port=port, hosts=hosts, origins=origins, drain_seconds=drain_seconds)
     part.end()
 
 
-def _follow(part: FollowingPart, talker: Talker) -> None:
+def _follow(part: FollowingPart, talker: Talker, thread: EngineThread) -> None:
     """Until the leader has answered all that it will; a signal to end is the leader's to act on."""
     for end in (signal.SIGTERM, signal.SIGINT):
         signal.signal(end, signal.SIG_IGN)
     try:
-        part.follow(talker.engine.model)
+        thread.begin(lambda: part.follow(talker.engine.model)).result()
     except RuntimeError as error:
         raise UnfitError(
             "the process that leads this server is gone.", where=f"process {part.rank}", do="See what it said."
         ) from error
-
-
-def serve_by_vllm(path: Path, *, name: str | None, host: str, port: int, context_length: int | None) -> None:
-    """Replace this process by `vllm serve` on an exported model; on Ascend vllm-ascend plugs itself in."""
-    if not (path / "config.json").is_file():
-        raise InputError(
-            "is not an exported model, which is what vLLM loads.",
-            where=path,
-            do="Export the run first: anychip export RUN, then serve that directory.",
-        )
-    program = shutil.which("vllm")
-    if program is None:
-        raise InputError(
-            "vLLM is not installed here.",
-            where="--engine vllm",
-            do="Install vllm (on Ascend vllm-ascend too), or leave --engine out to use anychip's own engine.",
-        )
-    command = [program, "serve", str(path), "--host", host, "--port", str(port)]
-    command += ["--served-model-name", name or path.resolve().name]
-    if context_length is not None:
-        command += ["--max-model-len", str(context_length)]
-    os.execv(program, command)

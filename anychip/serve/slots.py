@@ -82,6 +82,10 @@ class Slots:
         self.keys, self.values, self.capacity = keys, values, wanted
         self.layers = list(zip(keys.unbind(), values.unbind(), strict=True))
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, kv_heads, capacity, head_dim] of a layer."""
+        return self.layers[layer]
+
     @property
     def bytes_at_most(self) -> int:
         """Bytes of keys and values when every sequence reaches the context."""

@@ -1,7 +1,7 @@
 """vLLM (or vllm-ascend) as a writer of answers for tuning, in each process of the job.
 
-It is started on an export of the starting weights, and given the newest ones before every call. Not run on hardware
-yet: here it is tried against a stand-in for the library.
+It is started on an export of the starting weights, in a layout whose configuration it reads without remote code, and
+given the newest ones before every call. Not run on hardware yet: here it is tried against a stand-in for the library.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ import torch
 from torch import Tensor
 
 from anychip.errors import InputError
-from anychip.families.telechat2 import published_tensors
+from anychip.families.layouts import Layout, published_tensors
 from anychip.interchange.layout import to_published
+from anychip.parallel.processes import Processes
 from anychip.recipe.schema import ModelConfig
 from anychip.tune.sampler import Asked, Said
+
+
+def layout_for_vllm(config: ModelConfig) -> Layout:
+    """DeepSeek-V3's own for the family that has it, else plain Llama's or Mixtral's."""
+    return "family" if config.family == "telechat3-moe" else "llama"
 
 
 class VllmSampler:
     """A `Sampler`. The whole model, and vLLM's cache, must fit on the chip beside what is trained."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, end_id: int, max_batch: int, export: Path) -> None:
-        """`export` holds the model's config.json and some weights of its shape. Raises InputError without vLLM."""
+        """`export` holds the model's config.json and some weights of its shape, in `layout_for_vllm`. Raises InputError
+        without vLLM."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine here, where its weights are set
         try:
             self._vllm: Any = import_module("vllm")
@@ -45,6 +52,10 @@ class VllmSampler:
             gpu_memory_utilization=0.3,
             seed=0,
         )
+
+    def join(self, processes: Processes) -> int:
+        """Each process has a vLLM of its own."""
+        return 1
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         named = list(self._published(dict(weights)))
@@ -72,8 +83,8 @@ class VllmSampler:
         return [_said(result.outputs[0]) for result in results]
 
     def _published(self, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Under the names, and in the fused layout, that vLLM reads from an export."""
-        for tensor in published_tensors(self._config):
+        """Under the names, and in the layout, that vLLM reads from an export."""
+        for tensor in published_tensors(self._config, layout_for_vllm(self._config)):
             yield (
                 tensor.name,
                 to_published(self._config, tensor, [weights[name] for name in tensor.logical]).to(self._dtype),

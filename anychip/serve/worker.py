@@ -8,24 +8,54 @@ import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from anychip.serve.batch import Batch
 from anychip.serve.engine import Engine
 from anychip.serve.request import Event, Request
 
 _Command = Callable[[Batch], None]
+T = TypeVar("T")
+
+
+class EngineThread:
+    """The one thread that computes. A model that is prepared here too is answered with at full speed: OpenMP gives each
+    thread that ever multiplied helpers of its own, and with more helpers than cores none waits awake for its work."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def begin(self, function: Callable[[], T]) -> Future[T]:
+        """Call it in the thread, after what was begun before."""
+        future: Future[T] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._tasks.put(task)
+        return future
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()
 
 
 class Worker:
     """One thread that steps one engine. Everything else happens in the event loop that called `start`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, thread: EngineThread | None = None) -> None:
         self.engine = engine
-        self.batch = engine.new_batch()
+        self._thread = thread or EngineThread()
+        self._working: Future[None] | None = None
+        self.batch = self._thread.begin(engine.new_batch).result()
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._answers: dict[str, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     @property
     def load(self) -> int:
@@ -35,12 +65,13 @@ class Worker:
     def start(self) -> None:
         """Begin to work for the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._working = self._thread.begin(self._work)
 
     async def stop(self) -> None:
-        """End the thread after the step it is in."""
+        """End the work after the step it is in."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self._working is not None:
+            await asyncio.wrap_future(self._working)
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """The events of one request. Whoever stops reading (break, cancelled task) ends the request.

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anychip.errors import EXIT_BAD_INPUT, EXIT_UNFIT
+from anychip.errors import EXIT_BAD_INPUT, EXIT_SUSPECT, EXIT_UNFIT
 
 EXIT_STOPPED = 130
 _LONGEST_WAIT_SECONDS = 60.0
@@ -16,8 +16,8 @@ OUT_OF_MEMORY_CODES = (-9, -6, 1)  # killed by the kernel, aborted by C++, ended
 
 
 def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
-    """bad_input, unfit, preempted, oom, crash (a signal) or error."""
-    known = {EXIT_BAD_INPUT: "bad_input", EXIT_UNFIT: "unfit", EXIT_STOPPED: "preempted"}
+    """bad_input, unfit, suspect (a chip that computes wrongly), preempted, oom, crash (a signal) or error."""
+    known = {EXIT_BAD_INPUT: "bad_input", EXIT_UNFIT: "unfit", EXIT_SUSPECT: "suspect", EXIT_STOPPED: "preempted"}
     if code in known:
         return known[code]
     if out_of_memory and code in OUT_OF_MEMORY_CODES:
@@ -39,7 +39,7 @@ class Policy:
     _strikes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def after(self, kind: str, unit: str, step: int, now: float) -> str:
-        """restart, leave_out (restart without the unit, which failed again and again) or stop."""
+        """restart, leave_out (restart without the unit, which failed again and again or computes wrongly) or stop."""
         progressed = step > self._best_step
         self._best_step = max(step, self._best_step)
         self._without_progress = 0 if progressed else self._without_progress + 1
@@ -49,6 +49,8 @@ class Policy:
             return "stop"
         if self._without_progress > self.budget:
             return "stop"
+        if kind == "suspect":
+            return "leave_out"
         strikes = [at for at in self._strikes[unit] if now - at < _STRIKE_SECONDS] + [now]
         self._strikes[unit] = strikes
         return "leave_out" if kind != "error" and len(strikes) >= _STRIKES else "restart"

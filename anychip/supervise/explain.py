@@ -209,6 +209,9 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     "crash": _of_crash,
     "bad_input": _of_mistake,
     "unfit": _of_mistake,
+    "suspect": lambda incident: (
+        f"take the chip out of service, and run `anychip doctor` and `anychip probe` on {incident.node}."
+    ),
     "error": _of_mistake,
     "lost": lambda incident: f"see whether {incident.node} is up and reached by the others. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,

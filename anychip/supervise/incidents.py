@@ -18,8 +18,8 @@ LOG_NAME = "incidents.jsonl"
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, slow, error, bad_input, unfit, preempted or lost (a host). `action`: restart, shrink,
-    replace, stop or none.
+    """`kind`: crash, oom, hang, slow, error, bad_input, unfit, suspect, preempted or lost (a host). `action`: restart,
+    shrink, replace, stop or none.
 
     `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
     `since`, and the others wait for it for a share `lost` of the time.
@@ -66,6 +66,8 @@ class Incident:
             return "could not be reached any more, or its agent died,"
         if self.kind == "oom":
             return f"ran out of memory{' and was killed by the system' if self.code == -signal.SIGKILL else ''}"
+        if self.kind == "suspect":
+            return "computes wrongly, as replays of its work by others showed,"
         if self.code is not None and self.code < 0:
             return f"was killed by {_signal_name(-self.code)}"
         last = self.detail[-1] if self.detail else "no message"

@@ -226,10 +226,10 @@ class Generation:
 
 
 def first_death(deaths: Sequence[Death]) -> Death:
-    """The one of several deaths, of about the same time, that tells the cause: a lost host, a signal, a refusal, then
-    any other error, which may be but the loss of a fellow."""
-    order = {"lost": 0, "oom": 1, "crash": 1, "bad_input": 2, "unfit": 2}
-    return min(deaths, key=lambda death: (order.get(death.kind, 3), death.rank))
+    """The one of several deaths, of about the same time, that tells the cause: a lost host, a signal, a suspicion, a
+    refusal, then any other error, which may be but the loss of a fellow."""
+    order = {"lost": 0, "oom": 1, "crash": 1, "suspect": 2, "bad_input": 3, "unfit": 3}
+    return min(deaths, key=lambda death: (order.get(death.kind, 4), death.rank))
 
 
 def heartbeat_folder(run: RunDirectory, generation: int) -> Path:

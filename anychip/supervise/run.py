@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, Protocol
 
-from anychip.errors import AnychipError, InputError
+from anychip.errors import EXIT_UNFIT, AnychipError, InputError
 from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
@@ -170,7 +170,9 @@ class Supervisor:
         unit = self._fleet.unit(generation, beat.rank)
         action = self._policy.after(kind, unit, watch.step, time.monotonic())
         if action == "leave_out":
-            action = self._fleet.leave_out(generation, beat.rank, f"{kind} again and again") or "restart"
+            suspect = kind == "suspect"  # with it every result would be wrong
+            why = "its chip computes wrongly" if suspect else f"{kind} again and again"
+            action = self._fleet.leave_out(generation, beat.rank, why) or ("stop" if suspect else "restart")
         return Incident(
             kind=kind,
             generation=generation.number,
@@ -193,9 +195,11 @@ def _failure(incident: Incident) -> RunFailed:
     if incident.kind == "preempted":
         return RunFailed("Training was stopped and saved its state.", EXIT_STOPPED, do="Run it again to continue.")
     code = incident.code if incident.code is not None and incident.code > 0 else 1
+    code = EXIT_UNFIT if incident.kind == "suspect" else code
     last = incident.detail[-1] if incident.detail else ""
-    what = last.removeprefix("anychip: ") if incident.kind in ("bad_input", "unfit") else incident.sentence()
-    return RunFailed(what, code, do="" if incident.kind in ("bad_input", "unfit") else "See logs/ranks of the run.")
+    if incident.kind in ("bad_input", "unfit", "suspect"):
+        return RunFailed(last.removeprefix("anychip: "), code)
+    return RunFailed(incident.sentence(), code, do="See logs/ranks of the run.")
 
 
 @contextmanager

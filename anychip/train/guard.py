@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from anychip.errors import UnfitError
+from anychip.errors import SuspectError, UnfitError
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import GuardConfig
 from anychip.train.copies import Difference, Flip
@@ -110,14 +110,16 @@ class BadSteps:
 
     def fault(self, step: int, fault: ReplayFault | Flip, rank: int) -> Literal["recompute", "reload"]:
         """Write down a fault of a chip and say what it takes: the step again, or the newest checkpoint. Raises
-        UnfitError, on all processes, when a rank is suspected too often."""
+        UnfitError, on all processes, when a rank is suspected too often: on its own a SuspectError, if it is the only
+        one."""
         action: Literal["recompute", "reload"] = "reload" if isinstance(fault, Flip) else "recompute"
         for row in fault.rows(rank):
             self._record(step, fault.describe(), action, {**row, "nodes": list(fault.suspects.values())})
         self._strikes.update(fault.suspects.keys())
-        suspect, strikes = max(self._strikes.items(), key=lambda item: item[1])
+        (suspect, strikes), *others = self._strikes.most_common()
         if strikes >= self._config.patience:
-            raise UnfitError(
+            alone = not others or others[0][1] < strikes
+            raise (SuspectError if alone and rank == suspect else UnfitError)(
                 f"Training stopped: {fault.describe()}; rank {suspect} was suspected {strikes} times. The weights and "
                 "the optimizer are as they were before this step.",
                 do=f"Take the chip out, and run `anychip doctor` on its host; logs/{LOG_NAME} has all cases. If "

@@ -25,6 +25,7 @@ from anychip.rundir import CHIP_PROFILE
 from anychip.train.objective import NextToken, Objective
 from anychip.train.observe import Observer
 from anychip.train.optimizer import Optimizer
+from anychip.train.schedule import lr_share
 from anychip.train.witness import Witness
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ class TrainingJob:
     def end(self) -> int:
         """The step to train to; rates follow from `steps`."""
         return self.steps if self.until is None else self.until
+
+    def rate(self, step: int) -> float:
+        """The learning rate of `step`, counted from 0."""
+        rate = self.optimizer.lr * lr_share(self.optimizer.schedule, step, self.steps)
+        return rate if self.growing is None else rate * self.growing.lr_share(step)
 
 
 def training_job(

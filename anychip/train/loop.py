@@ -46,7 +46,6 @@ from anychip.train.output import print_what_fits, where_there_is_room
 from anychip.train.precision import compute_dtype
 from anychip.train.replay import Replay
 from anychip.train.saves import Saves
-from anychip.train.schedule import lr_share
 from anychip.train.step import Checks, Growth, StepResult, train_step
 
 
@@ -144,9 +143,7 @@ def run_training(job: TrainingJob) -> int:
                 heartbeat.beat("answer")
                 batch, measured = job.answering.answer(engine, batch, cursor.position(step))
             clock.tokens += batch.input_ids.numel()
-            lr = job.optimizer.lr * lr_share(job.optimizer.schedule, step, job.steps)
-            if job.growing:
-                lr *= job.growing.lr_share(step)
+            lr = job.rate(step)
             step += 1
             growth = Growth(new_parts, step) if new_parts else None
             checks = Checks(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anychip.chips.operators import reference
 from anychip.chips.operators.contract import CrossEntropy
+from anychip.chips.operators.prepared import wide_product
 
 IGNORE_INDEX = -100
 
@@ -72,7 +73,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 class _HeadTokenLosses(torch.autograd.Function):
-    """How much each token's loss counts is known in backward only: each chunk's logits are made again there."""
+    """How much each token's loss counts is known in backward only: each chunk's logits are made again there. They are
+    in fp32, because log-probabilities of single tokens are compared with those of another pass."""
 
     @staticmethod
     def forward(
@@ -86,9 +88,9 @@ class _HeadTokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_tokens, ctx.group, ctx.cross_entropy = chunk_tokens, group, cross_entropy
-        products = weight.to(hidden.dtype)
+        head = wide_product(weight.to(hidden.dtype))
         losses = [
-            _chunk(hidden[start : start + chunk_tokens], products, labels[start : start + chunk_tokens], ctx, False)[0]
+            _chunk(head(hidden[start : start + chunk_tokens]), labels[start : start + chunk_tokens], ctx, False)[0]
             for start in range(0, len(labels), chunk_tokens)
         ]
         return torch.cat(losses) if losses else hidden.new_zeros(0)
@@ -97,12 +99,13 @@ class _HeadTokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         products, (grad_losses,) = weight.to(hidden.dtype), grad_outputs
+        head = wide_product(products)
         grad_hidden = torch.empty_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(labels), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
-            _, grad_logits = _chunk(hidden[rows], products, labels[rows], ctx, True)
+            _, grad_logits = _chunk(head(hidden[rows]), labels[rows], ctx, True)
             assert grad_logits is not None
             grad_logits = (grad_logits * grad_losses[rows, None]).to(hidden.dtype)
             torch.mm(grad_logits, products, out=grad_hidden[rows])
@@ -111,10 +114,7 @@ class _HeadTokenLosses(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _chunk(
-    part: Tensor, products: Tensor, target: Tensor, ctx: Any, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    logits = part @ products.t()
+def _chunk(logits: Tensor, target: Tensor, ctx: Any, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     if ctx.group is not None:
         return _shared_cross_entropy(logits, target, ctx.group)
     losses, gradient = ctx.cross_entropy(logits, target, with_gradient=with_gradient)
@@ -168,9 +168,14 @@ def head_cross_entropy(
 
     With a `group`, weight holds this process's equal share of the vocabulary, in the order of ranks; every process gets
     the loss, and a gradient of hidden that is its share of a sum. `all_labelled` says that no label is -100, which
-    spares looking.
+    spares looking. Where no gradient is wanted, logits are not rounded to the compute dtype.
     """
     kept = None if all_labelled else (labels != IGNORE_INDEX).nonzero().squeeze(1)
     if kept is not None and kept.numel() == labels.numel():
         kept = None
+    if not torch.is_grad_enabled():
+        rows, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
+        losses = head_token_losses(rows, weight, targets, chunk_tokens, group, cross_entropy)
+        wide = torch.float64 if hidden.device.type == "cpu" else losses.dtype
+        return losses.sum(dtype=wide).to(torch.promote_types(hidden.dtype, torch.float32))
     return _HeadCrossEntropy.apply(hidden, weight, labels, chunk_tokens, kept, group, cross_entropy)

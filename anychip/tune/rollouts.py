@@ -1,9 +1,10 @@
 """Answers by the model that is being trained, judged and compared with what training makes of them.
 
-The processes share the questions out, whatever the layout: each puts the whole weights together, answers its questions
-and judges them; then all know all answers. What is drawn depends on (seed, step, question, answer) alone. So after a
-stop the answers of a step are made again, from the same weights and with the same draws; only where several updates
-learn from the same answers (`iterations`) are these kept on disk, since the weights that wrote them are gone.
+The processes share the questions out: each, or all that share matrices (tensor parallel) together, puts the weights
+together, answers its questions and judges them; then all know all answers. What is drawn depends on (seed, step,
+question, answer) alone. So after a stop the answers of a step are made again, from the same weights and with the same
+draws; only where several updates learn from the same answers (`iterations`) are these kept on disk, since the weights
+that wrote them are gone.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Rollouts:
         self._checkpoints = checkpoints
         self._folder, self._reference, self._show_interval = folder, reference, show_interval
         self._newest: tuple[int, Batch, Mapping[str, float]] | None = None
+        self.crew = 0
+        """How many neighbouring processes answer together; 0 before they have answered."""
 
     def answer(self, engine: Engine, batch: Batch, step: int) -> tuple[Batch, Mapping[str, float]]:
         """The questions of `step` (from 0) with answers to learn from. Called by all processes together; raises
@@ -98,22 +101,20 @@ class Rollouts:
         return Batch(batch.input_ids, batch.labels, None, reference, sampled, advantages), measured
 
     def _sample(self, engine: Engine, step: int) -> tuple[list[Said], Tensor]:
-        """All answers of a step, each with its scores [answers, rewards]; every process makes its share."""
+        """All answers of a step, each with its scores [answers, rewards]; every crew makes its share."""
         numbers, group, longest = self._data.numbers(step), self._config.group_size, self._config.max_new_tokens
         processes = engine.processes
+        self.crew = self.crew or self._sampler.join(processes)
         self._sampler.load(whole_weights(engine, self._config.lora))
-        mine = [
-            place * group + number
-            for place in range(processes.rank, len(numbers), processes.layout.world_size)
-            for number in range(group)
-        ]
+        crew, crews = processes.rank // self.crew, processes.layout.world_size // self.crew
+        mine = [place * group + number for place in range(crew, len(numbers), crews) for number in range(group)]
         asked = [Asked(self._data.prompts[numbers[row // group]], f"grpo:{step}:{row}") for row in mine]
         said = self._sampler.sample(asked, self._seed, longest)
         shape = (len(numbers) * group, longest)
         tokens = torch.zeros(shape, dtype=torch.int64)
         log_probabilities = torch.zeros(shape, dtype=torch.float32)
         scores = torch.zeros(shape[0], len(self._reward.scores), dtype=torch.float32)
-        for row, answer in zip(mine, said, strict=True):
+        for row, answer in zip(mine if processes.rank % self.crew == 0 else [], said, strict=True):
             tokens[row, : len(answer.tokens)] = torch.tensor(answer.tokens) + 1  # 0: no token
             log_probabilities[row, : len(answer.tokens)] = torch.tensor(answer.log_probabilities)
             scores[row] = torch.tensor(self._reward.all(self._judged(numbers[row // group], answer)))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -50,36 +51,55 @@ def run_sft(
     witness: Witness | None = None,
 ) -> int:
     """Tune the newest pretrained weights; returns the last step."""
-    config, start = sft_config(recipe), run.checkpoints
-    job = _job("sft", recipe, config, run.sft, start, data, identity)
-    return _train(replace(job, evaluate=evaluate, witness=witness), recipe, config, run.sft, start)
+    job = sft_job(recipe, run, data, identity)
+    return _train(replace(job, evaluate=evaluate, witness=witness), recipe, data.config, run.sft, run.checkpoints)
+
+
+def sft_job(recipe: Recipe, run: RunDirectory, data: SftData, identity: str) -> TrainingJob:
+    """What `run_sft` trains."""
+    return _job("sft", recipe, sft_config(recipe), run.sft, run.checkpoints, data, identity)
 
 
 def run_dpo(recipe: Recipe, run: RunDirectory, identity: str, witness: Witness | None = None) -> int:
     """Tune the newest tuned weights, or else the pretrained ones, on preferences; returns the last step."""
     config, data = dpo_config(recipe), DpoData(recipe, run)
-    start = run.stage_checkpoints(stage_before(recipe, "dpo"))
-    job = _job("dpo", recipe, config, run.dpo, start, data, identity)
-    job = replace(
-        job,
+    job = replace(dpo_job(recipe, run, data, identity), witness=witness)
+    if config.reference == "precomputed" and run_is_over(job):
+        return job.steps
+    job = with_reference(job, recipe, run, data, config.reference)
+    return _train(job, recipe, config, run.dpo, run.stage_checkpoints(stage_before(recipe, "dpo")))
+
+
+def dpo_job(recipe: Recipe, run: RunDirectory, data: DpoData, identity: str) -> TrainingJob:
+    """What `run_dpo` trains, but for the reference that preferences are compared with."""
+    config, start = dpo_config(recipe), run.stage_checkpoints(stage_before(recipe, "dpo"))
+    return replace(
+        _job("dpo", recipe, config, run.dpo, start, data, identity),
         micro_batch_size=2 * config.micro_batch_size,
         global_batch_size=2 * config.global_batch_size,
         objective=Preference(config.loss, config.beta),
-        witness=witness,
     )
-    if config.reference == "precomputed" and run_is_over(job):
-        return job.steps
+
+
+def with_reference(
+    job: TrainingJob,
+    recipe: Recipe,
+    run: RunDirectory,
+    data: DpoData,
+    how: Literal["precomputed", "on_the_fly"],
+) -> TrainingJob:
+    """`dpo_job` with what the weights that it starts from say of each pair: all at once, kept in the run, or of each
+    batch when it comes. Called by all processes together."""
+    config, start = dpo_config(recipe), run.stage_checkpoints(stage_before(recipe, "dpo"))
     frozen, processes = _frozen_engine(job, recipe, start)
-    if config.reference == "precomputed":
-        data.remember_reference(
-            reference_log_probabilities(
-                data, run, _weights_digest(start), frozen.log_probabilities, processes.any, writes=processes.is_first
-            )
+    if how == "on_the_fly":
+        return replace(job, objective=Preference(config.loss, config.beta, frozen.log_probabilities))
+    data.remember_reference(
+        reference_log_probabilities(
+            data, run, _weights_digest(start), frozen.log_probabilities, processes.any, writes=processes.is_first
         )
-    else:
-        job = replace(job, objective=Preference(config.loss, config.beta, frozen.log_probabilities))
-    del frozen
-    return _train(job, recipe, config, run.dpo, start)
+    )
+    return job
 
 
 def run_grpo(
@@ -103,9 +123,12 @@ def run_grpo(
     checkpoints = job.directory / "checkpoints"
     rollouts = Rollouts(data, reward, sampler, run.grpo, recipe.seed, checkpoints, frozen, recipe.log.interval)
     step = _train(replace(job, answering=rollouts, witness=witness), recipe, config, run.grpo, start)
-    if data.held_out and int(os.environ.get("RANK", "0")) == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if data.held_out and rank < max(1, rollouts.crew):
         stores = CheckpointStore(start), CheckpointStore(run.grpo / "checkpoints")
-        write_json(run.grpo / "success.json", measure_success(data, reward, sampler, *stores))
+        record = measure_success(data, reward, sampler, *stores)
+        if rank == 0:
+            write_json(run.grpo / "success.json", record)
     return step
 
 

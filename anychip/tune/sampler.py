@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from anychip.parallel.processes import Processes
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -28,8 +30,12 @@ class Said:
 class Sampler(Protocol):
     """Draws answers from the distribution of a model itself: temperature 1, nothing cut off."""
 
+    def join(self, processes: Processes) -> int:
+        """Called once, by all processes of a job together, before they load. How many neighbouring processes answer
+        together: they must be asked the same, and the first of them has the answers."""
+
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """From now on answer with these whole tensors by logical name; they do not change while it answers."""
 
     def sample(self, asked: Sequence[Asked], seed: int, max_new_tokens: int, *, greedy: bool = False) -> list[Said]:
-        """One answer a prompt; with `greedy` of the likeliest tokens."""
+        """One answer a prompt, or none where another process has them; with `greedy` of the likeliest tokens."""

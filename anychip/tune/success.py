@@ -18,7 +18,7 @@ def measure_success(
     data: GrpoData, reward: Reward, sampler: Sampler, before: CheckpointStore, after: CheckpointStore
 ) -> dict[str, Any]:
     """The record of both: share of questions whose likeliest answer the first reward scores 1 or more, its standard
-    error, and the first few answers."""
+    error, and the first few answers. Called by all processes that answer together; the first one's record counts."""
     record: dict[str, Any] = {"questions": len(data.held_out), "trained_questions": len(data.tasks)}
     for name, store in (("before", before), ("after", after)):
         record[name] = _measure(data, data.config, reward, sampler, store)
@@ -34,6 +34,8 @@ def _measure(
     sampler.load((name.removeprefix("model."), tensor) for name, tensor in store.read(newest, names))
     asked = [Asked(data.prompt(task), f"held out:{number}") for number, task in enumerate(data.held_out)]
     said = sampler.sample(asked, 0, config.max_new_tokens, greedy=True)
+    if not said:
+        return {}
     judged = [data.judged(task, one.tokens) for task, one in zip(data.held_out, said, strict=True)]
     right = [reward.all(one)[0] >= 1 for one in judged]
     share = sum(right) / len(right)

@@ -1,14 +1,12 @@
 """What a traced step leaves: sketches of activations, gradients, weights and updates, the same under every layout.
 
 Every process sketches the parts it holds; the sums over processes are those of the whole tensors. Nothing is gathered.
-Forward passes are seen by hooks on the modules, and by wrapping the three operators that are no modules.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,25 @@ from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob
 from anychip.train.observe import Observer
 from anychip.verify.names import Activation, Kind, activations
-from anychip.verify.sketch import COUNT, LENGTH, summarize
+from anychip.verify.sketch import COUNT, LENGTH, column_signs, row_signs, summarize, summarize_with
 from anychip.verify.trace import Sketch, TracedStep, TraceWriter
+from anychip.verify.watch import Watch
 
 _ROW_STRIDE = 1 << 24  # tokens a row may have: a token's number is its row's times this plus its position
 Key = tuple[Kind, str]
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of an output [b, s, c]: the signs of their numbers [b * s, 17], and which of the s are no filling."""
+
+    signs: Tensor
+    real: Tensor | None
+
+
 class Recorder(Observer):
-    """Traces step 1, then every `interval` steps, and the loss of every step, into a file.
+    """Traces the first step of a model, then every `interval` steps, and the loss of every step, into a file. A model
+    that grew goes on in the same file.
 
     `seconds` counts the time that it took of this process. Layers must not be compiled: their hooks would not run.
     """
@@ -44,17 +52,17 @@ class Recorder(Observer):
     def __init__(self, path: Path, interval: int, header: dict[str, Any], max_bytes: int) -> None:
         self._path, self._interval, self._header, self._max_bytes = path, interval, header, max_bytes
         self._writer: TraceWriter | None = None
-        self._step, self._lr, self._tracing = 0, 0.0, False
-        self._passes: dict[int, int] = {}  # forward passes of each part in this step
-        self._pass: int | None = None  # the one that a part is in
+        self._step, self._lr, self._tracing, self._is_new = 0, 0.0, False, True
+        self._tokens: dict[tuple[Any, ...], _Tokens] = {}
         self._sums: dict[Key, Tensor] = {}
         self._scalars: dict[str, float] = {}
         self._before: dict[str, Tensor] = {}
         self.seconds = 0.0
 
     def attach(self, job: TrainingJob, engine: Engine, processes: Processes) -> None:
-        self._job, self._engine, self._processes = job, engine, processes
+        self._job, self._engine, self._processes, self._is_new = job, engine, processes, True
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
+        self._watch = Watch(engine, job.model, len(self._rows) // job.micro_batch_size, self._note_tokens)
         self._keys: list[Key] = [
             *(("parameter", name) for name, _ in parameter_shapes(job.model)),
             *(("activation", a.name) for a in activations(job.model)),
@@ -62,7 +70,7 @@ class Recorder(Observer):
             *(("parameter_gradient", name) for name, _ in parameter_shapes(job.model)),
             *(("update", name) for name, _ in parameter_shapes(job.model)),
         ]
-        if processes.is_first:
+        if processes.is_first and self._writer is None:
             header = {
                 **self._header,
                 "anychip": __version__,
@@ -73,15 +81,17 @@ class Recorder(Observer):
                 "interval": self._interval,
             }
             self._writer = TraceWriter(self._path, header, self._max_bytes)
-        for part in engine.parts:
-            self._watch(part)
 
     def begin(self, step: int, lr: float) -> None:
-        self._step, self._lr, self._passes = step, lr, {}
-        self._tracing = step == 1 or step % self._interval == 0
+        self._watch.stop()  # of a step that was given up
+        self._step, self._lr = step, lr
+        self._tracing, self._is_new = self._is_new or step % self._interval == 0, False
         self._sums, self._scalars = {}, {"lr": lr}
+        if self._tracing:
+            self._watch.start()
 
     def reduced(self, loss: float, grad_norm: float) -> None:
+        self._watch.stop()
         if self._writer is not None:
             self._writer.write_loss(self._step, loss, grad_norm)
         if not self._tracing:
@@ -112,12 +122,14 @@ class Recorder(Observer):
             update = local(parameter.detach()) - before
             self._note_block("update", name, parameter, update)
             if parameter.ndim == 2 and self._counts_here(parameter):
-                along += torch.stack(((update * before).sum(), before.square().sum())).to(along)
+                dot = torch.dot(update.flatten(), before.flatten())
+                along += torch.stack((dot, torch.linalg.vector_norm(before).square())).to(along)
         dot, squares = self._processes.sum(along).tolist()
         if squares and self._lr:
             self._scalars["decay"] = -dot / squares / self._lr
             self._scalars["decay_size"] = squares
         self._tracing = False
+        self._tokens = {}
         self._write()
         self.seconds += time.perf_counter() - started
 
@@ -132,98 +144,36 @@ class Recorder(Observer):
             seen = {key: Sketch.of(row) for key, row in zip(self._keys, total, strict=True) if row[COUNT] > 0}
             self._writer.write_step(TracedStep(self._step, seen, dict(self._scalars)))
 
-    # Forward passes
+    # Outputs inside the model
 
-    def _watch(self, part: Any) -> None:
-        part.register_forward_pre_hook(self._enter)
-        part.register_forward_hook(self._leave)
-        split = {activation.name: activation for activation in activations(self._job.model)}
-        for name, activation in split.items():
-            owner, _, last = name.rpartition(".")
-            try:
-                module = part.get_submodule(owner if last == "output" else name)
-            except AttributeError:  # of another stage, or no module
-                continue
-            if module is not None:
-                module.register_forward_hook(partial(self._hook, activation))
-        for number, layer in part.layers.named_children():
-            prefix = f"layers.{number}"
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.rotate = self._rotations(attention.rotate, f"{prefix}.self_attn")
-            attention.attend = self._wrapped(attention.attend, split[f"{prefix}.self_attn.attended"], _heads_last)
-            mlp.swiglu = self._wrapped(mlp.swiglu, split[f"{prefix}.mlp.swiglu"], lambda x: x)
-
-    def _enter(self, part: Any, inputs: Any) -> None:
-        """Only this step's own passes count: what is computed again to check them comes after them."""
-        if self._tracing and torch.is_grad_enabled():
-            number = self._passes.get(id(part), 0)
-            self._passes[id(part)] = number + 1
-            self._pass = number if number < len(self._rows) // self._job.micro_batch_size else None
-
-    def _leave(self, part: Any, inputs: Any, output: Any) -> None:
-        self._pass = None
-
-    def _hook(self, activation: Activation, module: Any, inputs: Any, output: Tensor) -> None:
-        self._see(activation, output, lambda x: x)
-
-    def _wrapped(
-        self, operator: Callable[..., Tensor], activation: Activation, shape: Callable[[Tensor], Tensor]
-    ) -> Callable[..., Tensor]:
-        def run(*args: Any, **keywords: Any) -> Tensor:
-            out = operator(*args, **keywords)
-            self._see(activation, out, shape)
-            return out
-
-        return run
-
-    def _rotations(self, operator: Callable[..., Tensor], prefix: str) -> Callable[..., Tensor]:
-        """Queries are rotated first, then keys."""
-        calls = 0
-
-        def run(*args: Any, **keywords: Any) -> Tensor:
-            nonlocal calls
-            out = operator(*args, **keywords)
-            if self._pass is not None:
-                which = "q" if calls % 2 == 0 else "k"
-                calls += 1
-                self._see(Activation(f"{prefix}.rotated_{which}", "columns"), out, lambda x: x.flatten(2))
-            return out
-
-        return run
-
-    def _see(self, activation: Activation, output: Tensor, shape: Callable[[Tensor], Tensor]) -> None:
-        """Sketch an output now, and its gradient when backward comes to it. What backward computes again is not inside
-        a part's forward pass, and not seen again."""
-        if self._pass is None:
-            return
+    def _note_tokens(self, kind: Kind, activation: Activation, x: Tensor, number: int) -> None:
+        """x [b, s, c] of a pass: tokens are numbered by their place in the global batch, columns by their place in the
+        model."""
         started = time.perf_counter()
-        start = self._rows.start + self._pass * self._job.micro_batch_size
-        self._note_tokens("activation", activation, shape(output.detach()), start)
-        if output.requires_grad:
-            seen: list[None] = []
-
-            def backward(gradient: Tensor) -> None:
-                if not seen and self._tracing:
-                    seen.append(None)
-                    self._note_tokens("gradient", activation, shape(gradient.detach()), start)
-
-            output.register_hook(backward)
+        layout, place = self._processes.layout, self._processes.place
+        tokens = self._tokens_of(x, number, layout.tensor if activation.split == "sequence" else 1)
+        if tokens.real is not None:
+            x = x[:, tokens.real]
+        offset = place.tensor * x.shape[2] if activation.split == "columns" else 0
+        columns = column_signs(torch.arange(offset, offset + x.shape[2]), x)
+        self._add((kind, activation.name), summarize_with(x.flatten(0, 1), tokens.signs, columns))
         self.seconds += time.perf_counter() - started
 
-    def _note_tokens(self, kind: Kind, activation: Activation, x: Tensor, first_row: int) -> None:
-        """x [b, s, c]: tokens are numbered by their place in the global batch, columns by their place in the model."""
-        layout, place = self._processes.layout, self._processes.place
-        parts = layout.tensor if activation.split == "sequence" else 1
-        here = split_positions(x.shape[1] * parts * layout.context, layout.context, place.context)
-        if parts > 1:
-            here = here.chunk(parts)[place.tensor]
-        if int(here[-1]) >= self._job.seq_length:  # filled up to what the layout divides
-            real = here < self._job.seq_length
-            x, here = x[:, real.to(x.device)], here[real]
-        rows = (first_row + torch.arange(x.shape[0]))[:, None] * _ROW_STRIDE + here
-        offset = place.tensor * x.shape[2] if activation.split == "columns" else 0
-        columns = torch.arange(offset, offset + x.shape[2])
-        self._add((kind, activation.name), summarize(x.flatten(0, 1), rows.flatten(), columns))
+    def _tokens_of(self, x: Tensor, number: int, parts: int) -> _Tokens:
+        """Those of all outputs of a pass are the same; `parts`: how many a sequence is split into by tensor
+        parallelism."""
+        key = (number, *x.shape[:2], parts, x.dtype)
+        if key not in self._tokens:
+            layout, place = self._processes.layout, self._processes.place
+            here = split_positions(x.shape[1] * parts * layout.context, layout.context, place.context)
+            if parts > 1:
+                here = here.chunk(parts)[place.tensor]
+            inside = here < self._job.seq_length
+            real = None if bool(inside.all()) else inside.to(x.device)  # filled up to what the layout divides
+            first_row = self._rows.start + number * self._job.micro_batch_size
+            rows = (first_row + torch.arange(x.shape[0]))[:, None] * _ROW_STRIDE + here[inside]
+            self._tokens[key] = _Tokens(row_signs(rows.flatten(), x), real)
+        return self._tokens[key]
 
     # Parameters and what belongs to them
 
@@ -236,11 +186,11 @@ class Recorder(Observer):
             _, offsets = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-        block = part if part.ndim == 2 else part.reshape(1, -1)
-        first_row, first_column = offsets if part.ndim == 2 else (0, offsets[0])
-        rows = torch.arange(first_row, first_row + block.shape[0])
-        columns = torch.arange(first_column, first_column + block.shape[1])
-        self._add((kind, name), summarize(block, rows, columns))
+        rows = torch.zeros(1, dtype=torch.int64)
+        for size, here, offset in zip(parameter.shape[:-1], part.shape[:-1], offsets[:-1], strict=True):
+            rows = (rows[:, None] * size + torch.arange(offset, offset + here)).flatten()
+        columns = torch.arange(offsets[-1], offsets[-1] + part.shape[-1])
+        self._add((kind, name), summarize(part.reshape(len(rows), -1), rows, columns))
 
     def _counts_here(self, parameter: Tensor) -> bool:
         shared = sharded_axes(parameter)
@@ -248,8 +198,3 @@ class Recorder(Observer):
 
     def _add(self, key: Key, summary: Tensor) -> None:
         self._sums[key] = self._sums[key] + summary if key in self._sums else summary
-
-
-def _heads_last(mixed: Tensor) -> Tensor:
-    """[b, n, s, d] -> [b, s, n * d]"""
-    return mixed.transpose(1, 2).flatten(2)

@@ -27,34 +27,63 @@ def summarize(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     x [r, c] on any device; rows [r] and columns [c] int64 on the CPU say where it lies in the whole. In fp32, or in
     fp64 if x is.
     """
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    finite = x.isfinite()
-    nonfinite = x.numel() - finite.sum()
-    x = torch.where(finite, x, 0.0)
-    left = _signs_of(rows, _ROW_SALT).to(x.device, x.dtype)
-    right = _signs_of(columns, _COLUMN_SALT).to(x.device, x.dtype)
-    sketch = (left.mT @ x @ right).flatten() / WIDTH
-    head = torch.stack((x.new_tensor(float(x.numel())), x.sum(), x.square().sum(), nonfinite.to(x.dtype)))
-    return torch.cat((head, sketch))
+    return summarize_with(x, row_signs(rows, x), column_signs(columns, x))
 
 
-def _signs_of(numbers: Tensor, salt: int) -> Tensor:
-    """[n, 16] of +1 and -1; those of a run of numbers are kept."""
+def summarize_with(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """As `summarize`, with the signs of x's rows [r, 17] and columns [c, 17].
+
+    x is read three times: once to be widened, for its norms and for the product with `right`, whose ones leave the sum
+    in a corner of the result.
+    """
+    x = x.detach().to(left.dtype)
+    squares = _sum_of_squares(x)
+    nonfinite = squares.new_zeros(())
+    # On the CPU looking at the sum costs nothing and shows whether there are any; a chip would have to be waited for.
+    if x.device.type != "cpu" or not squares.isfinite():
+        finite = x.isfinite()
+        nonfinite = (x.numel() - finite.sum()).to(x.dtype)
+        x = torch.where(finite, x, 0.0)
+        squares = _sum_of_squares(x)
+    product = left.mT @ (x @ right)
+    head = torch.stack((squares.new_tensor(float(x.numel())), product[WIDTH, WIDTH], squares, nonfinite))
+    return torch.cat((head, product[:WIDTH, :WIDTH].flatten() / WIDTH))
+
+
+def row_signs(numbers: Tensor, like: Tensor) -> Tensor:
+    """[r, 17]: the signs of rows of these numbers, and ones; where `like` is, in the dtype that it is summarized in."""
+    return _signs_of(numbers, _ROW_SALT, like)
+
+
+def column_signs(numbers: Tensor, like: Tensor) -> Tensor:
+    """As `row_signs`, of columns."""
+    return _signs_of(numbers, _COLUMN_SALT, like)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Row by row: a norm in one go would add up millions of numbers in a few registers."""
+    return torch.linalg.vector_norm(x, dim=1).square().sum()
+
+
+def _signs_of(numbers: Tensor, salt: int, like: Tensor) -> Tensor:
+    """Those of a run of numbers are kept."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
     first, count = int(numbers[0]) if len(numbers) else 0, len(numbers)
     if count and int(numbers[-1]) - first == count - 1 and bool((numbers[1:] > numbers[:-1]).all()):
-        return _signs_of_run(first, count, salt)
-    return _signs(numbers, salt)
+        return _signs_of_run(first, count, salt, like.device, dtype)
+    return _signs(numbers, salt).to(like.device, dtype)
 
 
 @lru_cache(maxsize=256)
-def _signs_of_run(first: int, count: int, salt: int) -> Tensor:
-    return _signs(torch.arange(first, first + count), salt)
+def _signs_of_run(first: int, count: int, salt: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _signs(torch.arange(first, first + count), salt).to(device, dtype)
 
 
 def _signs(numbers: Tensor, salt: int) -> Tensor:
     mixed = _mix(numbers + salt)
     bits = (mixed[:, None] >> torch.arange(WIDTH)) & 1
-    return (2 * bits - 1).to(torch.float32)
+    ones = torch.ones(len(numbers), 1, dtype=bits.dtype)
+    return torch.cat((2 * bits - 1, ones), dim=1).to(torch.float32)
 
 
 def _mix(z: Tensor) -> Tensor:

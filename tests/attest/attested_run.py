@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_run import write_tiny_recipe
 
-from anychip.attest.check.envelope import PublicKey
+from anychip.attest.check.signatures import PublicKey
 from anychip.attest.keys import load_key, make_key
 from anychip.attest.release import make_release
 from anychip.attest.sign import add_signature

@@ -13,21 +13,19 @@ from attested_run import Attested
 from forging import CHAIN, ROLES, Forgery, key_of, reasons, sign_again
 
 import anychip.attest.check as check
-from anychip.attest.check.envelope import open_envelope
-from anychip.attest.check.files import signed_files
-from anychip.attest.check.findings import Refused, canonical, parse
-from anychip.attest.check.history import read_history
-from anychip.attest.check.policy import objection
-from anychip.attest.check.release import about_chips, about_data
+from anychip.attest.check.findings import Problem, canonical, parse
+from anychip.attest.check.history import objection, read_history
+from anychip.attest.check.release import about
+from anychip.attest.check.signatures import PREDICATE, open_envelope, signed_files
 
 LARGEST = 600
 ANYTHING: list[Any] = [None, True, 0, -1, 2**63, 1.5, "", "x" * 70, "f" * 64, [], {}, [[]], {"a": {}}, "\ud800", [1, 2]]
 
 
 def test_it_can_be_read_in_an_hour() -> None:
-    """Lines that are not blank, comments and docstrings included."""
+    """All lines: blank ones, comments and docstrings too."""
     lines = [line for path in Path(check.__file__).parent.glob("*.py") for line in path.read_text().splitlines()]
-    assert sum(bool(line.strip()) for line in lines) <= LARGEST
+    assert len(lines) <= LARGEST
 
 
 @pytest.mark.parametrize("rounds", [2_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
@@ -54,7 +52,7 @@ def test_no_input_makes_it_fail(attested: Attested, tmp_path: Path, rounds: int)
 
 
 def feed(name: str, data: bytes, pristine: Forgery, objects: dict[str, bytes], key: Any) -> None:
-    """Hand the bytes to that part of the verifier which reads such a file. Anything but Refused is a bug."""
+    """Hand the bytes to that part of the verifier which reads such a file. Anything but Problem is a bug."""
     try:
         if name == CHAIN:
             history = read_history(data, objects)
@@ -64,11 +62,11 @@ def feed(name: str, data: bytes, pristine: Forgery, objects: dict[str, bytes], k
             signed_files(data, name, key)
             return
         else:
-            open_envelope(parse(data, name), name, [key])
+            open_envelope(parse(data, name), name, [key], PREDICATE)
             return
-        about_data(history)
-        about_chips(history)
-    except Refused:
+        about("data-owner", history)
+        about("chip-vendor", history)
+    except Problem:
         pass
 
 
@@ -115,14 +113,14 @@ def change_somewhere(value: Any, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("value", ANYTHING)
-@pytest.mark.parametrize("act", [lambda v: open_envelope(v, "it", []), lambda v: objection(v, v)])
+@pytest.mark.parametrize("act", [lambda v: open_envelope(v, "it", [], PREDICATE), lambda v: objection(v, v)])
 def test_values_of_any_type_are_refused(value: Any, act: Callable[[Any], Any]) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(Problem):
         act(value)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"{ }", b'{"a":1,"a":1}', b"NaN", b"[1e999]", b"[" * 100_000, b'"\\ud800"',
-                                  b"[" * 50 + b"]" * 50, b"\xff", b'{"b":1,"a":1}', b"1" * 5000])  # fmt: skip
+                                  b"\xff", b'{"b":1,"a":1}', b"1" * 5000])  # fmt: skip
 def test_only_canonical_json_is_read(text: bytes) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(Problem):
         parse(text, "it")

@@ -18,8 +18,8 @@ from jsonschema import Draft7Validator
 from referencing import Registry, Resource
 
 from anychip.attest.check.__main__ import describe
-from anychip.attest.check.files import signed_files
 from anychip.attest.check.release import check_release
+from anychip.attest.check.signatures import signed_files
 from anychip.attest.keys import load_key
 from anychip.attest.release import make_release
 from anychip.errors import InputError, UnfitError

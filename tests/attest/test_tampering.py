@@ -18,8 +18,7 @@ import pytest
 from attested_run import Attested
 from forging import CHAIN, OBJECTS, ROLES, Forgery, key_of, reasons, sign_again
 
-from anychip.attest.check.files import ATTESTATION
-from anychip.attest.check.findings import canonical
+from anychip.attest.check.findings import ATTESTATION, canonical
 from anychip.attest.keys import load_key, make_key
 from anychip.attest.sign import add_signature, sign_files
 

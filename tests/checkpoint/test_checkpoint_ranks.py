@@ -15,8 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from anychip.errors import UnfitError
 from anychip.train.checkpoint import CheckpointError, CheckpointStore
 from anychip.train.checkpoint import save as save_module
+from anychip.train.checkpoint import store as store_module
+from anychip.train.checkpoint.directory import read_manifest as read
 
 RANKS = 2
 FULL = {
@@ -92,6 +95,17 @@ def _rank(rank: int, folder: Path) -> None:
             tensor.zero_()
         dist.barrier()  # the job's own collectives go on meanwhile
     store.wait()
+    with pytest.MonkeyPatch.context() as patch:  # a rank that cannot read tells the others, who would wait for it
+        if rank == 1:
+            patch.setattr(
+                store_module, "read_manifest", lambda path: _broken_disk() if "11" in path.name else read(path)
+            )
+        older = store.latest()
+        assert older and older.step == 10
+        if rank == 0:
+            patch.setattr(store_module, "complete_steps", _broken_disk)
+        with pytest.raises(UnfitError, match="cannot be read"):
+            store.latest()
     dist.barrier()
     dist.destroy_process_group()
 

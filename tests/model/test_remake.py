@@ -54,16 +54,17 @@ class _Storages(TorchDispatchMode):
                 self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return out
 
-    def alive(self) -> int:
+    def alive(self, besides: set[int]) -> int:
         gc.collect()
-        return sum(nbytes for storage, nbytes in self._found.values() if not storage.expired())
+        found = [entry for key, entry in self._found.items() if key not in besides]
+        return sum(nbytes for storage, nbytes in found if not storage.expired())
 
 
 def _kept(model: Decoder) -> int:
-    """Bytes that live between forward and backward."""
+    """Bytes that live between forward and backward, besides the parameters."""
     with _Storages() as storages:
         out = model(TOKENS)
-        kept = storages.alive()
+        kept = storages.alive({parameter.untyped_storage()._cdata for parameter in model.parameters()})
     del out
     return kept
 
@@ -89,6 +90,17 @@ def test_casts_of_the_masters_are_not_kept() -> None:
     """In bf16 all that is kept is half as large, but for a few fp32 numbers a row: no copy of a weight is there."""
     wide, narrow = _kept(_decoder(torch.float32, "none")), _kept(_decoder(torch.bfloat16, "none"))
     assert narrow < 0.6 * wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_recomputed_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    """Whatever is made again inside it."""
+    state = TOKENS.numel() * CONFIG.hidden_size * dtype.itemsize
+    tables = 2 * TOKENS.shape[1] * CONFIG.head_dim // 2 * 4
+    few = TOKENS.numel() * 16  # ids, and what the last norm keeps of each row
+    layers = CONFIG.num_hidden_layers
+    assert _kept(_decoder(dtype, "full")) <= (layers + 3) * state + 2 * tables + few
+    assert _kept(_decoder(dtype, "none")) > 2 * (layers + 3) * state
 
 
 def test_a_second_backward_through_the_same_graph_gives_the_same() -> None:

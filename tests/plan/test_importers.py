@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from anychip.cli import main
 from anychip.errors import InputError
 from anychip.plan.importers import import_recipe
 from anychip.plan.importers.read import KINDS
-from anychip.plan.shapes import workload_of
+from anychip.plan.shapes import num_parameters, workload_of
 from anychip.recipe import parse_recipe
 
 MINDSPEED = """#!/bin/bash
@@ -85,7 +86,83 @@ TELECHAT = {
     "model_type": "telechat2", "n_layer": 30, "hidden_size": 4096, "ffn_hidden_size": 12288, "n_head": 32,
     "num_key_value_heads": 32, "vocab_size": 131072, "layer_norm_epsilon": 1e-5, "seq_length": 8192,
 }  # fmt: skip
-DEEPSEEK = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256, "hidden_size": 7168}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 64,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1,
+    "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1, "rope_theta": 10000, "rms_norm_eps": 1e-6, "max_position_embeddings": 163840,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                     "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
+MIXTRAL = {
+    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "sliding_window": None, "use_sliding_window": False,
+}  # fmt: skip
+QWEN2_MOE = {
+    **QWEN3_MOE, "model_type": "qwen2_moe", "head_dim": None, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+}  # fmt: skip
+MEGATRON_MOE = """
+MODEL_ARGS=(--num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 128 --kv-channels 128
+    --multi-latent-attention --kv-lora-rank 512 --q-lora-rank 1536 --qk-head-dim 128 --qk-pos-emb-head-dim 64
+    --v-head-dim 128 --qk-layernorm --num-experts 256 --moe-layer-freq [0]*3+[1]*58 --moe-ffn-hidden-size 2048
+    --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk 8 --moe-router-num-groups 8
+    --moe-router-topk-scaling-factor 2.5 --moe-shared-expert-intermediate-size 2048 --moe-aux-loss-coeff 1e-4
+    --moe-router-bias-update-rate 1e-3 --swiglu --normalization RMSNorm --untie-embeddings-and-output-weights
+    --disable-bias-linear --vocab-size 129280 --make-vocab-size-divisible-by 1280 --seq-length 4096)
+torchrun pretrain_gpt.py ${MODEL_ARGS[@]} --pipeline-model-parallel-size 1 --expert-model-parallel-size 32
+"""
+MINDSPEED_MOE = """
+MLA_ARGS="
+    --multi-head-latent-attention \\
+    --qk-rope-head-dim 64 \\
+    --qk-nope-head-dim 128 \\
+    --q-lora-rank 1536 \\
+    --kv-lora-rank 512 \\
+    --v-head-dim 128 \\
+"
+MOE_ARGS="--first-k-dense-replace 3 --moe-layer-freq 1 --n-shared-experts 1 --num-experts 256 --moe-router-topk 8
+    --moe-intermediate-size 2048 --moe-router-load-balancing-type noaux_tc --n-group 8 --topk-group 4
+    --routed-scaling-factor 2.5 --norm-topk-prob --moe-router-score-function sigmoid"
+ROPE_ARGS="--rope-scaling-beta-fast 32 --rope-scaling-beta-slow 1 --rope-scaling-factor 40
+    --rope-scaling-mscale-all-dim 1.0 --rope-scaling-original-max-position-embeddings 4096 --rope-scaling-type yarn"
+msrun pretrain_gpt.py $MLA_ARGS $MOE_ARGS $ROPE_ARGS --num-layers 64 --noop-layers 61,62,63 --hidden-size 7168 \\
+    --ffn-hidden-size 18432 --num-attention-heads 128 --vocab-size 129280 --swiglu --normalization RMSNorm \\
+    --untie-embeddings-and-output-weights --seq-length 4096 --expert-model-parallel-size 32
+"""
+MINDFORMERS_MOE = """
+runner_config: {batch_size: 1}
+parallel_config: {data_parallel: 32, model_parallel: 1, pipeline_stage: 1, expert_parallel: 16}
+moe_config: {expert_num: 256, num_experts_chosen: 8, shared_expert_num: 1, routed_scaling_factor: 2.5,
+  first_k_dense_replace: 3, moe_intermediate_size: 2048, use_gating_sigmoid: True, balance_via_topk_bias: True,
+  norm_topk_prob: True, aux_loss_factors: [0.0001], use_gmm: True, capacity_factor: 1.5, topk_group: 4, n_group: 8}
+model:
+  model_config: {num_layers: 61, hidden_size: 7168, intermediate_size: 18432, num_heads: 128, n_kv_heads: 128,
+    vocab_size: 129280, seq_length: 4096, kv_lora_rank: 512, q_lora_rank: 1536, qk_rope_head_dim: 64,
+    qk_nope_head_dim: 128, v_head_dim: 128, theta: 10000.0, extend_method: YARN,
+    scaling_factor: {factor: 40.0, beta_fast: 32.0, beta_slow: 1.0, mscale_all_dim: 1.0,
+      original_max_position_embeddings: 4096}}
+"""
+TITAN_MOE = """
+[model]
+name = "deepseek_v3"
+flavor = "671B"
+[training]
+seq_len = 4096
+[parallelism]
+data_parallel_shard_degree = 64
+expert_parallel_degree = 32
+"""
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -145,9 +222,78 @@ def test_a_telechat_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", json.dumps(DEEPSEEK_V3)),
+        ("megatron.sh", MEGATRON_MOE),
+        ("mindspeed.sh", MINDSPEED_MOE),
+        ("deepseek3.yaml", MINDFORMERS_MOE),
+        ("deepseek_v3.toml", TITAN_MOE),
+    ],
+)
+def test_deepseek_v3_is_the_same_model_from_wherever(tmp_path: Path, name: str, text: str) -> None:
+    """Its published count: 671 B, 37 B of them active; with the module for a further token 685 B."""
+    found = import_recipe(write(tmp_path, name, text))
+    model = found.recipe["model"]
+    more = model.pop("num_nextn_predict_layers", 0)
+    workload = workload_of(parse_recipe(found.recipe, name))
+    assert num_parameters(workload) == 671_026_419_200
+    active = num_parameters(replace(workload, experts=replace(workload.experts, count=8, ranking_bias=False)))
+    assert active == pytest.approx(37.5e9, rel=0.01)
+    router = ("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
+    assert [model[field] for field in router] == ["sigmoid", "noaux_tc", True, 2.5, 3]
+    assert model["family"] == "telechat3-moe" and (more == 1) == (name == "config.json")
+    assert any("few groups" in note for note in found.notes)
+    assert model.get("yarn", {"factor": 40})["factor"] == 40 and ("yarn" in model) == (name != "megatron.sh")
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "noted"),
+    [(MIXTRAL, 46_702_792_704, ""), (QWEN3_MOE, 30_532_110_336, "norms of queries"),
+     (QWEN2_MOE, 14_315_587_584, "gate of the shared expert")],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_models_with_experts_have_their_published_size(
+    tmp_path: Path, config: dict[str, Any], parameters: int, noted: str
+) -> None:
+    """Published counts less what the notes say is left out: norms of 128 a head kind, biases, one gate a layer."""
+    found = import_recipe(write(tmp_path, "config.json", json.dumps(config)))
+    assert num_parameters(workload_of(parse_recipe(found.recipe, "config.json"))) == parameters
+    assert any(noted in note for note in found.notes)
+
+
+def test_experts_are_shared_among_shards(tmp_path: Path) -> None:
+    assert recipe_of(write(tmp_path, "a.sh", MEGATRON_MOE))["parallel"] == {
+        "data_parallel_shard": 32, "expert_parallel": 32,
+    }  # fmt: skip
+    assert recipe_of(write(tmp_path, "a.yaml", MINDFORMERS_MOE))["parallel"] == {
+        "data_parallel_shard": 32, "expert_parallel": 16,
+    }  # fmt: skip
+    assert recipe_of(write(tmp_path, "a.toml", TITAN_MOE))["parallel"] == {
+        "data_parallel_shard": 64, "expert_parallel": 32,
+    }  # fmt: skip
+
+
+def test_tied_embeddings_and_wide_heads_are_taken_over(tmp_path: Path) -> None:
+    config = {**MIXTRAL, "model_type": "qwen3", "num_local_experts": None, "head_dim": 192, "tie_word_embeddings": True}
+    model = recipe_of(write(tmp_path, "config.json", json.dumps(config)))["model"]
+    assert model["kv_channels"] == 192 and model["tie_word_embeddings"] is True and model["biases"] == "none"
+    script = MINDSPEED.replace("--untie-embeddings-and-output-weights", "")
+    assert recipe_of(write(tmp_path, "a.sh", script))["model"]["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", json.dumps(DEEPSEEK), "latent attention"),
+        ("config.json", json.dumps({**DEEPSEEK_V3, "moe_intermediate_size": None}), "experts without their width"),
+        ("config.json", json.dumps({**DEEPSEEK_V3, "kv_lora_rank": 0}), "latent attention without kv_lora_rank"),
+        ("config.json", json.dumps({**DEEPSEEK_V3, "moe_layer_freq": 2}), "layers without experts behind"),
+        ("config.json", json.dumps({**DEEPSEEK_V3, "v_head_dim": 256}), "above the width of keys"),
+        ("config.json", json.dumps({**QWEN2_MOE, "shared_expert_intermediate_size": 1000}), "shared expert of width"),
+        ("config.json", json.dumps({**QWEN3_MOE, "mlp_only_layers": [5]}), "layers without experts behind"),
+        ("config.json", json.dumps({**MIXTRAL, "rope_scaling": {"type": "yarn", "factor": "x"}}), "factor"),
+        ("gpt.sh", MEGATRON_MOE.replace("[0]*3+[1]*58", "[1]*3+[0]*58"), "layers without experts behind"),
+        ("gpt.sh", MEGATRON_MOE.replace("[0]*3+[1]*58", "every"), "no list of 0 and 1"),
         ("config.json", json.dumps({**TELECHAT, "num_experts": 8}), "mixture of experts"),
         ("config.json", json.dumps({**TELECHAT, "model_type": "gpt2"}), "of type 'gpt2'"),
         ("config.json", json.dumps({"model_type": "llama"}), "does not say vocab_size"),
@@ -156,6 +302,7 @@ def test_a_telechat_config(tmp_path: Path) -> None:
         ("a.yaml", "a: [", "is no YAML"),
         ("a.toml", "a =", "is no TOML"),
         ("a.toml", '[model]\nname="llama3"\nflavor="9000B"', "the flavour 9000B"),
+        ("a.toml", '[model]\nname="llama4"\nflavor="17bx16e"', "the flavour 17bx16e of llama4"),
         ("gpt.sh", "python x.py --num-layers 96 --swiglu", "LayerNorm"),
         ("gpt.sh", "python x.py --normalization RMSNorm --num-layers 96", "without --swiglu"),
         ("gpt.sh", "echo hello", "holds no --arguments"),
@@ -185,13 +332,16 @@ def test_no_bytes_raise_anything_but_a_refusal(
 @settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([*TELECHAT, "num_experts", "head_dim", "rope_theta"]),
+        st.sampled_from([*TELECHAT, *DEEPSEEK_V3, *QWEN2_MOE]),
         st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)),
-    )
+    ),
+    st.sampled_from([TELECHAT, DEEPSEEK_V3, QWEN2_MOE, MIXTRAL]),
 )
-def test_odd_values_are_refused(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+def test_odd_values_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], config: dict[str, Any]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "config.json"
-    path.write_text(json.dumps({**TELECHAT, **changes, "model_type": "telechat2"}))
+    path.write_text(json.dumps({**config, **changes, "model_type": config["model_type"]}))
     with contextlib.suppress(InputError):
         import_recipe(path)
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from anychip.chips.backend import detect_backend
+from anychip.chips.operators import operators_for
+from anychip.data.batch import IGNORE_LABEL
 from anychip.model.decoder import Decoder
 from anychip.model.init import init_parameters
 from anychip.recipe.schema import ModelConfig, RopeScaling, SamplingConfig
@@ -16,6 +19,7 @@ from anychip.serve.engine import Engine
 from anychip.serve.inference import InferenceModel
 from anychip.serve.request import Event, Request, TokenLogprob
 from anychip.serve.slots import common_beginning
+from anychip.train.objective import Head
 
 WARM = SamplingConfig(temperature=1.0, max_new_tokens=12)
 
@@ -32,7 +36,7 @@ def trained_like(**changes: object) -> Decoder:
         "max_position_embeddings": 256,
     }
     config = ModelConfig.model_validate({**fields, **changes})
-    decoder = Decoder(config)
+    decoder = Decoder(config, operators=operators_for(detect_backend().vendor))
     init_parameters(decoder, config, seed=0)
     return decoder.eval()
 
@@ -63,14 +67,15 @@ def logprobs(events: list[Event]) -> list[float]:
     return [event.logprob.logprob for event in events if event.logprob is not None]
 
 
-def training_logprobs(decoder: Decoder, prompt: list[int], answer: list[int]) -> list[float]:
+def training_logprobs(decoder: Decoder, prompt: Sequence[int], answer: list[int]) -> list[float]:
     """What the forward pass of training gives for each token of the answer, in a sequence of whole length."""
     ids = [*prompt, *answer]
-    padded = ids + [0] * (decoder.config.max_position_embeddings - len(ids))
+    padded = torch.tensor([ids + [0] * (decoder.config.max_position_embeddings - len(ids))])
+    labels = torch.full_like(padded, IGNORE_LABEL)
+    labels[0, len(prompt) - 1 : len(ids) - 1] = torch.tensor(answer)
     with torch.inference_mode():
-        logits = decoder.logits(decoder(torch.tensor([padded]))[0]).float().log_softmax(-1)
-    rows = logits[len(prompt) - 1 : len(ids) - 1]
-    return [float(row[token]) for row, token in zip(rows, answer, strict=True)]
+        found = Head(decoder.head_weight, 64).token_log_probabilities(decoder(padded), labels)
+    return found[0, len(prompt) - 1 : len(ids) - 1].tolist()
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])

@@ -14,11 +14,11 @@ import torch
 
 from anychip.data.tokenizer import Tokenizer
 from anychip.errors import InputError
-from anychip.families.telechat2 import published_tensors
+from anychip.families.layouts import published_tensors
 from anychip.interchange.layout import to_logical
 from anychip.model.decoder import Decoder
 from anychip.serve.sampler import EngineSampler
-from anychip.serve.vllm_sampler import VllmSampler
+from anychip.serve.vllm_sampler import VllmSampler, layout_for_vllm
 from anychip.tune.sampler import Asked
 
 
@@ -35,7 +35,7 @@ class StandIn:
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         tensors, logical = dict(named), {}
-        for tensor in published_tensors(self._config):
+        for tensor in published_tensors(self._config, layout_for_vllm(self._config)):
             logical |= to_logical(self._config, tensor, tensors.pop(tensor.name))
         assert not tensors
         self.engine.load(logical.items())

@@ -22,7 +22,16 @@ def policy(budget: int = 20) -> Policy:
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(-9, "crash"), (-11, "crash"), (-6, "crash"), (1, "error"), (2, "bad_input"), (3, "unfit"), (130, "preempted")],
+    [
+        (-9, "crash"),
+        (-11, "crash"),
+        (-6, "crash"),
+        (1, "error"),
+        (2, "bad_input"),
+        (3, "unfit"),
+        (4, "suspect"),
+        (130, "preempted"),
+    ],
 )
 def test_exit_codes_tell_faults_from_mistakes(code: int, kind: str) -> None:
     assert kind_of_exit(code, out_of_memory=False) == kind
@@ -70,6 +79,10 @@ def test_a_run_without_progress_always_ends_and_one_with_progress_never_does(ste
         assert (decide.after("crash", str(at % 4), step, 1000.0 * at) == "stop") == (since > 5)
         if since > 5:
             break
+
+
+def test_a_chip_that_computes_wrongly_is_left_out_at_once() -> None:
+    assert policy().after("suspect", "1", 5, 0.0) == "leave_out"
 
 
 def test_what_fails_three_times_in_ten_minutes_is_left_out() -> None:

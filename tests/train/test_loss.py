@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anychip.train.loss import IGNORE_INDEX, head_cross_entropy
+from anychip.chips.operators.prepared import packs_bf16
+from anychip.train.loss import IGNORE_INDEX, head_cross_entropy, head_token_losses
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -44,3 +45,18 @@ def test_a_very_unlikely_label_costs_its_logit_difference_and_not_infinity() -> 
     hidden = torch.tensor([[1000.0, 0.0]])
     loss = head_cross_entropy(hidden, torch.eye(2), torch.tensor([1]), 8)
     assert loss.item() == pytest.approx(1000.0)
+
+
+def test_losses_of_single_tokens_keep_the_fp32_sums_of_bf16_products() -> None:
+    """Logits near 20 would be 1/8 apart in bf16."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = (4 * torch.randn(40, 32, generator=generator)).bfloat16()
+    weight = torch.randn(100, 32, generator=generator).bfloat16().float()
+    labels = torch.randint(0, 100, (40,), generator=generator)
+    found = head_token_losses(hidden, weight, labels, 16)
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none")
+    rounded = F.cross_entropy((hidden @ weight.bfloat16().t()).double(), labels, reduction="none")
+    assert found.dtype == torch.float32
+    if not packs_bf16(hidden.device):
+        pytest.skip("this chip has no bf16 product with an fp32 result")
+    assert (found.double() - exact).abs().max() < 2e-5 < 1e-2 < (rounded - exact).abs().max()

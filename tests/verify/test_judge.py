@@ -53,6 +53,17 @@ def test_a_bias_inside_the_norm_limit_is_seen() -> None:
     assert found is not None and found.kind == "leans to one side"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_which_each_has_a_wrong_factor_are_seen(dtype: torch.dtype) -> None:
+    right, allowed = exact(160, 1024), limits(torch.bfloat16, 1024, 1.0)
+    chance = torch.Generator().manual_seed(2)
+    wrong = right * (1 + UNIT[torch.bfloat16] / 2 * (2 * torch.rand(160, 1, generator=chance, dtype=torch.float64) - 1))
+    assert flaw(wrong.bfloat16(), right, allowed) is None  # neither its norm nor its direction shows it
+    found = flaw(wrong.bfloat16(), right, allowed, one_factor=True)
+    assert found is not None and found.kind == "is too large or too small by rows"
+    assert flaw(right.to(dtype), right, limits(dtype, 1024, 1.0), one_factor=True) is None
+
+
 @pytest.mark.parametrize("line", [(7, slice(None)), (slice(None), 11)])
 def test_one_wrong_row_or_column_is_seen(line: tuple[object, object]) -> None:
     wrong = exact(3000, 3000)

@@ -1,7 +1,5 @@
 """The offline verifier of an attested release. Needs Python and `cryptography`, nothing else of this package: no torch.
 
-Read in this order: `findings.py` (what can be wrong), `envelope.py` (signatures), `files.py` (the folder), `policy.py`
-(which chips), `history.py` (the chain), `release.py` (all together), `words.py` (what it means).
-
-    python -m anychip.attest.check RELEASE --operator KEY.pub.pem
+Read in this order: `findings.py` (what can be wrong), `signatures.py` (who signed what), `history.py` (the chain, and
+which chips may be in it), `release.py` (all together). `python -m anychip.attest.check RELEASE --operator KEY.pub.pem`.
 """

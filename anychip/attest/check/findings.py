@@ -1,11 +1,10 @@
 """What can be wrong with a release, and reading files of unknown origin without trusting them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +16,17 @@ Reason = Literal[
     "order", "missing link", "replayed link", "truncated",  # links are not those that were made
     "fork",  # training goes on from another state than the one it had reached
     "steps", "data", "chip", "software",  # what was trained, from what, and on what
-    "inputs",  # something that was pinned is not there, or is not what the links name
-    "weights",  # the weights are not of a checkpoint of this chain
+    "inputs", "weights",  # what was pinned is not there, or is another; weights are of no checkpoint of this chain
 ]  # fmt: skip
-_LARGEST_FILE = 1 << 28
-_DEEPEST = 32
+ATTESTATION = "attestation"  # the folder in a release that holds what is read here
 
 
-@dataclass(frozen=True)
-class Problem:
-    reason: Reason
-    what: str
-
-
-class Refused(Exception):
-    """A problem behind which nothing of the same thing can be read."""
+class Problem(Exception):
+    """Raised where nothing behind it can be read; noted elsewhere."""
 
     def __init__(self, reason: Reason, what: str) -> None:
         super().__init__(what)
-        self.problem = Problem(reason, what)
+        self.reason, self.what = reason, what
 
 
 @dataclass
@@ -49,6 +40,18 @@ class Findings:
     def problem(self, reason: Reason, what: str) -> None:
         self.problems.append(Problem(reason, what))
 
+    @contextmanager
+    def noting(self, where: str = "") -> Iterator[None]:
+        """A problem ends what is done here; it is noted, and the check goes on behind it."""
+        try:
+            yield
+        except Problem as problem:
+            self.problem(problem.reason, where + problem.what)
+        except FileNotFoundError as error:
+            self.problem("missing file", f"{where}{Path(str(error.filename)).name} is not there.")
+        except (OSError, RecursionError) as error:
+            self.problem("form", f"{where}something cannot be read ({error}).")
+
 
 def canonical(value: Any) -> bytes:
     """The one way in which a JSON value is written here: sorted keys, no spaces, no NaN."""
@@ -59,47 +62,38 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse(data: bytes, name: str) -> Any:
-    """A JSON value written canonically: then no byte of it is without meaning."""
-    try:
-        value = json.loads(data)
-        if canonical(value) == data and not _deeper_than(value, _DEEPEST):
-            return value
-    except (ValueError, RecursionError, OverflowError):
-        pass
-    raise Refused("form", f"{name} is not JSON in canonical form.")
-
-
 def read(path: Path, name: str) -> bytes:
     """A file, not a link, of at most 256 MiB."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as handle:
-            data = handle.read(_LARGEST_FILE + 1) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
-            if data is not None and len(data) <= _LARGEST_FILE:
-                return data
-    except FileNotFoundError:
-        raise Refused("missing file", f"{name} is not there.") from None
-    except OSError as error:
-        raise Refused("form", f"{name} cannot be read ({error.strerror}).") from None
-    raise Refused("form", f"{name} is not a file, or larger than {_LARGEST_FILE} bytes.")
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > 1 << 28:
+        raise Problem("form", f"{name} is not a file, or larger than that.")
+    return path.read_bytes()
 
 
-def need(value: Any, key: str, kind: type, *, optional: bool = False) -> Any:
-    """`value[key]`, of this type; or None where that is allowed."""
+def parse(data: bytes, name: str) -> Any:
+    """A JSON value written canonically: then no byte of it is without meaning."""
+    with suppress(ValueError, RecursionError, OverflowError):
+        value = json.loads(data)
+        if canonical(value) == data:
+            return value
+    raise Problem("form", f"{name} is not JSON in canonical form.")
+
+
+def need(value: Any, key: str, kind: Any) -> Any:
+    """`value[key]`, of this type. A key that is not there is None, and True is no number."""
     found = value.get(key) if isinstance(value, dict) else None
-    if type(found) is not kind and not (optional and found is None):
-        raise Refused("form", f"the field {key} is missing or of another type.")
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise Problem("form", f"the field {key} is missing or of another type.")
     return found
 
 
-def need_texts(value: Any, key: str) -> list[str]:
-    found: list[str] = need(value, key, list)
-    if not all(type(item) is str for item in found):
-        raise Refused("form", f"the field {key} holds something else than texts.")
-    return found
+def take(value: Any, **kinds: Any) -> list[Any]:
+    """Several fields at once, in the order of their names here."""
+    return [need(value, key, kind) for key, kind in kinds.items()]
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper_than(item, levels - 1) for item in inner)
+def take_all(value: Any, **kinds: Any) -> list[Any]:
+    """As `take`, of an object that has no other fields."""
+    if not isinstance(value, dict) or set(value) != set(kinds):
+        raise Problem("form", f"there should be the fields {', '.join(kinds)}, and no others.")
+    return take(value, **kinds)

@@ -2,18 +2,18 @@
 
 A *state* is the weights and optimizer at one step, known by the link that claimed it (or began the stage). Every claim
 must go on from the state that training was at, over steps and batches without a gap; going back is a link of its own.
+A *policy* is `{allow_vendors, deny_vendors, deny_country}`, names in lower case, about a `{vendor, maker, country}`:
+which chips may train, and whose software may be there. Training enforces it, and the verifier judges it again.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anychip.attest.check.findings import Findings, Refused, need, parse, sha256
-from anychip.attest.check.policy import judge
+from anychip.attest.check.findings import Findings, Problem, Reason, need, parse, sha256, take, take_all
 
 GENESIS = "0" * 64
+POLICY = ("allow_vendors", "deny_vendors", "deny_country")
 
 
 @dataclass
@@ -21,12 +21,13 @@ class History:
     """What a chain tells. `states` are (stage, step) by link; `manifests` the state of each stored checkpoint."""
 
     objects: Mapping[str, bytes]
-    findings: Findings
+    findings: Findings = field(default_factory=Findings)
     links: list[dict[str, Any]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    head: str = GENESIS  # the last of them
     states: dict[str, tuple[str, int]] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
-    parents: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)  # state -> the one it came from, or ""
     used: set[str] = field(default_factory=set)
     starts: list[tuple[Any, Any, Any]] = field(default_factory=list)  # body, inputs, members
     export: dict[str, Any] | None = None
@@ -35,16 +36,12 @@ class History:
     _stored: dict[str, str] = field(default_factory=dict)  # state -> manifest
     _members: str = ""
 
-    @property
-    def head(self) -> str:
-        return self.digests[-1] if self.digests else GENESIS
-
     def lookup(self, digest: str, what: str) -> Any:
         """A pinned object, by its digest."""
         self.used.add(digest)
         data = self.objects.get(digest)
         if data is None or sha256(data) != digest:
-            raise Refused("inputs", f"{what} {digest[:12]} is not there, or is not what the chain names.")
+            raise Problem("inputs", f"{what} {digest[:12]} is not there, or is not what the chain names.")
         return parse(data, what)
 
     def lineage(self, state: str) -> list[str]:
@@ -54,157 +51,150 @@ class History:
             found.append(parent)
         return found
 
+    def add(self, link: dict[str, Any], kind: str, body: dict[str, Any], me: str) -> None:
+        """Take in a link whose digest is `me`."""
+        self.links.append(link)
+        self.digests.append(me)
+        self.head = me
+        readers = {"start": self._start, "claim": self._claim, "saved": self._saved, "rollback": self._rollback,
+                   "derived": self._derived, "export": self._export}  # fmt: skip
+        if kind in readers:
+            readers[kind](body, me)
+        elif kind == "gap":
+            raise Problem("missing link", f"the chain says itself that something is missing: {need(body, 'why', str)}")
+        elif kind not in ("guard", "stage", "repair"):  # those are told, and nothing hangs on them
+            raise Problem("form", "it is of an unknown kind.")
+
+    def _start(self, body: dict[str, Any], me: str) -> None:
+        stage, step, resumed, weights = take(body, stage=str, step=int, resumed=str | None, weights=str | None)
+        pinned, self._members, processes = take(body, inputs=str, members=str, processes=int)
+        members, inputs = self.lookup(self._members, "members"), self.lookup(pinned, "inputs")
+        self.starts.append((body, inputs, members))
+        ranks = [need(member, "rank", int) for member in need(members, "ranks", list)]
+        if processes != len(ranks) or ranks != list(range(len(ranks))) or not ranks:
+            self.findings.problem("chip", "the chips of some ranks are not recorded.")
+        judge(need(inputs, "policy", dict), members["ranks"], self.findings)
+        if self._data.setdefault(stage, need(inputs, "data", dict)) != inputs["data"]:
+            self.findings.problem("data", f"{stage} goes on with other data than it began with, at step {step}.")
+        if resumed is not None:
+            if self.states.get(resumed) != (stage, step):
+                raise Problem("fork", f"{stage} goes on at step {step} from a state that this chain does not have.")
+            self._at[stage] = resumed
+            return
+        if step != 0:
+            raise Problem("steps", f"{stage} begins at step {step}.")
+        self._at[stage], self.states[me] = me, (stage, 0)
+        if weights is not None and weights not in self.manifests:
+            raise Problem("fork", f"{stage} begins with weights that this chain does not have.")
+        self.parents[me] = self.manifests.get(weights, "")
+
+    def _claim(self, body: dict[str, Any], me: str) -> None:
+        stage, first, last, parent = take(body, stage=str, from_step=int, step=int, parent=str)
+        pinned, members, skipped = take(body, trace=str, members=str, skipped=list)
+        ledger, _ = take(body, ledger=str, seconds=int | float)
+        at = self._at.get(stage)
+        self.states[me], self.parents[me], self._at[stage] = (stage, last), parent, me
+        if parent != at:
+            raise Problem("fork", f"step {last} of {stage} goes on from another state than the one that was reached.")
+        rows = take(self.lookup(pinned, "trace"), batches=list, losses=list, grad_norms=list)
+        if self.states[parent][1] != first or first >= last or any(len(row) != last - first for row in rows):
+            raise Problem("steps", f"steps of {stage} are missing between {self.states[parent][1]} and {last}.")
+        if members != self._members:
+            raise Problem("chip", f"step {last} was made by others than those who started.")
+        if rows[0] != [_position(step, skipped) for step in range(first, last)]:
+            raise Problem("steps", f"{stage} left out batches between steps {first} and {last}, and does not say so.")
+        if len(ledger) != 64:
+            raise Problem("form", "a claim lacks its ledger.")
+
+    def _saved(self, body: dict[str, Any], me: str) -> None:
+        state, manifest = take(body, claim=str, manifest=str)
+        if state not in self.states:
+            raise Problem("missing link", "a checkpoint was stored whose state nobody claimed.")
+        if self._stored.setdefault(state, manifest) != manifest:
+            raise Problem("fork", "two different checkpoints are said to be of one state.")
+        if self.manifests.setdefault(manifest, state) != state:
+            raise Problem("fork", "one checkpoint is said to be of two states.")
+
+    def _rollback(self, body: dict[str, Any], me: str) -> None:
+        stage, to = take(body, stage=str, to=str)
+        if self.states.get(to, ("",))[0] != stage:
+            raise Problem("fork", f"{stage} goes back to a state that this chain does not have.")
+        self._at[stage] = to
+
+    def _derived(self, body: dict[str, Any], me: str) -> None:
+        """A checkpoint that nobody trained: merged or grown from another one, or brought from elsewhere."""
+        stage, step, parent = take(body, stage=str, step=int, parent=str | None)
+        manifest, how = take(body, manifest=str, how=str)
+        if parent is None:
+            if stage in self._at:
+                raise Problem("fork", f"weights of another origin take the place of {stage}.")
+            self._at[stage] = me
+        elif parent not in self.states:
+            raise Problem("fork", f"{how} begins with a state that this chain does not have.")
+        else:
+            self.parents[me] = parent
+        self.states[me], self.manifests[manifest] = (stage, step), me
+
+    def _export(self, body: dict[str, Any], me: str) -> None:
+        stage, step, manifest, _ = take(body, stage=str, step=int, manifest=str, files=dict)
+        state = self.manifests.get(manifest)
+        if state is None or self.states[state] != (stage, step):
+            raise Problem("weights", "the exported weights are not those of a checkpoint of this chain.")
+        self.export = {**body, "state": state}
+
 
 def read_history(text: bytes, objects: Mapping[str, bytes]) -> History:
     """Walk through a chain; problems are in `findings`. Each is judged where it stands, so that one hides no other."""
-    history = History(objects, Findings())
+    history = History(objects)
     lines = text.split(b"\n")
     if lines.pop() != b"":
         history.findings.problem("truncated", "the last line of the chain is not whole.")
     places = {sha256(line): place for place, line in reversed(list(enumerate(lines)))}
     for place, line in enumerate(lines):
-        try:
-            link = parse(line, f"link {place}")
-            _check_place(history, link, place, places, sha256(line))
-            history.links.append(link)
-            history.digests.append(sha256(line))
-            reader = _READERS.get(need(link, "kind", str))
-            if reader is None:
-                raise Refused("form", f"link {place} is of an unknown kind.")
-            reader(history, need(link, "body", dict), history.digests[-1])
-        except Refused as refused:
-            history.findings.problem(refused.problem.reason, f"link {place}: {refused.problem.what}")
+        with history.findings.noting(f"link {place}: "):
+            link, me = parse(line, "it"), sha256(line)
+            number, parent, _, kind, body = take_all(link, n=int, parent=str, time=str, kind=str, body=dict)
+            if places[me] != place:
+                raise Problem("replayed link", f"it is link {places[me]} once more.")
+            if (parent, number) != (history.head, place):
+                reason: Reason = "order" if parent in places else "missing link"
+                history.findings.problem(reason, f"link {place} follows {places.get(parent, 'one that is gone')}.")
+            history.add(link, kind, body, me)
     return history
-
-
-def _check_place(history: History, link: Any, place: int, places: dict[str, int], digest: str) -> None:
-    number, parent = need(link, "n", int), need(link, "parent", str)
-    need(link, "time", str)
-    if set(link) != {"n", "parent", "time", "kind", "body"}:
-        raise Refused("form", "it has other fields than a link has.")
-    if places[digest] != place:
-        raise Refused("replayed link", f"it is link {places[digest]} once more.")
-    if parent == history.head and number == place:
-        return
-    if parent in places:
-        history.findings.problem("order", f"link {place} follows link {places[parent]}, not the one before it.")
-    else:
-        history.findings.problem("missing link", f"link {place} follows one that is not there (number {number}).")
-
-
-def _start(history: History, body: dict[str, Any], me: str) -> None:
-    stage, step, resumed = need(body, "stage", str), need(body, "step", int), need(body, "resumed", str, optional=True)
-    history._members = need(body, "members", str)
-    members, inputs = history.lookup(history._members, "members"), history.lookup(need(body, "inputs", str), "inputs")
-    history.starts.append((body, inputs, members))
-    ranks = [need(member, "rank", int) for member in need(members, "ranks", list)]
-    if need(body, "processes", int) != len(ranks) or ranks != list(range(len(ranks))) or not ranks:
-        history.findings.problem("chip", "the chips of some ranks are not recorded.")
-    judge(need(inputs, "policy", dict), members["ranks"], history.findings)
-    data = need(inputs, "data", dict)
-    if history._data.setdefault(stage, data) != data:
-        history.findings.problem("data", f"{stage} goes on with other data than it began with, at step {step}.")
-    if resumed is not None:
-        if history.states.get(resumed) != (stage, step):
-            raise Refused("fork", f"{stage} goes on at step {step} from a state that this chain does not have.")
-        history._at[stage] = resumed
-        return
-    if step != 0:
-        raise Refused("steps", f"{stage} begins at step {step}.")
-    history._at[stage] = me
-    history.states[me] = (stage, 0)
-    weights = need(body, "weights", str, optional=True)
-    if weights is not None and weights not in history.manifests:
-        raise Refused("fork", f"{stage} begins with weights that this chain does not have.")
-    if weights is not None:
-        history.parents[me] = history.manifests[weights]
-
-
-def _claim(history: History, body: dict[str, Any], me: str) -> None:
-    stage, first, last = need(body, "stage", str), need(body, "from_step", int), need(body, "step", int)
-    parent, at = need(body, "parent", str), history._at.get(stage)
-    history.states[me], history.parents[me], history._at[stage] = (stage, last), parent, me
-    if parent != at:
-        raise Refused("fork", f"step {last} of {stage} goes on from another state than the one that was reached.")
-    trace = history.lookup(need(body, "trace", str), "trace")
-    rows = [need(trace, name, list) for name in ("batches", "losses", "grad_norms")]
-    if history.states[parent][1] != first or first >= last or any(len(row) != last - first for row in rows):
-        raise Refused("steps", f"steps of {stage} are missing between {history.states[parent][1]} and {last}.")
-    if need(body, "members", str) != history._members:
-        raise Refused("chip", f"step {last} was made by others than those who started.")
-    skipped = need(body, "skipped", list)
-    if rows[0] != [_position(step, skipped) for step in range(first, last)]:
-        raise Refused("steps", f"{stage} left out batches between steps {first} and {last}, and does not say so.")
-    if len(need(body, "ledger", str)) != 64 or type(body.get("seconds")) not in (int, float):
-        raise Refused("form", "a claim lacks its ledger or its time.")
 
 
 def _position(step: int, skipped: list[Any]) -> int:
     """The batch that a step reads when these ranges of batches are left out."""
     for pair in skipped:
         if not (isinstance(pair, list) and len(pair) == 2 and all(type(edge) is int for edge in pair)):
-            raise Refused("form", "a claim's skipped batches are not ranges.")
+            raise Problem("form", "a claim's skipped batches are not ranges.")
         if step < pair[0]:
             break
         step += pair[1] - pair[0]
     return step
 
 
-def _saved(history: History, body: dict[str, Any], me: str) -> None:
-    state, manifest = need(body, "claim", str), need(body, "manifest", str)
-    if state not in history.states:
-        raise Refused("missing link", "a checkpoint was stored whose state nobody claimed.")
-    if history._stored.setdefault(state, manifest) != manifest:
-        raise Refused("fork", "two different checkpoints are said to be of one state.")
-    if history.manifests.setdefault(manifest, state) != state:
-        raise Refused("fork", "one checkpoint is said to be of two states.")
+def objection(policy: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Why the policy forbids what is made by these, or ""."""
+    names = {need(made_by, "vendor", str).lower(), *need(made_by, "maker", str).lower().split()}
+    allowed, denied, countries = ([str(name) for name in need(policy, field, list)] for field in POLICY)
+    country = made_by.get("country")
+    if allowed and not names.intersection(allowed):
+        return f"the policy allows only {', '.join(allowed)}"
+    if names.intersection(denied):
+        return f"the policy denies {', '.join(sorted(names.intersection(denied)))}"
+    if countries and (country is None or str(country).lower() in countries):
+        return f"the policy denies {', '.join(countries)}, and it comes from {country or 'a country that is not known'}"
+    return ""
 
 
-def _rollback(history: History, body: dict[str, Any], me: str) -> None:
-    stage, to = need(body, "stage", str), need(body, "to", str)
-    if history.states.get(to, ("",))[0] != stage:
-        raise Refused("fork", f"{stage} goes back to a state that this chain does not have.")
-    history._at[stage] = to
-
-
-def _derived(history: History, body: dict[str, Any], me: str) -> None:
-    """A checkpoint that nobody trained: merged or grown from another one, or brought from elsewhere."""
-    stage, step, parent, how = (
-        need(body, "stage", str),
-        need(body, "step", int),
-        body.get("parent"),
-        need(body, "how", str),
-    )
-    if parent is None:
-        if stage in history._at:
-            raise Refused("fork", f"weights of another origin take the place of {stage}.")
-        history._at[stage] = me
-    elif parent not in history.states:
-        raise Refused("fork", f"{how} begins with a state that this chain does not have.")
-    else:
-        history.parents[me] = parent
-    history.states[me] = (stage, step)
-    history.manifests[need(body, "manifest", str)] = me
-
-
-def _export(history: History, body: dict[str, Any], me: str) -> None:
-    manifest = need(body, "manifest", str)
-    state = history.manifests.get(manifest)
-    if state is None or history.states[state] != (need(body, "stage", str), need(body, "step", int)):
-        raise Refused("weights", "the exported weights are not those of a checkpoint of this chain.")
-    need(body, "files", dict)
-    history.export = {**body, "state": state}
-
-
-def _gap(history: History, body: dict[str, Any], me: str) -> None:
-    raise Refused("missing link", f"the chain says itself that something is missing: {need(body, 'why', str)}")
-
-
-def _note(history: History, body: dict[str, Any], me: str) -> None:
-    """Stages that ended, what the guard did, repairs: told, and nothing hangs on them."""
-
-
-_READERS: dict[str, Callable[[History, dict[str, Any], str], None]] = {
-    "start": _start, "claim": _claim, "saved": _saved, "rollback": _rollback, "derived": _derived, "export": _export,
-    "gap": _gap, "guard": _note, "stage": _note, "repair": _note,
-}  # fmt: skip
+def judge(policy: dict[str, Any], members: list[Any], findings: Findings) -> None:
+    """Say which chips and which software of the ranks the policy forbids."""
+    for member in members:
+        who = f"rank {need(member, 'rank', int)} on {need(member, 'host', str)}"
+        if why := objection(policy, member):
+            findings.problem("chip", f"{who} computes on {need(member, 'model', str)} by {member['maker']}: {why}.")
+        for software in need(member, "software", list):
+            if why := objection(policy, software):
+                what = ", ".join(str(item) for item in need(software, "what", list)[:3])
+                findings.problem("software", f"{who} has software of {software['maker']} ({what}): {why}.")

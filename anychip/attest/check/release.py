@@ -3,20 +3,18 @@
 RELEASE/attestation/{model.sig, run.dsse.json, chain.jsonl, objects/SHA256.json, data.dsse.json?, chips.dsse.json?}
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from anychip.attest.check.envelope import PublicKey, open_envelope, subjects
-from anychip.attest.check.files import ATTESTATION, compare, root_digest, signed_files
-from anychip.attest.check.findings import Findings, Refused, need, parse, read
-from anychip.attest.check.history import History, read_history
-from anychip.attest.check.words import say
+from anychip.attest.check.findings import ATTESTATION, Findings, Problem, Reason, need, parse, read, take
+from anychip.attest.check.history import POLICY, History, read_history
+from anychip.attest.check.signatures import PublicKey, compare, open_envelope, root_digest, signed_files, subjects
 
-STATEMENTS = {role: f"urn:anychip:attestation:{name}:1" for role, name in
-              {"operator": "run", "data-owner": "data", "chip-vendor": "chips"}.items()}  # fmt: skip
-FILES = {"operator": "run.dsse.json", "data-owner": "data.dsse.json", "chip-vendor": "chips.dsse.json"}
+ROLES = {"operator": "run", "data-owner": "data", "chip-vendor": "chips"}  # who signs, and what
+FILES = {role: f"{what}.dsse.json" for role, what in ROLES.items()}
+STATEMENTS = {role: f"urn:anychip:attestation:{what}:1" for role, what in ROLES.items()}
+OTHERS: dict[str, Reason] = {"data-owner": "data", "chip-vendor": "chip"}  # what is wrong when they signed otherwise
 Keys = dict[str, list[PublicKey]]
 
 
@@ -27,65 +25,44 @@ def check_release(folder: Path, keys: Keys) -> tuple[Findings, History | None]:
     if not keys.get("operator"):
         findings.problem("key", "no operator's key was named, and anybody can sign. Ask the operator for the key.")
         return findings, None
-    try:
+    with findings.noting():
         statement = _statement(folder, "operator", keys["operator"])
-    except Refused as refused:
-        findings.problems.append(refused.problem)
-    try:
+    with findings.noting():
         signed = signed_files(read(folder / ATTESTATION / "model.sig", "model.sig"), "model.sig", keys["operator"][0])
         compare(folder, signed, findings)
-    except Refused as refused:
-        findings.problems.append(refused.problem)
-    except OSError as error:
-        findings.problem("form", f"a file cannot be read ({error}).")
-    try:
+    with findings.noting():
         history = read_history(read(folder / ATTESTATION / "chain.jsonl", "chain.jsonl"), _objects(folder))
         findings.problems += history.findings.problems
         if statement is not None and signed is not None:
             _bind(history, statement, signed, findings)
-        for role in [role for role in ("data-owner", "chip-vendor") if keys.get(role)]:
-            if subjects(_statement(folder, role, keys[role])) != ABOUT[role](history):
-                findings.problem("data" if role == "data-owner" else "chip", f"the {role} signed something else.")
+        for role in [role for role in OTHERS if keys.get(role)]:
+            if subjects(_statement(folder, role, keys[role])) != about(role, history):
+                findings.problem(OTHERS[role], f"the {role} signed something else.")
         if unused := set(history.objects) - history.used:
             findings.problem("extra file", f"no link names {ATTESTATION}/objects/{min(unused)}.json.")
         if not findings.problems:
-            say(findings, history, len(signed or {}), keys)
-    except Refused as refused:
-        findings.problems.append(refused.problem)
+            _say(findings, history, len(signed or {}), keys)
     return findings, history
 
 
-def about_data(history: History) -> dict[str, str]:
-    """The digests of all corpora and tokenizers that the chain names."""
-    pinned = [need(inputs, "data", dict) for _, inputs, _ in history.starts]
-    return {name: need(data, name, str) for data in pinned for name in data}
-
-
-def about_chips(history: History) -> dict[str, str]:
-    """The digests of all lists of chips that the chain names."""
-    lists = dict.fromkeys(need(body, "members", str) for body, _, _ in history.starts)
+def about(role: str, history: History) -> dict[str, str]:
+    """What a data owner signs: the digests of all data that the chain names; a chip vendor: of all lists of chips."""
+    if role == "data-owner":
+        return {k: need(inputs["data"], k, str) for _, inputs, _ in history.starts for k in need(inputs, "data", dict)}
+    lists = dict.fromkeys(body["members"] for body, _, _ in history.starts)
     return {f"members-{number}": digest for number, digest in enumerate(lists, start=1)}
-
-
-ABOUT = {"data-owner": about_data, "chip-vendor": about_chips}
 
 
 def _statement(folder: Path, role: str, keys: list[PublicKey]) -> dict[str, Any]:
     name = FILES[role]
-    statement = open_envelope(parse(read(folder / ATTESTATION / name, name), name), name, keys)
-    if need(statement, "predicateType", str) != STATEMENTS[role]:
-        raise Refused("signature", f"{name} holds another statement than a {role}'s.")
-    return statement
+    return open_envelope(parse(read(folder / ATTESTATION / name, name), name), name, keys, STATEMENTS[role])
 
 
 def _objects(folder: Path) -> dict[str, bytes]:
     """Objects by name; anything else below attestation/ is refused."""
     home = folder / ATTESTATION
-    known = {"model.sig", "chain.jsonl", "objects", *FILES.values()}
-    if foreign := sorted({path.name for path in home.iterdir()} - known):
-        raise Refused("extra file", f"{ATTESTATION}/{foreign[0]} does not belong there.")
-    if not (home / "objects").is_dir():
-        raise Refused("missing file", f"{ATTESTATION}/objects is not there.")
+    if foreign := sorted({p.name for p in home.iterdir()} - {"model.sig", "chain.jsonl", "objects", *FILES.values()}):
+        raise Problem("extra file", f"{ATTESTATION}/{foreign[0]} does not belong there.")
     return {path.name.removesuffix(".json"): read(path, path.name) for path in (home / "objects").iterdir()}
 
 
@@ -94,10 +71,50 @@ def _bind(history: History, statement: dict[str, Any], signed: dict[str, str], f
     chain = need(need(statement, "predicate", dict), "chain", dict)
     if list(subjects(statement).values()) != [root_digest(signed)]:
         findings.problem("signature", "the operator's statement is about other files than those that are signed.")
-    if (need(chain, "head", str), need(chain, "links", int)) != (history.head, len(history.digests)):
-        what = f"the operator signed a chain of {chain['links']} links that ends otherwise"
-        findings.problem("truncated", f"{what}; this one has {len(history.digests)}.")
+    if take(chain, head=str, links=int) != [history.head, len(history.digests)]:
+        findings.problem("truncated", f"the operator signed another chain, of {chain['links']} links, not this one.")
     if history.export is None or history.links[-1]["kind"] != "export":
         findings.problem("weights", "the chain does not end with the export of these weights.")
     elif any(signed.get(name) != digest for name, digest in history.export["files"].items()):
         findings.problem("weights", "the weights are not those that the chain says were exported.")
+
+
+def _say(findings: Findings, history: History, files: int, keys: Keys) -> None:
+    """What an accepted release shows, and what it does not, in plain words."""
+    kinds = Counter(link["kind"] for link in history.links)
+    line = history.lineage(need(history.export, "state", str))
+    ends = {history.states[state][0]: history.states[state][1] for state in reversed(line)}  # the last step of a stage
+    signers = ", ".join(f"{role} {key.id[:12]}" for role, them in keys.items() for key in them)
+    findings.shown += [
+        f"Signed by: {signers}. All {files} files are those that were signed.",
+        f"The chain has {len(history.links)} links, in order, none missing. It ends with the export of "
+        f"{' <- '.join(f'{stage} step {step}' for stage, step in reversed(ends.items()))}.",
+        f"{len(history.starts)} starts, {kinds['rollback']} returns to an older state, {kinds['repair']} repairs after "
+        f"a process died, {kinds['guard']} interventions of the guard. Every state goes on from the one before it.",
+    ]
+    begun: dict[str, str] = {}
+    for body, inputs, members in history.starts:
+        begun.setdefault(_made_by(inputs, members["ranks"]), f"{body['stage']} step {body['step']}")
+    findings.shown += [f"From {since} on: {made_by}." for made_by, since in begun.items()]
+    findings.not_shown += [
+        "That what was recorded is true: whoever holds the operator's key could have recorded something else. "
+        "`--replay N` makes that dearer: it computes steps again.",
+        "That no other training began like this one: only this chain was signed.",
+        "That installed files were as their lists (RECORD) say, or that the operating system told the truth.",
+    ]
+    origin = history.links[history.digests.index(line[-1])]
+    if origin["kind"] == "derived":
+        how, manifest = take(origin["body"], how=str, manifest=str)
+        findings.not_shown.append(f"Where the first weights come from ({how}, {manifest[:12]}).")
+    for role, what in {"data-owner": "Whose data it is", "chip-vendor": "That the chips are genuine"}.items():
+        if not keys.get(role):
+            findings.not_shown.append(f"{what}: no {role} was asked to sign.")
+
+
+def _made_by(inputs: dict[str, Any], ranks: list[Any]) -> str:
+    code, policy = need(inputs, "code", dict), inputs["policy"]
+    chips = Counter(f"{rank.get('model')} ({rank['vendor']}, driver {rank.get('driver')})" for rank in ranks)
+    counted = "; ".join(f"{count} x {name}" for name, count in chips.items())
+    given = " and ".join(f"{name} {', '.join(map(str, policy[name]))}" for name in POLICY if policy[name])
+    package, commit = need(code, "package", str)[:12], code.get("commit") or "unknown"
+    return f"code {package} (commit {commit}); {counted}; policy: {given or 'none'}, kept at every start"

@@ -103,5 +103,19 @@ class CheckedOperator:
         return found[0]
 
 
+def is_right(what: str, difference: Callable[[], float], limit: float) -> bool:
+    """Whether a kernel that is called directly, without an operator's trials, differs by no more than `limit` in a try
+    of its own; one warning where it fails."""
+    try:
+        found = difference()
+        if found <= limit:  # false for NaN
+            return True
+        reason = f"its result differs from the reference by {found:.2g} of its norm"
+    except (OSError, RuntimeError) as error:
+        reason = _first_line(error)
+    warnings.warn(f"{what} as plain PyTorch: {reason}", OperatorFallback, stacklevel=4)
+    return False
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

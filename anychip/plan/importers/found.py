@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from anychip.errors import InputError
 from anychip.recipe.load import parse_recipe
@@ -20,11 +20,12 @@ class Found:
     optimizer: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> NoReturn:
         """A model that recipes cannot describe."""
         raise InputError(
             f"describes {what}, which a recipe cannot.",
-            do="Recipes describe dense decoders with RMSNorm, SwiGLU and rotary positions.",
+            do="Recipes describe decoders with RMSNorm, SwiGLU and rotary positions, with grouped-query or latent "
+            "attention, and experts in every layer after the first few.",
         )
 
 
@@ -38,8 +39,10 @@ class Imported:
 
 def imported(found: Found, where: str) -> Imported:
     """Check the values against the schema. Raises InputError naming what is missing or wrong."""
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     model = {name: value for name, value in found.model.items() if value is not None}
+    if "moe_intermediate_size" in model:  # a model of which no layer is plain need not say how wide one would be
+        model.setdefault("intermediate_size", model["moe_intermediate_size"])
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in needed if name not in model]:
         raise InputError(f"does not say {', '.join(missing)}.", where=where, do="Give the file that holds the model.")
     model.setdefault("num_key_value_heads", model["num_attention_heads"])
@@ -61,6 +64,8 @@ def imported(found: Found, where: str) -> Imported:
     }
     if parallel := {name: value for name, value in found.parallel.items() if value not in (None, 1)}:
         recipe["parallel"] = parallel
+    if model.get("num_nextn_predict_layers") and found.parallel.get("pipeline_parallel", 1) not in (None, 1):
+        found.notes.append("modules for further tokens do not go through a pipeline: set one of the two to none")
     if optimizer := {name: value for name, value in found.optimizer.items() if value is not None}:
         recipe["optimizer"] = optimizer
     parse_recipe(recipe, where)

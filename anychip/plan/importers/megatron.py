@@ -1,58 +1,28 @@
-"""Argument lists and shell scripts of Megatron-LM and MindSpeed, read without being executed."""
+"""Argument lists and shell scripts of Megatron-LM and MindSpeed."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from typing import Any
 
-from anychip.errors import InputError
-from anychip.plan.importers.found import Found, real_number, whole_number
-
-_ASSIGNMENT = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)=(.*)$", re.DOTALL)
-_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?-([^}]*))?\}|\$([A-Za-z_]\w*)")
-_QUOTED_ARRAY = re.compile(r'"(\$\{[A-Za-z_]\w*\[[@*]\]\})"')
-_DEPTH = 20  # of variables in variables
+from anychip.plan.importers.found import Found
+from anychip.plan.importers.megatron_parts import Arguments, experts_of, latent_of, yarn_of
+from anychip.plan.importers.parts import expert_parallel, without_biases
+from anychip.plan.importers.shell import arguments_of
 
 
 def from_script(text: str, name: str) -> Found:
     """The arguments of a script or of a bare list. Raises InputError for a variable that nothing sets."""
-    arguments = _arguments(text)
+    arguments = Arguments(arguments_of(text))
     found = Found(name)
-    if "num-experts" in arguments and arguments["num-experts"] not in ("0", "1", "true"):
-        found.refuse("a mixture of experts")
-    if "multi-latent-attention" in arguments or "multi-head-latent-attention" in arguments:
-        found.refuse("latent attention")
-    if arguments.get("normalization", "LayerNorm").lower() != "rmsnorm":
-        found.refuse("layers with LayerNorm (no --normalization RMSNorm)")
-    if "swiglu" not in arguments:
-        found.refuse("a feed-forward without --swiglu")
-    if arguments.get("position-embedding-type", "rope") != "rope" and "use-rotary-position-embeddings" not in arguments:
-        found.refuse(f"positions of type {arguments['position-embedding-type']}")
-    if "untie-embeddings-and-output-weights" not in arguments:
-        found.notes.append("its embedding and head share weights; ours are two matrices")
-
-    def number(key: str) -> int | None:
-        return whole_number(arguments.get(key), f"--{key}")
-
-    tensor, pipeline = number("tensor-model-parallel-size") or 1, number("pipeline-model-parallel-size") or 1
-    layers, grouped = number("num-layers"), "group-query-attention" in arguments
-    found.model = {
-        "vocab_size": _vocabulary(arguments, tensor, found),
-        "hidden_size": number("hidden-size"),
-        "intermediate_size": number("ffn-hidden-size"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": number("num-attention-heads"),
-        "num_key_value_heads": number("num-query-groups") if grouped else None,
-        "rms_norm_eps": real_number(arguments.get("norm-epsilon"), "--norm-epsilon"),
-        "rope_theta": real_number(arguments.get("rotary-base"), "--rotary-base"),
-        "max_position_embeddings": number("max-position-embeddings"),
-    }
+    _refuse_others(found, arguments)
+    tensor = arguments.number("tensor-model-parallel-size") or 1
+    pipeline = arguments.number("pipeline-model-parallel-size") or 1
+    found.model = _model(found, arguments, tensor)
     found.training = {
-        "seq_length": number("seq-length"),
-        "micro_batch_size": number("micro-batch-size"),
-        "global_batch_size": number("global-batch-size"),
-        "steps": number("train-iters"),
+        "seq_length": arguments.number("seq-length"),
+        "micro_batch_size": arguments.number("micro-batch-size"),
+        "global_batch_size": arguments.number("global-batch-size"),
+        "steps": arguments.number("train-iters"),
         "compute_dtype": "bf16" if "bf16" in arguments else None,
         "recompute": _recompute(arguments),
     }
@@ -61,116 +31,92 @@ def from_script(text: str, name: str) -> Found:
     found.parallel = {
         "tensor_parallel": tensor,
         "pipeline_parallel": pipeline,
-        "context_parallel": number("context-parallel-size"),
-        **_interleaved(arguments, layers, pipeline),
+        "context_parallel": arguments.number("context-parallel-size"),
+        **expert_parallel(found, arguments.number("expert-model-parallel-size")),
+        **_interleaved(arguments, found.model["num_hidden_layers"], pipeline),
     }
-    if "use-distributed-optimizer" in arguments:
+    if "use-distributed-optimizer" in arguments and "data_parallel_shard" not in found.parallel:
         found.notes.append("--use-distributed-optimizer: set parallel.data_parallel_shard to share states (FSDP2)")
     found.optimizer = {
-        "lr": real_number(arguments.get("lr"), "--lr"),
-        "weight_decay": real_number(arguments.get("weight-decay"), "--weight-decay"),
-        "grad_clip": real_number(arguments.get("clip-grad"), "--clip-grad"),
+        "lr": arguments.real("lr"),
+        "weight_decay": arguments.real("weight-decay"),
+        "grad_clip": arguments.real("clip-grad"),
+        "router_bias_update_rate": arguments.real("moe-router-bias-update-rate"),
     }
     return found
 
 
-def _vocabulary(arguments: dict[str, str], tensor: int, found: Found) -> int | None:
+def _refuse_others(found: Found, arguments: Arguments) -> None:
+    if arguments.text("normalization", "LayerNorm").lower() != "rmsnorm":
+        found.refuse("layers with LayerNorm (no --normalization RMSNorm)")
+    if "swiglu" not in arguments:
+        found.refuse("a feed-forward without --swiglu")
+    positions = arguments.text("position-embedding-type", "rope")
+    if positions != "rope" and "use-rotary-position-embeddings" not in arguments:
+        found.refuse(f"positions of type {positions}")
+
+
+def _model(found: Found, arguments: Arguments, tensor: int) -> dict[str, Any]:
+    layers = arguments.number("num-layers")
+    if layers and (idle := [word for word in arguments.text("noop-layers").split(",") if word.strip().isdigit()]):
+        layers -= len(idle)
+        found.notes.append(f"--noop-layers: {layers} layers do work; say with parallel.pipeline_layers where they are")
+    heads, hidden = arguments.number("num-attention-heads"), arguments.number("hidden-size")
+    width = arguments.number("kv-channels")
+    model: dict[str, Any] = {
+        "vocab_size": _vocabulary(found, arguments, tensor),
+        "hidden_size": hidden,
+        "intermediate_size": arguments.number("ffn-hidden-size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": arguments.number("num-query-groups") if "group-query-attention" in arguments else None,
+        "kv_channels": width if width and heads and hidden and width * heads != hidden else None,
+        "rms_norm_eps": arguments.real("norm-epsilon"),
+        "rope_theta": arguments.real("rotary-base"),
+        "max_position_embeddings": arguments.number("max-position-embeddings"),
+        "tie_word_embeddings": None if "untie-embeddings-and-output-weights" in arguments else True,
+        "num_nextn_predict_layers": arguments.number("mtp-num-layers"),
+        "mtp_loss_scaling_factor": arguments.real("mtp-loss-scaling-factor"),
+        **latent_of(arguments),
+        **experts_of(found, arguments, layers),
+        **yarn_of(found, arguments),
+    }
+    if "disable-bias-linear" in arguments or "kv_lora_rank" in model or "n_routed_experts" in model:
+        model |= without_biases(model)
+    for flag, what in (("add-qkv-bias", "biases of queries, keys and values"), ("qk-layernorm", "norms of queries")):
+        if flag in arguments and not ("kv_lora_rank" in model and flag == "qk-layernorm"):  # latent attention has them
+            found.notes.append(f"--{flag}: {what} are left out")
+    return model
+
+
+def _vocabulary(found: Found, arguments: Arguments, tensor: int) -> int | None:
     """The size that Megatron pads to: a multiple of --make-vocab-size-divisible-by x tensor parallel."""
-    padded = whole_number(arguments.get("padded-vocab-size"), "--padded-vocab-size")
-    if padded:
+    if padded := arguments.number("padded-vocab-size"):
         return padded
-    size = whole_number(arguments.get("vocab-size"), "--vocab-size")
+    size = arguments.number("vocab-size")
     if size is None:
         found.notes.append("the vocabulary's size is not in the script; 131072 was taken")
         return 131_072
-    key = "make-vocab-size-divisible-by"
-    unit = max(1, tensor) * max(1, whole_number(arguments.get(key, "128"), f"--{key}") or 1)
+    divisor = arguments.number("make-vocab-size-divisible-by")
+    unit = max(1, tensor) * max(1, 128 if divisor is None else divisor)
     return -(-size // unit) * unit
 
 
-def _recompute(arguments: dict[str, str]) -> str | None:
-    kind = arguments.get("recompute-granularity")
+def _recompute(arguments: Arguments) -> str | None:
+    kind = arguments.text("recompute-granularity")
     if kind in ("full", "selective"):
         return kind
     return "selective" if "recompute-activations" in arguments else "none"
 
 
-def _interleaved(arguments: dict[str, str], layers: int | None, pipeline: int) -> dict[str, Any]:
+def _interleaved(arguments: Arguments, layers: int | None, pipeline: int) -> dict[str, Any]:
     """Virtual stages, and MindSpeed's and Megatron's other schedules."""
-    if arguments.get("schedules-method") == "dualpipev":
+    if arguments.text("schedules-method") == "dualpipev":
         return {"pipeline_schedule": "dualpipe_v"}
-    key = "num-layers-per-virtual-pipeline-stage"
-    each = whole_number(arguments.get(key), f"--{key}")
-    stages = whole_number(
-        arguments.get("num-virtual-stages-per-pipeline-rank"), "--num-virtual-stages-per-pipeline-rank"
-    )
+    each = arguments.number("num-layers-per-virtual-pipeline-stage")
+    stages = arguments.number("num-virtual-stages-per-pipeline-rank")
     if each and layers and pipeline > 1:
         stages = layers // (pipeline * each)
     if stages and stages > 1 and pipeline > 1:
         return {"virtual_pipeline": stages, "pipeline_schedule": "interleaved"}
     return {}
-
-
-def _arguments(text: str) -> dict[str, str]:
-    """`--name value` pairs of all arguments in the text; a flag alone is "true". Later ones win, as in argparse."""
-    variables: dict[str, str] = {}
-    words: list[str] = []
-    for line in _lines(text):
-        if (match := _ASSIGNMENT.match(line)) and not line.lstrip().startswith("--"):
-            value = match.group(2).strip()
-            variables[match.group(1)] = value[1:-1] if value[:1] == "(" and value[-1:] == ")" else _unquoted(value)
-        elif "--" in line:
-            words += _split(_resolved(line, variables))
-    found: dict[str, str] = {}
-    name = None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            found[name] = value if equals else "true"
-        elif name is not None and found[name] == "true":
-            found[name] = word
-    if not found:
-        raise InputError("holds no --arguments.", do="Give a Megatron or MindSpeed script, or its list of arguments.")
-    return found
-
-
-def _lines(text: str) -> list[str]:
-    """Whole commands: comments dropped, continued lines and arrays joined."""
-    text = re.sub(r"\\\r?\n", " ", text)
-    lines, pending = [], ""
-    for raw in text.splitlines():
-        line = re.sub(r"(^|\s)#.*$", "", raw).strip()
-        pending = f"{pending} {line}".strip() if pending else line
-        opens = re.match(r"^(?:export\s+)?[A-Za-z_]\w*=\(", pending) and not pending.endswith(")")
-        quoted = re.match(r'^(?:export\s+)?[A-Za-z_]\w*="', pending) and pending.count('"') % 2 == 1
-        if not (opens or quoted):
-            lines.append(pending)
-            pending = ""
-    return [line for line in [*lines, pending] if line]
-
-
-def _resolved(line: str, variables: dict[str, str]) -> str:
-    """Put in what variables were set to. Unknown ones stay and are refused only where a value is needed."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1) or match.group(3)
-        return variables.get(name, match.group(2) if match.group(2) is not None else match.group(0))
-
-    line = _QUOTED_ARRAY.sub(r"\1", line)  # each of its elements is a word of its own
-    for _ in range(_DEPTH):
-        replaced = _REFERENCE.sub(value, line)
-        if replaced == line or len(replaced) > 1_000_000:
-            break
-        line = replaced
-    return line
-
-
-def _split(line: str) -> list[str]:
-    try:
-        return shlex.split(line, comments=True)
-    except ValueError:
-        return line.split()
-
-
-def _unquoted(value: str) -> str:
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anychip.plan.importers.found import Found, real_number, whole_number
+from anychip.plan.importers.parts import expert_parallel, experts, latent_attention, without_biases
 
 
 def from_yaml(raw: dict[str, Any], name: str) -> Found:
@@ -12,11 +13,6 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
     found = Found(name)
     model = _section(_section(raw, "model"), "model_config")
     parallel, runner = _section(raw, "parallel_config"), _section(raw, "runner_config")
-    if model.get("kv_lora_rank"):
-        found.refuse("latent attention")
-    experts = _section(raw, "moe_config").get("expert_num", 1)
-    if whole_number(experts, "moe_config.expert_num") not in (None, 0, 1):
-        found.refuse("a mixture of experts")
 
     def number(section: dict[str, Any], key: str) -> int | None:
         return whole_number(section.get(key), key)
@@ -31,8 +27,15 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
         "num_key_value_heads": number(model, "n_kv_heads"),
         "rms_norm_eps": real_number(model.get("rms_norm_eps"), "rms_norm_eps"),
         "rope_theta": real_number(model.get("theta"), "theta"),
-        "max_position_embeddings": number(model, "max_position_embedding"),
+        "max_position_embeddings": number(model, "max_position_embedding") or number(model, "max_position_embeddings"),
+        "num_nextn_predict_layers": number(model, "mtp_depth"),
+        "mtp_loss_scaling_factor": real_number(model.get("mtp_loss_factor"), "mtp_loss_factor"),
+        **_latent(model, heads),
+        **_experts(found, _section(raw, "moe_config")),
+        **_yarn(model),
     }
+    if "kv_lora_rank" in found.model or "n_routed_experts" in found.model:
+        found.model |= without_biases(found.model)
     data, micro_batches = number(parallel, "data_parallel") or 1, number(parallel, "micro_batch_num") or 1
     rows = number(runner, "batch_size") or 1
     stages = number(parallel, "pipeline_stage") or 1
@@ -48,6 +51,8 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
         "pipeline_parallel": stages,
         "context_parallel": number(parallel, "context_parallel"),
     }
+    if shared := expert_parallel(found, number(parallel, "expert_parallel"), data):
+        found.parallel |= shared | {"data_parallel_replicate": None}
     interleave = number(model, "pp_interleave_num")
     if interleave and interleave > 1 and stages > 1:
         found.parallel |= {"virtual_pipeline": interleave, "pipeline_schedule": "interleaved"}
@@ -58,6 +63,74 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
     if model.get("offset"):
         found.notes.append("model_config.offset shifts layers between stages; set parallel.pipeline_layers for that")
     return found
+
+
+def _latent(model: dict[str, Any], heads: int | None) -> dict[str, Any]:
+    """Fields of `model`; none for plain attention."""
+
+    def number(key: str) -> int | None:
+        return whole_number(model.get(key), key)
+
+    rank = number("kv_lora_rank")
+    if not rank:
+        return {}
+    return latent_attention(
+        heads=heads,
+        q_rank=number("q_lora_rank"),
+        kv_rank=rank,
+        nope=number("qk_nope_head_dim"),
+        rope=number("qk_rope_head_dim"),
+        value=number("v_head_dim"),
+    )
+
+
+def _experts(found: Found, moe: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `model` from `moe_config`; none for a dense model."""
+
+    def number(key: str) -> int | None:
+        return whole_number(moe.get(key), f"moe_config.{key}")
+
+    def real(key: str) -> float | None:
+        return real_number(moe.get(key), f"moe_config.{key}")
+
+    count, inner, first = number("expert_num"), number("moe_intermediate_size"), moe.get("first_k_dense_replace")
+    if not count or count == 1:
+        return {}
+    losses = moe.get("aux_loss_factors")
+    by_expert = losses[0] if isinstance(losses, list) and losses else None
+    return experts(
+        found,
+        count=count,
+        chosen=number("num_experts_chosen"),
+        inner=inner,
+        shared_inner=(number("shared_expert_num") or 0) * (inner or 0),
+        dense_first=0 if isinstance(first, bool) else number("first_k_dense_replace") or 0,
+        sigmoid=moe.get("use_gating_sigmoid") is True,
+        ranking_bias=moe.get("balance_via_topk_bias") is True,
+        renormalised=moe.get("norm_topk_prob", True) is True,
+        scaling=real("routed_scaling_factor"),
+        balance_loss=real_number(by_expert, "moe_config.aux_loss_factors"),
+        z_loss=real("z_loss_factor"),
+        capacity=None if moe.get("use_gmm") is True else real("capacity_factor"),
+        groups=number("n_group"),
+    )
+
+
+def _yarn(model: dict[str, Any]) -> dict[str, Any]:
+    """The field `yarn` of `model`."""
+    scaling = _section(model, "scaling_factor")
+    factor = real_number(scaling.get("factor"), "scaling_factor.factor")
+    original = whole_number(scaling.get("original_max_position_embeddings"), "original_max_position_embeddings")
+    if str(model.get("extend_method", "")).upper() != "YARN" or not factor or not original:
+        return {}
+    values = {
+        "beta_fast": real_number(scaling.get("beta_fast"), "beta_fast"),
+        "beta_slow": real_number(scaling.get("beta_slow"), "beta_slow"),
+    }
+    scale = real_number(scaling.get("mscale_all_dim"), "mscale_all_dim")
+    values["mscale"] = None if scale is None else 0.1 * scale
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"yarn": {"factor": factor, "original_max_position_embeddings": original, **given}}
 
 
 def _section(raw: Any, key: str) -> dict[str, Any]:

@@ -5,13 +5,54 @@ from __future__ import annotations
 from typing import Any
 
 from anychip.plan.importers.found import Found, real_number, whole_number
+from anychip.plan.importers.parts import expert_parallel
 
-# Published shapes of Llama 3: vocabulary, hidden, ffn, layers, heads, key-value heads.
 _LLAMA3 = {
-    "8B": (128_256, 4096, 14_336, 32, 32, 8),
-    "70B": (128_256, 8192, 28_672, 80, 64, 8),
-    "405B": (128_256, 16_384, 53_248, 126, 128, 8),
+    "family": "llama",
+    "biases": "none",
+    "vocab_size": 128_256,
+    "num_key_value_heads": 8,
+    "rope_theta": 500_000.0,
 }
+_QWEN3 = {
+    "family": "llama", "biases": "none", "vocab_size": 151_936, "num_key_value_heads": 4, "kv_channels": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "n_routed_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+_DEEPSEEK = {
+    "family": "llama", "biases": "none", "vocab_size": 102_400, "rope_theta": 10_000.0, "q_lora_rank": 0,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": False,
+    "yarn": {"factor": 40.0, "original_max_position_embeddings": 4096},
+}  # fmt: skip
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (hidden, ffn, layers, heads), strict=True))
+
+
+# Published shapes under the names that torchtitan gives them.
+_FLAVORS: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama3", "8B"): _LLAMA3 | _sizes(4096, 14_336, 32, 32),
+    ("llama3", "70B"): _LLAMA3 | _sizes(8192, 28_672, 80, 64),
+    ("llama3", "405B"): _LLAMA3 | _sizes(16_384, 53_248, 126, 128),
+    ("qwen3", "30B-A3B"): _QWEN3 | _sizes(2048, 6144, 48, 32) | {"moe_intermediate_size": 768},
+    ("qwen3", "235B-A22B"): _QWEN3 | _sizes(4096, 12_288, 94, 64) | {"moe_intermediate_size": 1536},
+    ("deepseek_v3", "16B"): _DEEPSEEK
+    | _sizes(2048, 10_944, 27, 16)
+    | {"n_routed_experts": 64, "moe_intermediate_size": 1408},
+    ("deepseek_v3", "236B"): _DEEPSEEK
+    | _sizes(5120, 12_288, 60, 128)
+    | {"q_lora_rank": 1536, "n_routed_experts": 160, "moe_intermediate_size": 1536, "routed_scaling_factor": 16.0},
+    ("deepseek_v3", "671B"): _DEEPSEEK
+    | _sizes(7168, 18_432, 61, 128)
+    | {
+        "family": "telechat3-moe", "vocab_size": 129_280, "q_lora_rank": 1536, "n_routed_experts": 256,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1, "first_k_dense_replace": 3,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+}  # fmt: skip
+_GROUPS = (("deepseek_v3", "236B"), ("deepseek_v3", "671B"))
 _SCHEDULES = {
     "1f1b": "1f1b",
     "gpipe": "gpipe",
@@ -27,13 +68,14 @@ def from_toml(raw: dict[str, Any], name: str) -> Found:
     model, training = _section(raw, "model"), _section(raw, "training")
     parallel = _section(raw, "parallelism") or training  # the first releases kept degrees in [training]
     kind, flavor = str(model.get("name", "")), str(model.get("flavor", ""))
-    if kind != "llama3" or flavor not in _LLAMA3:
-        found.refuse(f"the flavour {flavor or '?'} of {kind or '?'} (known: llama3 of {', '.join(_LLAMA3)})")
-    vocab, hidden, ffn, layers, heads, kv_heads = _LLAMA3[flavor]
-    found.model = {
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rope_theta": 500_000.0,
-    }  # fmt: skip
+    if (kind, flavor) not in _FLAVORS:
+        known = ", ".join(" ".join(pair) for pair in _FLAVORS)
+        found.refuse(f"the flavour {flavor or '?'} of {kind or '?'} (known: {known})")
+    found.model = dict(_FLAVORS[kind, flavor])
+    if kind == "qwen3":
+        found.notes.append("its norms of queries and keys are left out")
+    if (kind, flavor) in _GROUPS:
+        found.notes.append("its tokens choose among the experts of few groups only; ours choose among all")
 
     def degree(key: str) -> int | None:
         value = whole_number(parallel.get(key), key)
@@ -61,6 +103,7 @@ def from_toml(raw: dict[str, Any], name: str) -> Found:
         "pipeline_parallel": degree("pipeline_parallel_degree"),
         "context_parallel": degree("context_parallel_degree"),
     }
+    found.parallel |= expert_parallel(found, degree("expert_parallel_degree"), shard)
     schedule = str(parallel.get("pipeline_parallel_schedule", "")).lower()
     if schedule in _SCHEDULES and (found.parallel["pipeline_parallel"] or 1) > 1:
         found.parallel["pipeline_schedule"] = _SCHEDULES[schedule]

@@ -36,6 +36,11 @@ class SamplingConfig(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 256
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
 
 class ServeConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
@@ -44,7 +49,10 @@ class ServeConfig(Section):
 class AttestConfig(Section):
     """What a run writes down so that others can check where its weights come from, and which chips may take part."""
 
-    record: bool = Field(False, description="keep the chain in attest/; so does every policy below")
+    record: bool = Field(False, description="keep the chain in attest/; so does everything below")
+    key: str | None = Field(
+        None, description="`anychip run` ends with a release signed with this key (PEM), which is made if it is missing"
+    )
     allow_vendors: list[str] = Field(
         default_factory=list, description="the only vendors or makers whose chips may train; empty: all"
     )
@@ -55,4 +63,4 @@ class AttestConfig(Section):
 
     @property
     def active(self) -> bool:
-        return self.record or bool(self.allow_vendors or self.deny_vendors or self.deny_country)
+        return self.record or bool(self.key or self.allow_vendors or self.deny_vendors or self.deny_country)

@@ -1,4 +1,4 @@
-"""API keys: where they come from, and how a request proves that it has one."""
+"""API keys: where they come from, who needs them, and how a request proves that it has one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import os
 from pathlib import Path
 
@@ -39,6 +40,11 @@ class Keys:
 
 def read_keys(file: Path | None) -> Keys:
     """Keys from a file, one a line, else from the environment variable ANYCHIP_API_KEYS, separated by commas."""
+    return Keys(key_texts(file))
+
+
+def key_texts(file: Path | None) -> list[str]:
+    """As `read_keys`, for a program that wants the keys themselves."""
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -56,7 +62,26 @@ def read_keys(file: Path | None) -> Keys:
             where=where,
             do="Make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
         )
-    return Keys(keys)
+    return keys
+
+
+def check_open(host: str, has_keys: bool) -> None:
+    """InputError for a server that would be open to everybody."""
+    if not has_keys and not _is_loopback(host):
+        raise InputError(
+            f"--host {host} opens the server to others, and there is no API key.",
+            where="serve",
+            do=f"Give --api-keys FILE or set {ENVIRONMENT}, or serve on 127.0.0.1.",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: str) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anychip.errors import InputError
 from anychip.serve.api.app import make_app
-from anychip.serve.api.keys import ENVIRONMENT, Keys
+from anychip.serve.api.keys import Keys, check_open
 from anychip.serve.api.service import Service
 
 _MOST_HEADER_BYTES = 32 << 10
@@ -52,12 +51,7 @@ def make_server(
     page: bool = True,
 ) -> uvicorn.Server:
     """A server that has not started. InputError where it would be open to everybody."""
-    if not keys and not is_loopback(host):
-        raise InputError(
-            f"--host {host} opens the server to others, and there is no API key.",
-            where="serve",
-            do=f"Give --api-keys FILE or set {ENVIRONMENT}, or serve on 127.0.0.1.",
-        )
+    check_open(host, bool(keys))
     app = make_app(service, keys, hosts=(*hosts, host), origins=origins, page=page)
     config = uvicorn.Config(
         app,
@@ -93,15 +87,6 @@ def listen(host: str, port: int) -> socket.socket:
             do="Choose another --port or --host.",
         ) from None
     return listening
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Server(uvicorn.Server):

@@ -23,22 +23,24 @@ from anychip.serve.api.metrics import Metrics
 from anychip.serve.api.schema import Generation
 from anychip.serve.request import Event, Request
 from anychip.serve.talker import Talker
-from anychip.serve.worker import Worker
+from anychip.serve.worker import EngineThread, Worker
 
 
 @dataclass
 class Service:
-    """`name` is the model's in answers. `thinking`: every answer begins with reasoning."""
+    """`name` is the model's in answers. `thinking`: every answer begins with reasoning. `thread`: the one in which the
+    model was prepared."""
 
     talker: Talker
     name: str
     limits: Limits = field(default_factory=Limits)
     thinking: bool = False
+    thread: EngineThread | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 
     def __post_init__(self) -> None:
-        self.worker = Worker(self.talker.engine)
+        self.worker = Worker(self.talker.engine, self.thread)
         self.metrics = Metrics(self.worker)
         vocabulary = self.talker.engine.model.config.vocab_size
         self.grammars = Grammars(self.talker.tokenizer, vocabulary, self.limits.grammar_seconds)

@@ -187,10 +187,7 @@ class CheckpointStore:
         starting from nothing would then be a loss that nobody asked for.
         """
         self._join()
-        steps = self._ranks.broadcast(complete_steps(self._root))
-        for step in unfinished_steps(self._root) if self._ranks.is_coordinator else ():
-            if step > max(steps, default=-1):
-                self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
+        steps = self._complete_steps()
         for step in reversed(steps):
             try:
                 info = self.open(step)
@@ -206,6 +203,22 @@ class CheckpointStore:
             raise UnfitError(f"all {len(steps)} checkpoints are damaged.", where=self._root, do=do)
         return None
 
+    def _complete_steps(self) -> list[int]:
+        """What the coordinator sees; it tells the others also when it cannot see, and all raise then."""
+        found: list[Any] = [[], ""]
+        if self._ranks.is_coordinator:
+            try:
+                found[0] = complete_steps(self._root)
+                for step in unfinished_steps(self._root):
+                    if step > max(found[0], default=-1):
+                        self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
+            except OSError as error:
+                found[1] = reason(error)
+        steps, problem = self._ranks.broadcast(found)
+        if problem:
+            raise UnfitError(f"cannot be read ({problem}).", where=self._root, do="See whether its disk is there.")
+        return list(steps)
+
     def _pass_over(self, step: int, why: str) -> None:
         where = self._root / step_name(step)
         said = why if str(where) in why else f"{where}: {why}"
@@ -218,15 +231,18 @@ class CheckpointStore:
         wrong with it when it is damaged.
         """
         path = self._root / step_name(step)
-        if step not in complete_steps(self._root):
-            have = ", ".join(map(str, complete_steps(self._root))) or "none"
-            raise InputError(f"there is no checkpoint of step {step}.", where=self._root, do=f"There are: {have}.")
         problem: AnychipError | None = None
-        try:
+        try:  # whatever one rank meets, all learn of below
+            steps = complete_steps(self._root)
+            if step not in steps:
+                have = ", ".join(map(str, steps)) or "none"
+                raise InputError(f"there is no checkpoint of step {step}.", where=self._root, do=f"There are: {have}.")
             manifest = read_manifest(path)
             _verify(path, manifest, self._ranks)
         except AnychipError as error:
             problem = error
+        except OSError as error:
+            problem = UnfitError(f"cannot be read ({reason(error)}).", where=path, do="See whether its disk is there.")
         told = self._ranks.gather(str(problem) if problem else None)
         damage = self._ranks.broadcast(next((text for text in told if text), None))
         if problem:

@@ -90,6 +90,14 @@ def _norms(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:
     yield norm_case(shapes, dtype, "so small that eps decides", partial(sized, factor=shapes.eps**0.5 / 2))
     yield norm_case(shapes, dtype, "one large channel", outlier)
     yield norm_case(shapes, dtype, "constant rows", constant)
+    wide = replace(shapes, hidden=max(shapes.hidden, 1024))  # what is off in a row as a whole shows in long rows
+
+    def many_sizes(draw: Draw) -> Tensor:
+        """From 1/16 to 16, evenly on a logarithmic scale, so that mean squares are rounded in all ways."""
+        sizes = 2.0 ** (draw.integers(1025, *size[:2], 1).double() / 128 - 4)
+        return (sizes * draw.normal(*size[:2], wide.hidden, dtype=torch.float64)).to(dtype)
+
+    yield replace(norm_case(wide, dtype, "rows of many sizes", many_sizes), one_factor=True)
 
 
 def _products(shapes: Shapes, dtype: torch.dtype) -> Iterator[Case]:

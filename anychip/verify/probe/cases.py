@@ -33,7 +33,7 @@ class Case:
     `make` draws the arguments on the CPU in their dtypes. `function` is the operator itself, or None for one of the
     contract, whose vendor's version and reference are both probed; `wrap` makes results of what a contract's operator
     changes in place. `length` and `roundings` are what judge.py reckons with, those of gradients apart. `exact`: the
-    CPU's own bits are expected. `size`: what a result near zero is compared with.
+    CPU's own bits are expected. `size`: what a result near zero is compared with. `one_factor`: see judge.flaw.
     """
 
     operator: str
@@ -50,6 +50,7 @@ class Case:
     results: tuple[str, ...] = ("result",)
     exact: bool = False
     size: Callable[[list[Any]], float] | None = None
+    one_factor: bool = False
 
     @property
     def name(self) -> str:

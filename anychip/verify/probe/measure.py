@@ -108,7 +108,8 @@ def _wrong(case: Case, version: str, found: dict[str, Tensor]) -> list[Finding]:
             case.gradient_length if backward else case.length,
             case.gradient_roundings if backward else case.roundings,
         )
-        wrong = flaw(found[what], exact, allowed, None if backward else size)
+        one_factor = case.one_factor and not backward
+        wrong = flaw(found[what], exact, allowed, None if backward else size, one_factor=one_factor)
         if wrong is not None:
             findings.append(_finding(case, version, what, wrong))
     return findings

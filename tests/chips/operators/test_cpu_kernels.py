@@ -16,7 +16,7 @@ from anychip.chips.compiling import find_compiler
 from anychip.chips.operators import OperatorFallback, operators_for, prepared, reference
 from anychip.chips.operators.cpu import attention as attention_module
 from anychip.chips.operators.cpu import library
-from anychip.chips.operators.prepared import packed_product
+from anychip.chips.operators.prepared import packed_product, wide_product
 
 needs_kernels = pytest.mark.skipif(
     not library.RUNS_HERE or find_compiler() is None, reason="needs AVX-512 with bf16 and a C++ compiler"
@@ -183,6 +183,25 @@ def test_packed_products_are_those_of_fp64_rounded_once(outputs: int, inputs: in
     for rows in range(1, 14):  # a row has the same bits in any company
         assert torch.equal(product(x[:rows]), found[:rows])
     assert torch.equal(product(x[3:9]), found[3:9])
+
+
+@needs_kernels
+def test_a_wide_product_is_the_packed_one_before_it_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, x = (torch.randn(rows, 77, generator=generator).bfloat16() for rows in (150, 9))
+    found = wide_product(weight)(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.bfloat16(), packed_product(weight, None)(x))
+    exact = x.double() @ weight.double().t()
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_wide_product_without_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "packs_bf16", lambda device: False)
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        weight, x = torch.ones(4, 8, dtype=dtype), torch.full((2, 8), 0.5, dtype=dtype)
+        found = wide_product(weight)(x)
+        assert found.dtype == expected and torch.equal(found, torch.full((2, 4), 4.0, dtype=expected))
 
 
 @needs_kernels

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -78,32 +75,11 @@ def test_an_open_server_without_keys_is_refused(served: Served) -> None:
             make_server(served.service, Keys([]), host, 0)
 
 
-def test_the_verb_says_what_is_missing(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_says_what_is_missing(served: Served, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no API key"):
         serve_module.serve(tmp_path, host="0.0.0.0")
-    with pytest.raises(InputError, match="not an exported model"):
-        serve_module.serve_by_vllm(tmp_path, name=None, host="127.0.0.1", port=1, context_length=None)
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {served.port}"):
         listen("127.0.0.1", served.port)
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="vLLM is not installed here"):
-        serve_module.serve_by_vllm(tmp_path, name=None, host="127.0.0.1", port=1, context_length=None)
-
-
-def test_an_export_is_handed_to_vllm(tmp_path: Path) -> None:
-    """A program named vllm takes the place of the process, with the address, the name and the context."""
-    (tmp_path / "config.json").write_text("{}")
-    program = tmp_path / "vllm"
-    program.write_text('#!/bin/sh\necho "$@"\n')
-    program.chmod(0o755)
-    words = ["serve", str(tmp_path), "--engine", "vllm", "--port", "9", "--name", "m", "--context-length", "99"]
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    run = subprocess.run(
-        [sys.executable, "-m", "anychip", *words], capture_output=True, text=True, env=environment, timeout=120
-    )
-    expected = f"serve {tmp_path} --host 127.0.0.1 --port 9 --served-model-name m --max-model-len 99\n"
-    assert run.stdout == expected, run.stderr
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "a@localhost", "", "localhost/x", "[::1"])

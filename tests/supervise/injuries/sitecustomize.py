@@ -3,14 +3,17 @@ gone.
 
 `loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives
 the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.6 s, `memory` takes more
-than it may have.
+than it may have, `wrong` computes gradients that are a thousandth too large. `die at SPOT` is an end by signal 9,
+once, where a phase of a step begins or at a point of SAVING.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,48 @@ def _take_memory() -> list[bytes]:
     return [bytes(16 << 20) for _ in range(1 << 10)]
 
 
+# Where a save is: before this is called.
+SAVING = {
+    "copy": ("anychip.train.checkpoint.staging", "StagingBuffer", "copy"),
+    "plan": ("anychip.train.checkpoint.store", "", "write_checkpoint"),
+    "open": ("anychip.train.checkpoint.shard", "ShardWriter", "__init__"),
+    "write": ("anychip.train.checkpoint.shard", "ShardWriter", "add"),
+    "flush": ("anychip.train.checkpoint.shard", "ShardWriter", "finish"),
+    "publish": ("anychip.train.checkpoint.save", "", "publish"),
+    "retain": ("anychip.train.checkpoint.store", "CheckpointStore", "_retain"),
+}
+
+
+def _die_at(path: Path, spot: str) -> None:
+    if _wish(path) == f"die at {spot}":
+        path.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _make_mortal(path: Path) -> None:
+    """Ends at the beginning of phases and inside saves."""
+    for spot, (module, holder, name) in SAVING.items():
+        place: Any = importlib.import_module(module)
+        place = getattr(place, holder) if holder else place
+        function = getattr(place, name)
+
+        def mortal(*inputs: Any, spot: str = spot, function: Any = function, **named: Any) -> Any:
+            _die_at(path, spot)
+            return function(*inputs, **named)
+
+        setattr(place, name, mortal)
+
+    from anychip.train.heartbeat import Heartbeat
+
+    beat = Heartbeat.beat
+
+    def mortal_beat(self: Any, phase: str) -> None:
+        beat(self, phase)
+        _die_at(path, phase)
+
+    Heartbeat.beat = mortal_beat  # type: ignore[method-assign]
+
+
 def _injure(path: Path) -> None:
     from anychip.data.indexed import IndexedCorpus
     from anychip.train.engine import Engine
@@ -56,13 +101,14 @@ def _injure(path: Path) -> None:
             time.sleep(0.6)
         elif wish == "memory":
             _take_memory()
-        return loss(self, *inputs)
+        return loss(self, *inputs) * (1.001 if wish == "wrong" else 1.0)
 
     def injured_tokens(self: Any, *inputs: Any) -> Any:
         while _wish(path) == "read":
             time.sleep(0.02)
         return tokens(self, *inputs)
 
+    _make_mortal(path)
     Engine._loss, IndexedCorpus.tokens = injured_loss, injured_tokens  # type: ignore[method-assign]
 
 

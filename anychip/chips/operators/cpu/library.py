@@ -42,5 +42,7 @@ def load() -> ctypes.CDLL:
     )
     address, count = ctypes.c_void_p, ctypes.c_int64
     library.pack_weight.argtypes = address, count, count, address
-    library.packed_product.argtypes = address, count, count, address, address, count, address
+    for product in (library.packed_product, library.packed_product_wide):
+        product.argtypes = address, count, count, count, address, address, count, address
+    library.cached_attention.argtypes = *(address,) * 7, count, address, ctypes.c_float
     return library

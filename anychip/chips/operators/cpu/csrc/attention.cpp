@@ -5,9 +5,8 @@
 // in one order: results do not depend on the number of threads. Formulas: arXiv 2205.14135, appendix B.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "kernels.h"
+#include "attention.h"
 
 namespace anychip {
 namespace {
@@ -21,11 +20,6 @@ struct Shape {
   int64_t visible(int64_t query) const { return causal ? keys - queries + query + 1 : keys; }
 };
 
-// Numbers between neighbours along batch, heads, tokens; head_dim is contiguous.
-struct Strides {
-  int64_t batch, head, token;
-};
-
 struct Mask {
   const uint8_t* visible;  // null: everything is
   int64_t batch, head, query;
@@ -34,33 +28,6 @@ struct Mask {
     return visible ? visible + b * batch + h * head + q * query : nullptr;
   }
 };
-
-inline __mmask16 seen(const uint8_t* mask, int64_t at, int64_t end) {
-  const __mmask16 lanes = lanes_below(end - at);
-  if (!mask) return lanes;
-  return lanes & _mm_test_epi8_mask(_mm_maskz_loadu_epi8(lanes, mask + at), _mm_set1_epi8(-1));
-}
-
-// One row of scores -> unnormalised probabilities (bf16), their sum and the row's maximum.
-inline void softmax_row(float* scores, const uint8_t* mask, int64_t end, int64_t padded, float scale, bf16* to,
-                        float* sum, float* peak) {
-  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 most = none;
-  for (int64_t n = 0; n < padded; n += kLanes) {
-    const __m512 x = _mm512_mask_mul_ps(none, seen(mask, n, end), _mm512_loadu_ps(scores + n), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(scores + n, x);
-    most = _mm512_max_ps(most, x);
-  }
-  *peak = _mm512_reduce_max_ps(most);
-  const __m512 shift = _mm512_set1_ps(std::isinf(*peak) ? 0.0f : *peak);  // a row that sees nothing gives zeros
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t n = 0; n < padded; n += kLanes) {
-    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + n), shift));
-    total = _mm512_add_ps(total, e);
-    store_bf16(to + n, e);
-  }
-  *sum = _mm512_reduce_add_ps(total);
-}
 
 void forward(const bf16* q, Strides qs, const bf16* k, Strides ks, const bf16* v, Strides vs, bf16* out, Strides os,
              float* lse, Mask mask, Shape shape, float scale) {

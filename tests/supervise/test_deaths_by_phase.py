@@ -1,0 +1,91 @@
+"""A process killed in each phase of a step and at each point of a save, on one host and on two: the run ends with the
+bits of one that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from many_hosts import Job, assert_same, rows, state, wait_for
+from tiny_run import finish, start, write_tiny_recipe
+
+HOOKS = Path(__file__).with_name("injuries")
+STEPS = 300
+SETTINGS = [
+    f"training.steps={STEPS}",
+    "training.eval_interval=5",
+    "checkpoint.save_interval=4",
+    "checkpoint.keep=3",
+]
+WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
+PHASES = ("data", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save")
+SAVING = ("copy", "plan", "open", "write", "flush", "publish", "retain")
+SPOTS = [(spot, 0 if spot == "publish" else number % 2) for number, spot in enumerate(PHASES + SAVING)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared run, and what it ends with when nothing happens."""
+    folder = tmp_path_factory.mktemp("deaths")
+    write_tiny_recipe(folder)
+    finish(folder, "data", "prepare", "tiny.yaml")
+    shutil.copytree(folder / "runs", folder / "prepared")
+    finish(folder, "supervise", "tiny.yaml", "--processes", "2", *WORDS)
+    return folder
+
+
+@pytest.fixture
+def runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", f"{HOOKS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("INJURIES", str(tmp_path))
+    shutil.copytree(folder / "prepared", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def die_everywhere(runs: Path) -> Iterator[str]:
+    """Ask for one death after the other; each must come and be noted before the next."""
+    incidents = runs / "tiny" / "logs" / "incidents.jsonl"
+    for number, (spot, rank) in enumerate(SPOTS, start=1):
+        wish = runs.parent / "wish"
+        wish.write_text(f"die at {spot}")
+        wish.rename(runs.parent / f"rank-{rank}")
+        wait_for(lambda number=number: len(deaths(incidents)) >= number)
+        yield spot
+
+
+def deaths(incidents: Path) -> list[tuple[str, int, int | None]]:
+    return [(row["kind"], row["rank"], row["code"]) for row in rows(incidents) if row["kind"] != "slow"]
+
+
+def assert_nothing_lost(folder: Path, runs: Path) -> None:
+    assert deaths(runs / "tiny" / "logs" / "incidents.jsonl") == [("crash", rank, -9) for _, rank in SPOTS]
+    calm, rough = folder / "runs" / "tiny", runs / "tiny"
+    assert_same(state(calm, STEPS), state(rough, STEPS))
+    losses = [
+        [(row["step"], row["loss"]) for row in rows(run / "logs" / "metrics.jsonl") if "loss" in row]
+        for run in (calm, rough)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_on_one_host(folder: Path, runs: Path) -> None:
+    process = start(folder, "supervise", "tiny.yaml", "--runs", str(runs), "--processes", "2", *WORDS)
+    assert [*die_everywhere(runs)] == [spot for spot, _ in SPOTS]
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert_nothing_lost(folder, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_on_two_hosts(folder: Path, runs: Path) -> None:
+    with Job(folder, runs, "2", SETTINGS) as job:
+        job.start("one", "two")
+        assert [*die_everywhere(runs)] == [spot for spot, _ in SPOTS]
+        assert [job.end(name, 600) for name in ("one", "two")] == [0, 0], job.said("one")[-3000:]
+    assert_nothing_lost(folder, runs)
