@@ -8,10 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from anychip.serve.api import limits
 
+# What is nearly of the right type is refused as the document says: "1" and true are no numbers, 0 is not false.
+Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(strict=True, ge=-100, le=100)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -57,7 +59,7 @@ class Function(Body):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class Tool(Body):
@@ -80,7 +82,7 @@ class JsonSchema(Body):
     name: Name
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class ResponseFormat(Body):
@@ -89,26 +91,26 @@ class ResponseFormat(Body):
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: Flag = False
+    include_obfuscation: Flag | None = None
 
 
 class Generation(Body):
     """What both kinds of requests have in common. Fields left out take the model's own defaults."""
 
     model: Annotated[str, StringConstraints(max_length=200)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
+    repetition_penalty: Annotated[float, Field(strict=True, gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(strict=True, ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(strict=True, ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=limits.MAX_BIASES)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    n: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=limits.MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=limits.MAX_STOPS)] | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
 
@@ -119,16 +121,16 @@ class Generation(Body):
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=limits.MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     response_format: ResponseFormat | None = None
     # Taken note of and without effect, so that clients of OpenAI's API work unchanged.
     metadata: dict[str, str] | None = None
-    store: bool | None = None
+    store: Flag | None = None
     service_tier: str | None = None
     reasoning_effort: str | None = None
     safety_identifier: str | None = None
@@ -142,8 +144,8 @@ class CompletionRequest(Generation):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
-    echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    echo: Flag | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
     suffix: None = None
