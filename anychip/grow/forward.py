@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anychip.model.decoder import DecoderLayer
+from anychip.model.experts import MixtureOfExperts
 from anychip.model.layers import RMSNorm
 from anychip.model.rope import rotary
 from anychip.recipe.schema import ModelConfig
@@ -19,10 +20,12 @@ Read = Callable[[str], Tensor]
 @dataclass(frozen=True)
 class Passed:
     """`logits` [tokens, vocab_size] in the widest of fp32 and the compute dtype; `distances`: how much each layer
-    changes its input, |out - in| / |in| over all tokens."""
+    changes its input, |out - in| / |in| over all tokens; `choices`: the experts of each token in each layer,
+    [tokens, k] in rising order, None where there are none."""
 
     logits: Tensor
     distances: list[float]
+    choices: list[Tensor | None]
 
 
 @torch.no_grad()
@@ -31,12 +34,16 @@ def forward_by_layer(config: ModelConfig, read: Read, tokens: Tensor, dtype: tor
     training keeps them; products are in `dtype`."""
     tables = rotary(config, 0, len(tokens), len(tokens))
     x = read("embed_tokens.weight")[tokens][None].to(dtype) * config.input_mult
-    distances = []
+    distances, choices = [], []
     for number in range(config.num_hidden_layers):
         with torch.device("meta"):
             layer = DecoderLayer(config, number)
         _fill(layer, read, f"layers.{number}.")
+        chosen: list[Tensor] = []
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.gate.register_forward_hook(lambda _, __, choice: chosen.append(choice.experts))  # noqa: B023
         out = layer(x, *tables)
+        choices.append(chosen[0].sort(-1).values if chosen else None)
         distances.append(float((out - x).norm() / x.norm()))
         x = out
     with torch.device("meta"):
@@ -44,7 +51,7 @@ def forward_by_layer(config: ModelConfig, read: Read, tokens: Tensor, dtype: tor
     _fill(norm, read, "norm.")
     wide = torch.promote_types(dtype, torch.float32)
     head = read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-    return Passed((norm(x)[0] * config.logit_scale @ head.to(dtype).t()).to(wide), distances)
+    return Passed((norm(x)[0] * config.logit_scale @ head.to(dtype).t()).to(wide), distances, choices)
 
 
 def _fill(module: nn.Module, read: Read, prefix: str) -> None:

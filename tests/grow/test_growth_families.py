@@ -9,8 +9,9 @@ import torch
 from growing import growth, random_state, small_model
 
 from anychip.errors import InputError
+from anychip.grow.forward import Passed
 from anychip.grow.plan import plan_growth
-from anychip.grow.proof import prove
+from anychip.grow.proof import alike, prove
 from anychip.grow.state import MemoryRows, grow_state
 from anychip.model.arithmetic import parameter_shapes
 from anychip.model.decoder import Decoder
@@ -63,6 +64,18 @@ def test_a_family_keeps_its_logits(family: str, times: float, mode: str) -> None
     assert proof.passed, [c for c in proof.comparisons if not c.passed]
     assert not alone or {c.of for c in proof.comparisons} >= {"all", "hidden_size", "num_hidden_layers"}
     assert proof.largest("fp64", "stored") <= 1e-12
+
+
+def test_a_choice_that_rounding_decides_ends_what_is_compared_in_short_precisions() -> None:
+    old = small_model(**FAMILIES["telechat2 experts"])
+    plan = plan_growth(old, growth(hidden_size=32, num_attention_heads=8, num_key_value_heads=4), 5)
+    state = random_state(old)
+    choices = torch.tensor([[0, 1], [2, 3], [0, 4]])
+    other = torch.tensor([[0, 1], [2, 3], [0, 5]])
+    passed = [Passed(torch.zeros(3, 40), [], [None, chosen, None]) for chosen in (choices, other)]
+    assert alike(plan, passed[0], passed[0]) == 3 and alike(plan, *passed) == 2
+    lengths = {c.precision: c.compared for c in prove(plan, MemoryRows(state)).comparisons if c.of == "all"}
+    assert lengths["fp64"] == lengths["fp32"] == 64 and 0 < lengths["bf16"] <= 64
 
 
 def test_modules_for_further_tokens_keep_what_they_say() -> None:

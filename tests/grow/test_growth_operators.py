@@ -122,6 +122,7 @@ def test_compositions_keep_the_logits(case: tuple[ModelConfig, GrowthConfig, int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @settings(max_examples=200, deadline=None)
 @given(compositions())
 def test_two_hundred_compositions_keep_the_logits(case: tuple[ModelConfig, GrowthConfig, int]) -> None:

@@ -99,6 +99,7 @@ grow_checkpoint(stream_of(Path(sys.argv[1]), Path(sys.argv[2])))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_killed_at_any_time_it_goes_on_to_the_same_digest(tmp_path: Path) -> None:
     """kill -9 again and again, each time a little later, until it gets through."""
     saved(tmp_path / "old")
