@@ -185,7 +185,7 @@ def test_made_up_requests_do_not_break_the_server(serve: Serve) -> None:
 @pytest.mark.timeout(3600)
 def test_ten_thousand_made_up_requests(serve: Serve) -> None:
     pytest.importorskip("schemathesis")
-    fuzz(serve(context=128), 1700)
+    fuzz(serve(context=128), 3400)
 
 
 _SERVER = """
