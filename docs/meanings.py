@@ -85,6 +85,8 @@ CHINESE = {
     "model.kv_channels": "头的宽度（config.json 的 `head_dim`）；默认：hidden_size / num_attention_heads",
     "model.biases": "telechat2：在注意力输出和下投影上，别处没有",
     "model.tie_word_embeddings": "输出头就是输入嵌入",
+    "model.hidden_dropout": "训练时，每个注意力和 MLP 加到隐藏状态上的数被置零的比例",
+    "model.attention_dropout": "只能为 0：不计算这种 dropout",
     "model.input_mult": "muP：嵌入乘以此数",
     "model.output_mult": "muP：logit 乘以 output_mult / mup_scale_factor",
     "model.mup_scale_factor": "muP：宽度与基准模型宽度之比",

@@ -19,11 +19,20 @@ from anychip.parallel.gradients import gradient_norm, scale_gradients
 from anychip.parallel.parts import initialize_adapters, initialize_parts
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local, whole
-from anychip.recipe.schema import CheckpointConfig, LogConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from anychip.recipe.schema import (
+    CheckpointConfig,
+    LogConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
 from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob
 from anychip.train.objective import NextToken, Objective
 from anychip.train.optimizer import Optimizer
+from anychip.train.schedule import lr_share
 from anychip.tune.policy import Policy
 from anychip.tune.preference import Preference
 
@@ -36,6 +45,9 @@ MODEL = ModelConfig(
     num_key_value_heads=4,
 )
 SEQ_LENGTH, GLOBAL_BATCH, STEPS, SEED = 32, 16, 20, 3
+# As every recipe, with a warm-up. Adam's first step moves each weight by the whole rate, whichever way its gradient
+# points; at the peak rate it would turn rounding into 4e-7 of the weights (in fp32), in one step and for good.
+SCHEDULE = ScheduleConfig(kind="constant", warmup_steps=5)
 
 
 class RandomTokens:
@@ -87,9 +99,9 @@ class LayoutRun:
 
 
 def model_of(run: LayoutRun) -> ModelConfig:
-    """MODEL, or one with experts: `model` names it, `changes` are other fields."""
+    """MODEL, or one with experts: `model` names it. `changes` are other fields."""
     if "model" not in run.job:
-        return MODEL
+        return MODEL.model_copy(update=run.job.get("changes", {}))
     return ModelConfig(**{**NAMED[run.job["model"]], **run.job.get("changes", {})})
 
 
@@ -108,8 +120,9 @@ def build(run: LayoutRun, steps: int = STEPS) -> tuple[TrainingJob, Processes, E
         seq_length=SEQ_LENGTH,
         micro_batch_size=run.micro_batch_size,
         global_batch_size=GLOBAL_BATCH,
+        seed=SEED,
         parallel=ParallelConfig(**run.parallel),
-        optimizer=OptimizerConfig(name=run.job.get("optimizer", "adamw"), lr=1e-3),
+        optimizer=OptimizerConfig(name=run.job.get("optimizer", "adamw"), lr=1e-3, schedule=SCHEDULE),
         checkpoint=CheckpointConfig(),
         log=LogConfig(),
         loss_chunk_tokens=24,
@@ -138,6 +151,7 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
     job, processes, engine, optimizer = build(run, steps)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
+        engine.begin_step(step + 1)
         losses.append(float(engine.forward_backward(job.source.batch(step))))
         if step == 0:
             gradients = {
@@ -147,7 +161,7 @@ def train(run: LayoutRun, steps: int = STEPS) -> dict[str, Any]:
             }
         norms.append(float(gradient_norm(engine.learned, processes)))
         scale_gradients(engine.learned, norms[-1], 1.0)
-        optimizer.step(1e-3)
+        optimizer.step(job.optimizer.lr * lr_share(SCHEDULE, step, steps))
         for parameter in engine.parameters.values():
             parameter.grad = None
     score = engine.score(job.source.batch(steps))

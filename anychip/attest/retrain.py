@@ -91,6 +91,7 @@ class Retraining:
         parts = self.engine, self.optimizer, self.processes, batch
         heartbeat = Heartbeat.of_environment(self.processes.rank, 0, self.processes.device)
         clip = self.job.optimizer.grad_clip
+        self.engine.begin_step(number + 1)
         done = train_step(*parts, self.job.rate(number), clip, self.guard, heartbeat, growth=growth)
         if done.problem and self.new_parts:
             self.new_parts.skip(number + 1)

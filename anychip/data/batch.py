@@ -23,6 +23,9 @@ class Batch:
     For tuning by comparison: `reference` is what the model that tuning started from says, the log-probability of each
     row's labels [n] or of each label [n, seq]. Where answers were sampled, `sampled` [n, seq] holds the
     log-probabilities under the weights that wrote them, and `advantages` [n] how much better than their group they are.
+
+    `keys` int64 are what dropout is drawn from, one for each token whose hidden states a process holds; whoever trains
+    with dropout adds them.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +34,7 @@ class Batch:
     reference: torch.Tensor | None = None
     sampled: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
     @cached_property
     def num_labels(self) -> int:

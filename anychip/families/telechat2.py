@@ -105,7 +105,7 @@ def config_to_json(config: ModelConfig, dtype: str, bos: int | None, eos: int, p
         "initializer_range": config.initializer_range,
         "apply_residual_connection_post_layernorm": False,
         "attention_softmax_in_fp32": True,
-        "hidden_dropout": 0.0,
+        "hidden_dropout": config.hidden_dropout,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         "use_cache": True,

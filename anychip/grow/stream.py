@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anychip.chips.backend import detect_backend
 from anychip.data.processes import worker_pool
 from anychip.errors import InputError
 from anychip.files import sha256_json
@@ -161,6 +162,7 @@ _worker: list[tuple[Stream, list[Unit]]] = []
 
 def _begin_worker(stream: Stream) -> None:
     torch.set_num_threads(1)  # the processes share the cores
+    detect_backend().prepare_process()
     _worker.append((stream, stream.units()))
 
 

@@ -149,8 +149,7 @@ def _moments(plan: GrowthPlan, kind: Kind, name: str, rows: range, block: Tensor
 
 def _shared(block: Tensor, axis: AxisMap, noise: float, chance: torch.Generator) -> Tensor:
     """Old weights [..., old] -> [..., new]: each becomes its copies' shares, which add up to it exactly."""
-    weights = torch.rand((*block.shape[:-1], axis.new), generator=chance, dtype=torch.float32)
-    weights.mul_(2 * noise).add_(1 - noise)
+    weights = _uniform((*block.shape[:-1], axis.new), chance).mul_(noise).add_(1)
     total = torch.zeros(block.shape, dtype=torch.float32)
     for places, sources, _ in axis.rounds:
         sources.add(total, places.take(weights, -1))
@@ -163,7 +162,7 @@ def _shared(block: Tensor, axis: AxisMap, noise: float, chance: torch.Generator)
             break
         own = sources.take(unit, -1)
         share = (places.take(weights, -1) / sources.take(total, -1)).to(block.dtype).mul_(sources.take(block, -1))
-        share.div_(own).round_().mul_(own).masked_fill_(own == 0, 0)
+        share.div_(own).round_().mul_(own)
         share = torch.where(last, left, share) if bool(last.any()) else share
         places.put(out, share)
         sources.add(rest, share, -1)
@@ -174,10 +173,16 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _last_bit(x: Tensor) -> Tensor:
-    """The value of the last bit of each element; 0 of those that are too small to have one."""
-    integer = _INTEGERS[x.element_size()]
+    """The value of the last bit of each element, or the smallest normal number where that is larger."""
+    integer, kind = _INTEGERS[x.element_size()], torch.finfo(x.dtype)
     exponent = torch.full((), torch.inf, dtype=x.dtype).view(integer)  # has all its bits, and no others
-    return (x.view(integer) & exponent).view(x.dtype).mul_(torch.finfo(x.dtype).eps)
+    return (x.view(integer) & exponent).view(x.dtype).mul_(kind.eps).clamp_(min=kind.tiny)
+
+
+def _uniform(shape: Shape, chance: torch.Generator) -> Tensor:
+    """fp32 between -1 and 1, in steps of 2^-15: four of them from one draw, which is what takes the time."""
+    draws = torch.empty(-(-prod(shape) // 4), dtype=torch.int64).random_(-(2**63), None, generator=chance)
+    return draws.view(torch.int16)[: prod(shape)].view(shape).to(torch.float32).mul_(2.0**-15)
 
 
 def _fresh(plan: GrowthPlan, name: str, rows: range, block: Tensor, old: Rows, chance: torch.Generator) -> Tensor:

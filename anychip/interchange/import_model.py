@@ -22,10 +22,12 @@ from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.directory import retire
 
 # A longer or shorter context and another way to start are the recipe's choice; for rope_scaling see `same_scaling`.
-# Losses of the router and of further tokens, and a capacity, are of training; published configurations do not say them.
+# Losses of the router and of further tokens, a capacity and dropout are of training: what a published configuration
+# says of them, if anything, binds nobody.
 _COMPARED_OTHERWISE = {
     *("preset", "initializer_range", "max_position_embeddings", "rope_scaling"),
     *("router_aux_loss_coef", "router_z_loss_coef", "moe_capacity_factor", "mtp_loss_scaling_factor"),
+    "hidden_dropout",
 }
 
 

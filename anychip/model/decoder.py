@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anychip.chips.operators import Operators, reference
 from anychip.model.cache import KeyValueCache
+from anychip.model.dropout import drop, layer_keys
 from anychip.model.experts import MixtureOfExperts
 from anychip.model.further import FurtherToken, following
 from anychip.model.latent_attention import LatentAttention
@@ -58,10 +59,11 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """`keep_cheap`: whether norms and SwiGLU are kept for backward, or computed again there."""
+    """`number` counts from 0. `keep_cheap`: whether norms and SwiGLU are kept for backward, or computed again there."""
 
     def __init__(self, config: ModelConfig, layer: int, operators: Operators = reference) -> None:
         super().__init__()
+        self.number, self.hidden_dropout = layer, config.hidden_dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
         self.self_attn = (LatentAttention if config.latent else Attention)(config, layer, operators)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
@@ -69,12 +71,23 @@ class DecoderLayer(nn.Module):
         self.keep_cheap = True
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, scale: float, cache: KeyValueCache | None = None, mask: Any = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        cache: KeyValueCache | None = None,
+        mask: Any = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
+        """With `keys` (the layer's own, see `dropout`) a share of what each branch adds is dropped."""
         normed, remake = self._normed(self.input_layernorm, x)
-        x = x + self.self_attn(normed, cos, sin, scale, cache, mask, remake=remake)
+        x = x + self._dropped(self.self_attn(normed, cos, sin, scale, cache, mask, remake=remake), keys, 0)
         normed, remake = self._normed(self.post_attention_layernorm, x)
-        return x + self.mlp(normed, remake=remake, keep=self.keep_cheap)
+        return x + self._dropped(self.mlp(normed, remake=remake, keep=self.keep_cheap), keys, 1)
+
+    def _dropped(self, added: Tensor, keys: Tensor | None, branch: int) -> Tensor:
+        return added if keys is None else drop(added, keys, branch, self.hidden_dropout)
 
     def _normed(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Remake | None]:
         return norm(x), None if self.keep_cheap else Remake(lambda: norm(x))
@@ -123,12 +136,13 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         length: int | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """input_ids [b, s] int64 -> final hidden states [b, s, h] in the compute dtype, as the output head wants them.
 
         With a cache, `input_ids` continue the cached tokens and are added to them. `positions` int64 [s] say where the
         tokens stand in a sequence of `length` tokens (default: the cached and these). `documents` int [b, s] keep
-        attention inside tokens of the same number.
+        attention inside tokens of the same number. `keys` int64 [b, s], `token_keys` of these tokens, draw dropout.
         """
         start = 0 if cache is None else cache.length
         end = start + input_ids.shape[1]
@@ -139,17 +153,26 @@ class Decoder(nn.Module):
         else:
             tables = rotary_at(self.config, positions, length or end)
         mask = None if documents is None else self.visible(documents)
-        return self.final(self.run_layers(self.embed(input_ids), tables, cache, mask))
+        return self.final(self.run_layers(self.embed(input_ids), tables, cache, mask, keys))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [b, s] -> [b, s, h] in the compute dtype."""
         found = self.embed_tokens(input_ids).to(self.compute_dtype)
         return found if self.config.input_mult == 1.0 else found * self.config.input_mult
 
-    def run_layers(self, x: Tensor, tables: Rotary, cache: KeyValueCache | None = None, mask: Any = None) -> Tensor:
-        """Hidden states [b, s, h] through all layers that are here; `mask` is what `visible` returned."""
+    def run_layers(
+        self,
+        x: Tensor,
+        tables: Rotary,
+        cache: KeyValueCache | None = None,
+        mask: Any = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [b, s, h] through all layers that are here; `mask` is what `visible` returned, `keys` are of
+        the tokens whose states these are."""
+        layer: Any
         for layer in self.layers:
-            x = layer(x, *tables, cache, mask)
+            x = layer(x, *tables, cache, mask, None if keys is None else layer_keys(keys, layer.number))
         return x
 
     def final(self, x: Tensor) -> Tensor:
@@ -157,15 +180,19 @@ class Decoder(nn.Module):
         normed = self.norm(x)
         return normed if self.config.logit_scale == 1.0 else normed * self.config.logit_scale
 
-    def further(self, hidden: Tensor, input_ids: Tensor, documents: Tensor | None = None) -> list[Tensor]:
+    def further(
+        self, hidden: Tensor, input_ids: Tensor, documents: Tensor | None = None, keys: Tensor | None = None
+    ) -> list[Tensor]:
         """Final hidden states [b, s, h] and the tokens [b, s] they are of -> hidden states for each further token: the
         first predict the token after the next, and so on. The last ones of a sequence know too few tokens."""
         length = input_ids.shape[1]
         tables = rotary(self.config, 0, length, length, input_ids.device)
         mask = None if documents is None else self.visible(documents)
         states = []
+        module: Any
         for depth, module in enumerate(self.mtp, start=1):
-            hidden = module(hidden, self.embed(following(input_ids, depth)), *tables, mask)
+            own = None if keys is None else layer_keys(keys, module.layer.number)
+            hidden = module(hidden, self.embed(following(input_ids, depth)), *tables, mask, own)
             states.append(hidden)
         return states
 

@@ -22,11 +22,20 @@ class FurtherToken(nn.Module):
         self.layer = layer
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, operators)
 
-    def forward(self, hidden: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, scale: float, mask: object) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        mask: object,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """Normed states [b, s, h] of the depth before, and the embeddings [b, s, h] of the tokens that follow by one
         more each -> normed states [b, s, h] of this depth."""
         joined = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.layer(joined, cos, sin, scale, None, mask))
+        return self.norm(self.layer(joined, cos, sin, scale, None, mask, keys))
 
 
 def following(tokens: Tensor, depth: int) -> Tensor:

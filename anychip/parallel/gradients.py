@@ -12,6 +12,7 @@ from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 
 COPY_AXES = ("replicate", "shard", "context", "tensor")
+_ROW = 4096  # numbers whose squares a CPU adds up in fp32, one after the other
 # What expert parallelism makes of the shard axis. An expert's parameters are cut along all of it.
 _SHARD_PARTS = {"outer": "shard", "across": "shard", "within": "shard"}
 
@@ -34,7 +35,18 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: float, largest: fl
 def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=dtype, device=device)
-    return torch.stack(torch._foreach_norm(tensors)).to(dtype).square().sum()
+    on_cpu = device.type == "cpu"
+    norms = torch.cat(list(map(_norms_of_rows, tensors))) if on_cpu else torch.stack(torch._foreach_norm(tensors))
+    return norms.to(dtype).square().sum()
+
+
+def _norms_of_rows(tensor: Tensor) -> Tensor:
+    """The norms of short rows of a tensor. PyTorch's own norm on a CPU adds squares one by one in fp32, which loses
+    3 in 1,000 of thirty million, and how much depends on how a layout cuts a matrix."""
+    flat = tensor.flatten()
+    whole = flat.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    return torch.cat((rows, torch.linalg.vector_norm(flat[whole:])[None]))
 
 
 def _counts_here(parameter: nn.Parameter, processes: Processes) -> bool:

@@ -55,14 +55,19 @@ def keep_stage(
 
 
 def _stage_forward(
-    model: Decoder, device: torch.device, exchange_device: torch.device, x: Tensor, documents: Tensor | None = None
+    model: Decoder,
+    device: torch.device,
+    exchange_device: torch.device,
+    x: Tensor,
+    documents: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Token ids (first stage) or hidden states -> hidden states; `tables` is set for each step."""
     x = x.to(device)
     if model.embed_tokens is not None:
         x = model.embed(x)
     mask = None if documents is None else model.visible(documents)
-    x = model.run_layers(x, model.tables, mask=mask)  # type: ignore[arg-type]
+    x = model.run_layers(x, model.tables, mask=mask, keys=keys)  # type: ignore[arg-type]
     return x.to(exchange_device) if model.norm is None else model.final(x)
 
 
@@ -117,15 +122,21 @@ class Pipeline:
         return self._total - 1 in self._indices
 
     def forward_backward(
-        self, input_ids: Tensor, labels: Tensor, rotary: Rotary, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        rotary: Rotary,
+        documents: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """One step over all micro-batches; gradients are left in the parameters. Returns the loss where it is known,
-        zero elsewhere."""
+        zero elsewhere. `keys` are of the tokens whose hidden states lie here."""
         self._set_rotary(rotary)
         losses: list[Tensor] = []
         inputs = (input_ids,) if self.holds_first else ()
         target = labels if self.holds_last else None
-        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **_named(documents))
+        named = _given(documents=documents, keys=keys)
+        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **named)
         total = torch.zeros((), device=self._processes.device)
         return total + torch.stack([loss.detach() for loss in losses]).sum() if losses else total
 
@@ -145,7 +156,7 @@ class Pipeline:
                         device=self._processes.exchange_device,
                     )
                     dist.recv(x, group=group, group_src=self._owner(index - 1))
-                x = self._stages[self._indices.index(index)](x, **_named(documents))
+                x = self._stages[self._indices.index(index)](x, **_given(documents=documents))
                 following = self._owner(index + 1) if index + 1 < self._total else owner
                 if following != owner:
                     dist.send(x.contiguous(), group=group, group_dst=following)
@@ -166,8 +177,8 @@ class Pipeline:
             stage.tables = rotary  # type: ignore[assignment]
 
 
-def _named(documents: Tensor | None) -> dict[str, Tensor]:
-    return {} if documents is None else {"documents": documents}
+def _given(**inputs: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def layers_of_stages(processes: Processes, num_hidden_layers: int) -> list[tuple[range, bool, bool]]:

@@ -143,7 +143,10 @@ class InferenceModel:
                 mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
             else:
                 mixed = layer.latent.attend(index, qkv, cos, sin, attention)
-            x = self._by_rows(partial(self._after_attention, layer), torch.cat((x, mixed), dim=-1))
+            if self._free_rows:
+                x = self._after_attention(layer, x, mixed)
+            else:
+                x = self._by_rows(partial(self._after_both, layer), torch.cat((x, mixed), dim=-1))
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
@@ -155,9 +158,12 @@ class InferenceModel:
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.before(self._normed(x, layer.input_norm))
 
-    def _after_attention(self, layer: LayerWeights, rows: Tensor) -> Tensor:
-        """What a layer does to each token by itself: rows [tokens, h + n * d], its input beside the mixed values."""
-        x, mixed = rows.split((self.config.hidden_size, rows.shape[1] - self.config.hidden_size), dim=-1)
+    def _after_both(self, layer: LayerWeights, rows: Tensor) -> Tensor:
+        """Of rows [tokens, h + n * d], a layer's input beside the mixed values."""
+        return self._after_attention(layer, *rows.tensor_split((self.config.hidden_size,), dim=-1))
+
+    def _after_attention(self, layer: LayerWeights, x: Tensor, mixed: Tensor) -> Tensor:
+        """What a layer does to each token by itself, from its input and the mixed values."""
         x = x + self.part.sum(layer.o(mixed))
         return x + layer.feed_forward(self._normed(x, layer.post_attention_norm))
 

@@ -117,6 +117,7 @@ def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
             held = accounting.live_bytes
             operators_before = accounting.operators
             accounting.reset_peak()
+            engine.begin_step(1)
             engine.forward_backward(_full_batch(job))
             gradient_norm(engine.learned, processes)
             gradients = [p.grad for p in engine.parameters.values() if p.grad is not None]

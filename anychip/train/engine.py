@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.errors import InputError
 from anychip.model.arithmetic import is_routing_bias
 from anychip.model.decoder import Decoder
+from anychip.model.dropout import token_keys
 from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
 from anychip.parallel.data import sum_copies
@@ -53,7 +55,7 @@ class Engine:
                 do="Set parallel.pipeline_parallel to 1 and split the model by data_parallel_shard or tensor_parallel.",
             )
         self._rows = processes.rows(job.global_batch_size, job.micro_batch_size, job.seq_length)
-        self._size, self._all_labelled = 1, False
+        self._size, self._all_labelled, self._step = 1, False, 0
         if not job.objective.by_token and (processes.layout.pipeline > 1 or processes.layout.context > 1):
             raise InputError(
                 f"{job.title} compares whole sequences, which pipeline and context parallelism take apart.",
@@ -96,6 +98,10 @@ class Engine:
         """Forward and backward passes of a step here: one a micro-batch; a pipeline's schedule is one for all."""
         return 1 if self._pipeline is not None else len(self._rows) // self._job.micro_batch_size
 
+    def begin_step(self, step: int) -> None:
+        """What follows is of this step, counted from 1: dropout is drawn for it."""
+        self._step = step
+
     def forward_backward(self, batch: Batch, watch: Watch = nullcontext) -> Tensor:
         """Leave the gradients of the mean loss of the global batch; returns that mean (a scalar; of next tokens in nats
         a token), the same on all processes. `watch` of a pass's number is entered around that pass."""
@@ -114,12 +120,14 @@ class Engine:
         """Gradients and summed loss of some rows of a global batch."""
         batch = self._job.objective.complete(batch)
         self._size = self._job.objective.size(batch)
-        part = self._my_part(batch, rows)
+        part = replace(self._my_part(batch, rows), keys=self._token_keys(rows, batch.labels.shape[1]))
         self.balance.begin_step(len(batch.labels))
         self._all_labelled = batch.num_labels == len(batch.labels) * self._padded_length(batch.labels.shape[1])
         if self._pipeline is not None:
             with watch(0):
-                return self._pipeline.forward_backward(part.input_ids, part.labels, self._rotary(part), part.documents)
+                return self._pipeline.forward_backward(
+                    part.input_ids, part.labels, self._rotary(part), part.documents, part.keys
+                )
         total = torch.zeros((), device=self._processes.device)
         for number, start in enumerate(range(0, len(rows), self._job.micro_batch_size)):
             micro = rows_of(part, slice(start, start + self._job.micro_batch_size))
@@ -166,7 +174,7 @@ class Engine:
 
     def _hidden(self, part: Batch) -> Tensor:
         """Final hidden states of rows that are on this device."""
-        return self.parts[0](part.input_ids, documents=part.documents, **self._places(part))
+        return self.parts[0](part.input_ids, documents=part.documents, keys=part.keys, **self._places(part))
 
     def _head(self) -> Head:
         mesh = self._processes.mesh("tensor")
@@ -187,7 +195,7 @@ class Engine:
         part_model, depths = self.parts[0], self._job.model.num_nextn_predict_layers
         if not depths or not self._job.objective.by_token:
             return 0.0
-        states = part_model.further(hidden, part.input_ids, part.documents)
+        states = part_model.further(hidden, part.input_ids, part.documents, part.keys)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for depth, state in enumerate(states, start=1):
             state = gather_sequence(state, self._processes.mesh("tensor"))
@@ -228,6 +236,17 @@ class Engine:
             None if batch.documents is None else mine(batch.documents, -1),
             *map(known, (batch.reference, batch.sampled, batch.advantages)),
         )
+
+    def _token_keys(self, rows: range, length: int) -> Tensor | None:
+        """What dropout in these rows is drawn from, [rows, tokens]: of the tokens whose hidden states lie between
+        layers here. A token's key tells its row and position in the whole batch."""
+        if not self._job.model.hidden_dropout:
+            return None
+        assert self._step, "dropout is drawn for a step: begin_step comes first"
+        layout, place = self._processes.layout, self._processes.place
+        keys = token_keys(self._job.seed, self._step, rows, self._padded_length(length))
+        of_context = take_part(keys, layout.context, place.context)
+        return of_context.chunk(layout.tensor, 1)[place.tensor].contiguous().to(self._processes.device)
 
     def _padded_length(self, length: int) -> int:
         """The next length that the layout divides; a pipeline passes one shape only."""

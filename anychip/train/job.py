@@ -112,6 +112,7 @@ class TrainingJob:
     loss_chunk_tokens: int = 512
     eval_interval: int = 0
     deterministic: bool = False
+    seed: int = 0  # of dropout
     guard: GuardConfig = field(default_factory=GuardConfig)
     operators: Mapping[str, str] = field(default_factory=dict)
     profile: Path | None = None  # of the chip, by `anychip probe`; what `operators` says goes first
@@ -173,6 +174,7 @@ def training_job(
         loss_chunk_tokens=training.loss_chunk_tokens,
         eval_interval=training.eval_interval,
         deterministic=training.deterministic,
+        seed=recipe.seed,
         operators=training.operators,
         profile=directory / CHIP_PROFILE,
         parallel=recipe.parallel,

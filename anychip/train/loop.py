@@ -151,6 +151,7 @@ def run_training(job: TrainingJob) -> int:
                 copies.flipped if copies else None,
             )
             job.observer.begin(step, lr)
+            engine.begin_step(step)
             done = train_step(
                 engine,
                 optimizer,

@@ -93,5 +93,5 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     def some(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x[rows]
 
-    others = (batch.documents, batch.reference, batch.sampled, batch.advantages)
+    others = (batch.documents, batch.reference, batch.sampled, batch.advantages, batch.keys)
     return Batch(batch.input_ids[rows], batch.labels[rows], *map(some, others))

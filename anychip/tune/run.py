@@ -19,7 +19,7 @@ from anychip.model.lora import is_adapter
 from anychip.parallel.parts import initialize_adapters
 from anychip.parallel.processes import Processes
 from anychip.recipe import Recipe
-from anychip.recipe.schema import CheckpointConfig, DpoConfig, GrpoConfig, SftConfig
+from anychip.recipe.schema import CheckpointConfig, DpoConfig, GrpoConfig, ModelConfig, SftConfig
 from anychip.rundir import CHIP_PROFILE, RunDirectory, stage_before
 from anychip.train.checkpoint import CheckpointStore
 from anychip.train.checkpoint.manifest import MANIFEST_NAME
@@ -75,6 +75,7 @@ def dpo_job(recipe: Recipe, run: RunDirectory, data: DpoData, identity: str) -> 
     config, start = dpo_config(recipe), run.stage_checkpoints(stage_before(recipe, "dpo"))
     return replace(
         _job("dpo", recipe, config, run.dpo, start, data, identity),
+        model=_without_dropout(recipe),
         micro_batch_size=2 * config.micro_batch_size,
         global_batch_size=2 * config.global_batch_size,
         objective=Preference(config.loss, config.beta),
@@ -116,6 +117,7 @@ def run_grpo(
     start = run.stage_checkpoints(stage_before(recipe, "grpo"))
     job = replace(
         _job("grpo", recipe, config, run.grpo, start, data, identity),
+        model=_without_dropout(recipe),
         objective=Policy(config.clip_low, config.clip_high, config.beta, config.normalization, config.max_new_tokens),
     )
     sampler = make_sampler(data)
@@ -169,12 +171,18 @@ def _job(
         recompute=recipe.training.recompute,
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         deterministic=recipe.training.deterministic,
+        seed=recipe.seed,
         operators=recipe.training.operators,
         profile=directory.parent / CHIP_PROFILE,
         parallel=recipe.parallel,
         guard=recipe.guard,
         lora=config.lora,
     )
+
+
+def _without_dropout(recipe: Recipe) -> ModelConfig:
+    """The model where its log-probabilities are compared with some that nothing was dropped from."""
+    return recipe.final_model.model_copy(update={"hidden_dropout": 0.0})
 
 
 def _train(job: TrainingJob, recipe: Recipe, config: TuningConfig, stage: Path, start: Path) -> int:

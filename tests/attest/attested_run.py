@@ -19,7 +19,7 @@ from anychip.stages import open_run, run_stage
 from anychip.train import loop
 
 STEPS = 12
-ATTEST = ("attest.allow_vendors=[cpu]", "attest.record=true")
+ATTEST = ("attest.allow_vendors=[cpu]", "attest.record=true", "model.hidden_dropout=0.1")
 
 
 class Died(RuntimeError):

@@ -56,31 +56,61 @@ def test_layers_wherever_they_stand_keep_the_logits(layers: str, mode: str) -> N
     assert_preserved(small_model(), growth(mode, layers, num_hidden_layers=8))
 
 
+LATENT: dict[str, Any] = {
+    "family": "telechat3-moe", "biases": "none", "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "telechat2": {},
+    "telechat2-moe": {"family": "telechat2-moe", **EXPERTS},
+    "telechat3": {"family": "telechat3", "biases": "none", "yarn": YARN},
+    "teleflm": {"family": "teleflm", "biases": "none", "input_mult": 2.0, "output_mult": 0.5, "mup_scale_factor": 4.0},
+    "llama": {"family": "llama", "biases": "none", "tie_word_embeddings": True},
+    "mixtral": {"family": "llama", "biases": "none", **EXPERTS},
+    "latent": {**LATENT, "q_lora_rank": 8},
+    "telechat3-moe": {**LATENT, **EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "scoring_func": "sigmoid",
+                      "topk_method": "noaux_tc", "routed_scaling_factor": 2.8, "num_nextn_predict_layers": 1},
+}  # fmt: skip
+
+
 @st.composite
 def compositions(draw: st.DrawFn) -> tuple[ModelConfig, GrowthConfig, int]:
-    """Any model (MHA, GQA, MQA) and any growth of it that is possible."""
-    group, keys, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
+    """Any model (each family; MHA, GQA, MQA and latent; with biases and without) and any growth of it that is
+    possible."""
+    family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
+    latent, experts = "kv_lora_rank" in family, "n_routed_experts" in family
+    group, keys, width = (
+        1 if latent else draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([2, 4])),
+    )
+    heads: dict[str, Any] = {} if latent else {"kv_channels": width}
     old = small_model(
+        **family,
+        **heads,
         hidden_size=draw(st.integers(3, 10)) * 2,
         intermediate_size=draw(st.integers(5, 20)),
         num_hidden_layers=3,
         num_attention_heads=group * keys,
         num_key_value_heads=keys,
-        kv_channels=width,
     )
-    new_group, times = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    new_group, times = 1 if latent else draw(st.integers(1, 4)), draw(st.integers(1, 3))
     new_keys = keys * times * (-(-group // new_group)) if new_group < group else keys + draw(st.integers(0, 3))
     to = {
+        **heads,
         "hidden_size": old.hidden_size + draw(st.sampled_from([0, 1, 5, old.hidden_size])),
         "intermediate_size": old.intermediate_size + draw(st.integers(0, 30)),
         "num_hidden_layers": 3 + draw(st.integers(0, 5)),
         "num_attention_heads": new_keys * new_group,
         "num_key_value_heads": new_keys,
         "vocab_size": old.vocab_size + draw(st.integers(0, 3)),
-        "kv_channels": width,
     }
     if to["num_attention_heads"] < old.num_attention_heads:
         to["num_attention_heads"], to["num_key_value_heads"] = old.num_attention_heads, old.num_key_value_heads
+    if experts:
+        to["moe_intermediate_size"] = old.moe_intermediate_size + draw(st.sampled_from([0, 3, 6]))
     mode, layers = draw(st.sampled_from(["immediate", "masked"])), draw(st.sampled_from(["top", "even", "distance"]))
     return old, growth(mode, layers, **to), draw(st.integers(0, 100))
 

@@ -20,6 +20,7 @@ STEPS = 3
 NEAR = 1e-10  # relative, of gradients; losses and weights below
 SOFTMAX = {"model": "softmax", "changes": {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001}}
 SIGMOID = {"model": "sigmoid", "changes": {"router_aux_loss_coef": 0.001, "num_nextn_predict_layers": 1}}
+DROPPING = {"model": "sigmoid", "changes": {"hidden_dropout": 0.1, "num_nextn_predict_layers": 1}}
 PLAIN = {"model": "sigmoid"}
 QUERIES = {"model": "latent", "changes": {"q_lora_rank": 0}}
 CAPACITY = {"model": "sigmoid", "changes": {"moe_capacity_factor": 1.0, "n_shared_experts": 2}}
@@ -33,6 +34,7 @@ TWO = [
     LayoutRun(shards(2, 2), 4, SOFTMAX),
     LayoutRun(shards(2, 2), 4, SIGMOID),
     LayoutRun(shards(2, 2), 4, {**PLAIN, "recompute": "full"}),
+    LayoutRun(shards(2, 2), 8, {**DROPPING, "recompute": "full"}),
     LayoutRun(shards(2, 2), 4, {**PLAIN, "recompute": "selective"}),
     LayoutRun(shards(2, 2), 8, {**PLAIN, "optimizer": "muon"}),
     LayoutRun({"data_parallel_shard": 2}, 4, SIGMOID),
@@ -41,6 +43,7 @@ TWO = [
     LayoutRun({"pipeline_parallel": 2, "pipeline_schedule": "1f1b"}, 4, PLAIN),
     LayoutRun({"tensor_parallel": 2}, 8, SIGMOID),
     LayoutRun({"tensor_parallel": 2}, 8, SOFTMAX),
+    LayoutRun({"tensor_parallel": 2}, 8, {**DROPPING, "recompute": "full"}),
     LayoutRun({"tensor_parallel": 2}, 16, {**CAPACITY, "recompute": "selective"}),
     LayoutRun({"tensor_parallel": 2}, 8, {**QUERIES, "recompute": "selective"}),
     LayoutRun({"tensor_parallel": 2}, 8, {**PLAIN, "optimizer": "muon"}),
@@ -125,6 +128,7 @@ MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16,
 )  # fmt: skip
+NO_EXPERTS = {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ MODEL = ModelConfig(
     [
         (shards(4, 4), {}, "does not divide n_routed_experts"),
         (shards(2, 4), {"n_routed_experts": 8}, "does not divide data_parallel_shard"),
-        (shards(2, 2), {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}, "no experts"),
+        (shards(2, 2), NO_EXPERTS, "no experts"),
         (shards(2, 2, expert_node_size=2), {"moe_capacity_factor": 1.0}, "exclude each other"),
         (shards(3, 3, expert_node_size=2), {}, "expert_node_size 2 does not divide"),
         ({"tensor_parallel": 2}, {"moe_intermediate_size": 15}, "does not divide moe_intermediate_size 15"),

@@ -12,6 +12,7 @@ import torch
 from layout_runs import LayoutRun, read, run_layouts, train
 
 LOSS, WEIGHT = 1e-12, 1e-9  # relative; in fp32 rounding alone moves losses by 1e-7
+PATIENCE = 3000  # seconds for all layouts of one number of processes, on a machine that does other things too
 
 
 def pipeline(size: int, schedule: str, **more: Any) -> dict[str, Any]:
@@ -44,6 +45,14 @@ TWO += [
     LayoutRun({"context_parallel": 2, "context_method": "all_gather"}, 8, DOCUMENTS),
     LayoutRun(pipeline(2, "1f1b"), 4, DOCUMENTS),
 ]
+DROPOUT = {"changes": {"hidden_dropout": 0.1}}
+TWO += [
+    LayoutRun({"data_parallel_shard": 2}, 4, {**DROPOUT, "recompute": "full"}),
+    LayoutRun({"tensor_parallel": 2}, 8, DROPOUT),
+    LayoutRun({"context_parallel": 2}, 4, DROPOUT),
+    LayoutRun(pipeline(2, "1f1b"), 2, {**DROPOUT, "recompute": "full"}),
+    LayoutRun(pipeline(2, "zero_bubble"), 4, DROPOUT),
+]
 FOUR = [
     LayoutRun({"data_parallel_replicate": 4}, 4),
     LayoutRun({"data_parallel_shard": 4}, 4),
@@ -66,6 +75,8 @@ FOUR = [
     LayoutRun({"tensor_parallel": 2, **pipeline(2, "zero_bubble")}, 8),
     LayoutRun({"context_parallel": 2, **pipeline(2, "1f1b")}, 8),
     LayoutRun({"tensor_parallel": 2, "data_parallel_shard": 2}, 8, {"optimizer": "muon"}),
+    LayoutRun({"tensor_parallel": 2, "context_parallel": 2}, 4, DROPOUT),
+    LayoutRun({"data_parallel_replicate": 2, **pipeline(2, "interleaved")}, 4, DROPOUT),
 ]
 EIGHT = [
     LayoutRun({"data_parallel_replicate": 2, "data_parallel_shard": 2, "tensor_parallel": 2}, 4),
@@ -78,6 +89,7 @@ EIGHT = [
     LayoutRun({"tensor_parallel": 4, "data_parallel_shard": 2}, 8),
     LayoutRun({"tensor_parallel": 2, **pipeline(4, "1f1b")}, 4),
     LayoutRun({"data_parallel_shard": 2, **pipeline(4, "zero_bubble")}, 2),
+    LayoutRun({"tensor_parallel": 2, "data_parallel_shard": 2, **pipeline(2, "dualpipe_v")}, 2, DROPOUT),
 ]
 COMPILED = [
     LayoutRun({"data_parallel_shard": 2}, 4, {"compile": True}),
@@ -85,20 +97,21 @@ COMPILED = [
     LayoutRun({"context_parallel": 2}, 4, {"compile": True}),
     LayoutRun({"context_parallel": 2, "context_method": "all_gather"}, 4, {"compile": True}),
     LayoutRun(pipeline(2, "1f1b"), 4, {"compile": True}),
+    LayoutRun({"tensor_parallel": 2}, 4, {"compile": True, **DROPOUT}),
 ]
 SLOW = [*FOUR, *EIGHT, *COMPILED]
 LAYOUTS = {run.name: run for run in [*TWO, *SLOW]}
 
 
 def numbers_of(job: dict[str, Any]) -> str:
-    return f"{job.get('optimizer', 'adamw')}, documents {job.get('documents', False)}"
+    return f"{job.get('optimizer', 'adamw')}, documents {job.get('documents', False)}, {job.get('changes', {})}"
 
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Any]]:
     """What one process computes, by what of the job decides it."""
     torch.set_num_threads(1)
-    jobs: list[dict[str, Any]] = [{}, {"optimizer": "muon"}, DOCUMENTS]
+    jobs: list[dict[str, Any]] = [{}, {"optimizer": "muon"}, DOCUMENTS, DROPOUT]
     try:
         return {numbers_of(job): train(LayoutRun({}, 4, job)) for job in jobs}
     finally:
@@ -113,13 +126,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @cache
     def trained(world_size: int, compiled: bool = False) -> Path:
-        run_layouts(COMPILED if compiled else groups[world_size], folder, timeout=900)
+        run_layouts(COMPILED if compiled else groups[world_size], folder, timeout=PATIENCE)
         return folder
 
     return trained
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(PATIENCE + 300)
 @pytest.mark.parametrize(
     "name",
     [*(run.name for run in TWO), *(pytest.param(run.name, marks=pytest.mark.slow) for run in SLOW)],

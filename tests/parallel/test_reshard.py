@@ -109,14 +109,14 @@ def by_world_size(items: list[Any], run_of: Any) -> dict[int, list[Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_forty_random_pairs_of_layouts_hold_the_same_bits_by_name(tmp_path: Path) -> None:
     drawn = pairs()
     saved = list({run.name: run for run, _ in drawn}.values())
     for world_size, runs in by_world_size(saved, lambda run: run).items():
-        run_ranks(world_size, save_all, (runs, tmp_path), tmp_path)
+        run_ranks(world_size, save_all, (runs, tmp_path), tmp_path, timeout=900)
     for world_size, part in by_world_size(list(enumerate(drawn)), lambda item: item[1][1]).items():
-        run_ranks(world_size, load_all, (part, tmp_path), tmp_path)
+        run_ranks(world_size, load_all, (part, tmp_path), tmp_path, timeout=900)
     assert all(
         (tmp_path / f"loaded-{n}.{r}").exists() for n, (_, run) in enumerate(drawn) for r in range(run.world_size)
     )

@@ -63,6 +63,10 @@ class ModelConfig(Section):
     yarn: YarnScaling | None = None
     max_position_embeddings: Positive = 8192
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of what each attention and MLP adds to hidden states that is dropped in training"
+    )
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0 only: it is not computed")
     # muP (arXiv 2203.03466), by the names of Tele-FLM's config.json
     input_mult: Annotated[float, Field(gt=0)] = Field(1.0, description="muP: embeddings are multiplied by it")
     output_mult: Annotated[float, Field(gt=0)] = Field(
@@ -150,6 +154,16 @@ class ModelConfig(Section):
             if self.latent:
                 raise ValueError(f"qk_rope_head_dim {self.rotary_dim} must be even for RoPE")
             raise ValueError(f"head_dim {self.head_dim} (hidden_size / num_attention_heads) must be even for RoPE")
+        return self
+
+    @model_validator(mode="after")
+    def _no_attention_dropout(self) -> ModelConfig:
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout {self.attention_dropout:g}: attention probabilities are never whole in memory, in "
+                "a fused kernel nor split over processes, so none can be dropped alike in all layouts; set it to 0 and "
+                "use hidden_dropout"
+            )
         return self
 
     @model_validator(mode="after")

@@ -221,6 +221,17 @@ def test_random_numbers_are_the_devices_own_and_repeatable(tmp_path: Path) -> No
     on_device(_random, tmp_path)
 
 
+def _dropout_by_id() -> None:
+    from anychip.model.dropout import drop, layer_keys, token_keys
+
+    keys, x = layer_keys(token_keys(3, 1, range(2), 40), 1), torch.randn(2, 40, 32)
+    assert torch.equal(drop(x.to("emulated"), keys.to("emulated"), 1, 0.3).cpu(), drop(x, keys, 1, 0.3))
+
+
+def test_dropout_of_the_model_draws_what_the_cpu_draws(tmp_path: Path) -> None:
+    on_device(_dropout_by_id, tmp_path)
+
+
 def _api() -> None:
     import copy
 

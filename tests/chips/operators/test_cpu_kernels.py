@@ -13,7 +13,7 @@ from operator_calls import largest_difference, make_calls, results
 from torch import Tensor
 
 from anychip.chips.compiling import find_compiler
-from anychip.chips.operators import OperatorFallback, operators_for, prepared, reference
+from anychip.chips.operators import OperatorFallback, Operators, operators_for, prepared, reference
 from anychip.chips.operators.cpu import attention as attention_module
 from anychip.chips.operators.cpu import library
 from anychip.chips.operators.prepared import packed_product, wide_product
@@ -54,6 +54,40 @@ def test_every_kind_of_attention_is_that_of_fp64(name: str) -> None:
         warnings.simplefilter("error", OperatorFallback)
         found = results(operators, call)
     assert largest_difference(found, results(reference, call, lambda x: x.double())) < 1.2e-2
+
+
+def norms(operators: Operators, dtype: torch.dtype, shape: tuple[int, ...], turned: bool = False) -> list[Tensor]:
+    """A norm and its gradients; `turned`: of rows that do not lie one behind the other."""
+    generator = torch.Generator().manual_seed(shape[-1])
+    x, grad = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    weight = torch.rand(shape[-1], generator=generator)
+    if turned:
+        x, grad = x.transpose(0, 1), grad.transpose(0, 1)
+    leaves = [x.to(dtype).requires_grad_(), weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()]
+    y = operators.rms_norm(*leaves, 1e-5)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 768), (70, 77), (3, 33, 160), (2, 5, 15)])
+def test_norms_and_their_gradients_are_those_of_fp64(shape: tuple[int, ...]) -> None:
+    for turned in (False, len(shape) == 3):
+        pairs = zip(
+            norms(operators_for("cpu"), torch.bfloat16, shape, turned),
+            norms(reference, torch.float64, shape, turned),
+            strict=True,
+        )
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+        assert max(errors[:2]) < 2.0**-8 and errors[2] < 1e-6, (errors, turned)
+
+
+@needs_kernels
+def test_a_row_is_normed_alike_in_any_company() -> None:
+    operators = operators_for("cpu")
+    x, weight = torch.randn(300, 768).bfloat16(), torch.rand(768)
+    together = operators.rms_norm(x, weight, 1e-5)
+    assert all(torch.equal(operators.rms_norm(x[n : n + 1], weight, 1e-5)[0], together[n]) for n in (0, 7, 299))
+    assert torch.equal(operators.rms_norm(x, weight.requires_grad_(), 1e-5), together)
 
 
 @needs_kernels

@@ -19,5 +19,6 @@ OVERRIDES: Mapping[str, Override] = {
         ("expert_mlp", "experts"),
         ("combine", "experts"),
         ("cross_entropy", "cross_entropy"),
+        ("rms_norm", "rms_norm"),
     )
 }

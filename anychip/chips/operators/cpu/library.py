@@ -45,4 +45,6 @@ def load() -> ctypes.CDLL:
     for product in (library.packed_product, library.packed_product_wide):
         product.argtypes = address, count, count, count, address, address, count, address
     library.cached_attention.argtypes = *(address,) * 7, count, address, ctypes.c_float
+    library.rms_norm.argtypes = address, address, ctypes.c_float, address, address, count, count
+    library.rms_norm_backward.argtypes = *(address,) * 6, count, count
     return library
