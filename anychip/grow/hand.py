@@ -34,6 +34,8 @@ def grow_one(
         raise InputError("--processes starts processes, and torchrun did so already.", do="Leave --processes out.")
     store = open_store(source or run.model_checkpoints(recipe, number), together)
     step = store.newest_step() if source is not None else recipe.growth_steps[number]
+    if source is not None and not step:
+        raise InputError("there is no checkpoint here.", where=source, do="Give the folder that holds step-N.")
     info = store.open(step)
     texts = held_out_text(recipe, run) if (run.data / "summary.json").is_file() else {}
     plan = make_plan(recipe, number, info, texts)
