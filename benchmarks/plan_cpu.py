@@ -110,7 +110,7 @@ def predict(size: str, processes: int, bench: dict[str, object]) -> float:
     )  # fmt: skip
     layout = Layout(dp=processes, zero=0, micro_batch=micro)
     machine = machine_of_bench(bench, processes, memory_here())
-    return predicted(workload, layout, machine, site_of_bench(bench, DTYPE)).step_seconds
+    return predicted(workload, layout, machine, site_of_bench(bench, DTYPE, processes)).step_seconds
 
 
 def main() -> None:

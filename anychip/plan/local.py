@@ -48,37 +48,52 @@ def memory_here() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
-    """`processes` on the measured machine: each with a device of its own, or, on a CPU, with its share of the cores."""
-    share = processes if bench.get("vendor") == "cpu" else 1
-    peaks = {
-        dtype: max(case["flops_per_second"] for case in cases) / share for dtype, cases in _by_dtype(bench).items()
+def share_of_bench(bench: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What one of `processes` on the measured machine has: a device of its own, or, on a CPU, its share of the cores,
+    as it was measured beside others; divided where so many were not."""
+    if bench.get("vendor") != "cpu" or processes == 1:
+        return bench
+    shares = bench.get("shares")
+    measured = {**bench, **shares} if shares and shares["gemm"] and processes >= shares["processes"] else bench
+    divisor = processes / (shares["processes"] if measured is not bench else 1)
+    faster = {
+        kind: [{**case, "flops_per_second": case["flops_per_second"] / divisor} for case in measured.get(kind, [])]
+        for kind in ("gemm", "attention")
     }
+    return {**measured, **faster, "memory_gb_per_s": measured["memory_gb_per_s"] / divisor}
+
+
+def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
+    """`processes` on the measured machine."""
+    share = share_of_bench(bench, processes)
     bandwidth, latency = _link(bench)
     return Machine(
         name=str(bench["device"]),
         chip=str(bench.get("chip") or "local"),
         devices=processes,
         devices_per_node=processes,
-        peak_flops=peaks,
+        peak_flops={
+            dtype: max(case["flops_per_second"] for case in cases) for dtype, cases in _by_dtype(share).items()
+        },
         memory_bytes=memory_bytes / processes,
-        memory_bytes_per_s=bench["memory_gb_per_s"] * 1e9 / share,
+        memory_bytes_per_s=share["memory_gb_per_s"] * 1e9,
         tiers=(LinkTier("node", processes, bandwidth, latency),),
     )
 
 
-def site_of_bench(bench: dict[str, Any], dtype: str) -> Site:
-    """Efficiencies of products and attention in `dtype`; the rest as modern software has it.
+def site_of_bench(bench: dict[str, Any], dtype: str, processes: int = 1) -> Site:
+    """Efficiencies of products and attention in `dtype` for one of `processes`; the rest as modern software has it.
 
     Products are fitted by least squares of log(time) over efficiency and half area, on a grid: two scalars do not
     need more. Attention is what its rate at the measured lengths says of very long ones.
     """
-    cases = _by_dtype(bench).get(dtype)
+    share = share_of_bench(bench, processes)
+    cases = _by_dtype(share).get(dtype)
     if not cases:
-        known = ", ".join(sorted(_by_dtype(bench)))
+        known = ", ".join(sorted(_by_dtype(share)))
         raise InputError(f"no product was measured in {dtype}.", do=f"Measured types: {known}.")
     base = replace(BASES["fsdp"], name=f"{bench['device']}, {dtype}", memory_efficiency=1.0, intra_node_efficiency=1.0)
-    hardware = hardware_of([machine_of_bench(bench, 1, 1.0)], [dtype])
+    hardware = hardware_of([machine_of_bench(bench, processes, 1.0)], [dtype])
     m, n, k = (np.array([case[name] for case in cases], dtype=np.float64) for name in ("m", "n", "k"))
     measured = 2 * m * n * k / np.array([case["flops_per_second"] for case in cases])
     area = KNOBS["matmul_half_area"]
@@ -90,13 +105,13 @@ def site_of_bench(bench: dict[str, Any], dtype: str) -> Site:
     best = min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
     shares = [
         case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
-        for case in bench.get("attention", [])
+        for case in share.get("attention", [])
         if case["dtype"] == dtype and case["pass"] == "forward"
     ]
-    share = statistics.median(shares) if shares else base.attention_efficiency
+    attention = statistics.median(shares) if shares else base.attention_efficiency
     return replace(
         best,
-        attention_efficiency=min(0.95, max(0.02, share)),
+        attention_efficiency=min(0.95, max(0.02, attention)),
         reserved_bytes=3e8,  # interpreter and libraries of one process
         relative_sigma=0.2,
         source=f"anychip bench chip: {len(cases)} products",

@@ -33,6 +33,9 @@ def test_everything_the_planner_reads_is_there(measured: dict[str, object]) -> N
     assert {entry["op"] for entry in result["collectives"]} == {"all_reduce", "all_gather", "reduce_scatter"}
     assert all(entry["world_size"] == 2 and entry["backend"] == "gloo" for entry in result["collectives"])
     assert result["vendor"] == "cpu" and result["chip"] is None and result["torch"] == torch.__version__
+    shares = result["shares"]
+    assert shares["processes"] == 2 and shares["memory_gb_per_s"] > 0.1
+    assert {entry["dtype"] for entry in shares["gemm"]} == {"fp32", "bf16"} and shares["attention"]
     text = describe(result)
     assert "TFLOP/s" in text and "2 processes over gloo" in text
 

@@ -101,6 +101,25 @@ def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
         site_of_bench(measured, "fp16")
 
 
+def test_processes_that_share_a_cpu_are_as_fast_as_they_were_measured_together() -> None:
+    """Two processes of one thread each reach 70 GFLOP/s where two threads of one reach 100."""
+    measured = {**bench(), "vendor": "cpu"}
+    measured["shares"] = {
+        "processes": 2,
+        "gemm": [{**case, "flops_per_second": case["flops_per_second"] * 0.7} for case in bench()["gemm"]],  # type: ignore[attr-defined]
+        "attention": bench()["attention"],
+        "memory_gb_per_s": 15.0,
+    }
+    one, two, four = (machine_of_bench(measured, count, 8e9) for count in (1, 2, 4))
+    assert two.peak_flops["fp32"] == pytest.approx(0.7 * one.peak_flops["fp32"])
+    assert four.peak_flops["fp32"] == pytest.approx(0.35 * one.peak_flops["fp32"])
+    assert (one.memory_bytes_per_s, two.memory_bytes_per_s, four.memory_bytes_per_s) == (20e9, 15e9, 7.5e9)
+    pair = predict(SMALL, Layout(dp=2, zero=0), two, site_of_bench(measured, "fp32", 2))
+    halves = predict(SMALL, Layout(dp=2, zero=0), machine_of_bench({**bench(), "vendor": "cpu"}, 2, 8e9),
+                     site_of_bench({**bench(), "vendor": "cpu"}, "fp32", 2))  # fmt: skip
+    assert pair.time["matmul"] < 0.8 * halves.time["matmul"]
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"gemm": [], "memory_gb_per_s": 1, "device": "x"}'])
 def test_other_files_are_no_measurements(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bench.json"

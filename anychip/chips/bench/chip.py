@@ -11,6 +11,7 @@ from anychip.chips.bench.collectives import measure_collectives
 from anychip.chips.bench.memory import measure_memory
 from anychip.chips.bench.products import SHAPES as PRODUCT_SHAPES
 from anychip.chips.bench.products import measure_products
+from anychip.chips.bench.shares import measure_shares
 from anychip.chips.catalog import recognize_chip
 from anychip.chips.cpu import cpu_model
 from anychip.chips.detect import detect_backend
@@ -27,9 +28,10 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
 
     {"gemm": [{m, n, k, dtype, flops_per_second}], "attention": [{batch, heads, seq_length, head_dim, dtype, pass,
     flops_per_second}], "memory_gb_per_s", "collectives": [{op, backend, world_size, bytes, seconds, gb_per_s}],
-    "collectives_missing", "torch", "cpu", "threads", "vendor", "chip", "device"}.
+    "collectives_missing", "shares", "torch", "cpu", "threads", "vendor", "chip", "device"}.
 
-    "chip" is the catalogue's id, null where the device is not in it. Rates are medians of repeated calls.
+    "shares" is what each of several processes reaches on its share of a CPU, null on other devices. "chip" is the
+    catalogue's id, null where the device is not in it. Rates are medians of repeated calls.
     """
     import torch
 
@@ -38,13 +40,16 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
     device = backend.device(0)
     dtypes = _dtypes(backend, device)
     share = seconds / 10
-    steps = len(dtypes) * (len(PRODUCT_SHAPES) + len(ATTENTION_SHAPES)) + 2
+    on_cpu = device.type == "cpu"
+    steps = len(dtypes) * (len(PRODUCT_SHAPES) + len(ATTENTION_SHAPES)) + 3
     with progress("measuring", steps, "cases") as bar:
-        products = measure_products(device, dtypes, backend.synchronize, 6 * share / len(dtypes), bar.advance)
-        attention = measure_attention(device, dtypes, backend.synchronize, 2 * share / len(dtypes), bar.advance)
+        products = measure_products(device, dtypes, backend.synchronize, 5 * share / len(dtypes), bar.advance)
+        attention = measure_attention(device, dtypes, backend.synchronize, 1.5 * share / len(dtypes), bar.advance)
         memory = measure_memory(device, backend.synchronize)
         bar.advance()
-        collectives, missing = measure_collectives(backend.device_count(), device.type == "cpu")
+        collectives, missing = measure_collectives(backend.device_count(), on_cpu)
+        bar.advance()
+        shares = measure_shares(3 * share) if on_cpu else None
         bar.advance()
     name = cpu_model() if device.type == "cpu" else _name(device)
     chip = recognize_chip(backend.vendor, name)
@@ -54,6 +59,7 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
         "memory_gb_per_s": memory,
         "collectives": collectives,
         "collectives_missing": missing,
+        "shares": shares,
         "torch": torch.__version__,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
