@@ -22,6 +22,10 @@ SiteOption = Annotated[str | None, typer.Option(help="A site's name or file; def
 BenchOption = Annotated[
     Path | None, typer.Option(help="JSON of `anychip bench chip`: plan for the machine it was measured on.")
 ]
+ModelStageOption = Annotated[
+    int | None,
+    typer.Option(help="Of a recipe that grows only the model after so many growths; 0: the one it starts with."),
+]
 RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
 
 
@@ -34,6 +38,7 @@ def layouts(
     seq_length: SeqLengthOption = None,
     site: SiteOption = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
+    model_stage: ModelStageOption = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
     bench: BenchOption = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
@@ -45,35 +50,32 @@ def layouts(
     import json
 
     from anychip.errors import InputError
-    from anychip.plan.answer import answer_plan
-    from anychip.plan.answer import as_json as answer_json
-    from anychip.plan.layouts import layout_of
     from anychip.plan.question import ask
+    from anychip.plan.recipe_plan import as_json as plan_json
+    from anychip.plan.recipe_plan import as_text, plan_recipe
     from anychip.plan.saved import save_plan
-    from anychip.plan.text import answer_as_text
     from anychip.report.plan_page import write_plan_page
     from anychip.rundir import RunDirectory
 
     question = ask(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
-        bench=bench,
+        bench=bench, model_stage=model_stage, tokens=tokens,
     )  # fmt: skip
-    total = tokens or float(question.recipe.training.steps * question.workload.tokens)
     if len(question.machines) > 1:
         if fixed or save or html is not None:
             raise InputError(
                 "--fixed, --save and --html are for one kind of chips.", where=question.name, do="Leave them out."
             )
-        _mixed(question, total, as_json)
+        _mixed(question, as_json)
         return
-    (machine,), (constants,) = question.machines, question.sites
-    wanted = layout_of(question.recipe, machine.devices) if fixed else None
-    answer = answer_plan(question.workload, machine, constants, total, wanted, question.failures)
+    if html is not None and len(question.models) > 1:
+        raise InputError("--html shows one model, and this recipe grows.", do="Say which with --model-stage.")
+    plans = plan_recipe(question, fixed=fixed)
     if save:
-        save_plan(answer, question.recipe, RunDirectory(runs / question.recipe.name).plan)
+        save_plan(plans, RunDirectory(runs / question.recipe.name).plan)
     if html is not None:
-        write_plan_page(answer, html)
-    typer.echo(json.dumps(answer_json(answer), indent=2) if as_json else answer_as_text(answer))
+        write_plan_page(plans[0].answered, html)
+    typer.echo(json.dumps(plan_json(plans), indent=2) if as_json else as_text(plans))
 
 
 def explain(
@@ -86,6 +88,7 @@ def explain(
     seq_length: SeqLengthOption = None,
     site: SiteOption = None,
     bench: BenchOption = None,
+    model_stage: ModelStageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
@@ -99,17 +102,29 @@ def explain(
 
     question = ask(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
-        bench=bench,
+        bench=bench, model_stage=model_stage,
     )  # fmt: skip
     if len(question.machines) > 1:
         raise InputError(
             "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."
         )
     (machine,), (constants,) = question.machines, question.sites
-    wanted = parse_layout(layout, question.workload, machine.devices)
-    total = float(question.recipe.training.steps * question.workload.tokens)
-    answer = answer_plan(question.workload, machine, constants, total, wanted, question.failures)
-    typer.echo(json.dumps(prediction_json(answer.chosen), indent=2) if as_json else explanation(answer))
+    answers = [
+        answer_plan(
+            model.workload, machine, constants, model.tokens, parse_layout(layout, model.workload, machine.devices),
+            question.failures,
+        )
+        for model in question.models
+    ]  # fmt: skip
+    if as_json:
+        found = [prediction_json(answer.chosen) for answer in answers]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))
+        return
+    pairs = zip(question.models, answers, strict=True)
+    titled = [
+        f"{model.title}\n{explanation(answer)}" if len(answers) > 1 else explanation(answer) for model, answer in pairs
+    ]
+    typer.echo("\n\n".join(titled))
 
 
 def validate(
@@ -148,16 +163,24 @@ def calibrate(
     typer.echo(f"{calibration_as_text(calibration, begin)}\nwrote {out}")
 
 
-def _mixed(question: Question, total: float, as_json: bool) -> None:
+def _mixed(question: Question, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
     from anychip.plan.mixed import mixed_json, search_mixed
     from anychip.plan.text import mixed_as_text
 
-    result = search_mixed(question.workload, question.machines, question.sites, question.between_bytes_per_s)
-    name = f"{question.workload.name} on {question.name}"
-    typer.echo(json.dumps(mixed_json(result), indent=2) if as_json else mixed_as_text(name, result, total))
+    results = [
+        search_mixed(model.workload, question.machines, question.sites, question.between_bytes_per_s)
+        for model in question.models
+    ]
+    if as_json:
+        found = [mixed_json(result) for result in results]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))
+        return
+    for model, result in zip(question.models, results, strict=True):
+        title = f"{model.workload.name} on {question.name}" + (f", {model.title}" if model.of > 1 else "")
+        typer.echo(mixed_as_text(title, result, model.tokens))
 
 
 def import_(

@@ -24,13 +24,16 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and step one rank without memory or data.")] = False,
     world_size: Annotated[int | None, typer.Option(help="Dry run: processes of the job.")] = None,
     rank: Annotated[int, typer.Option(help="Dry run: which of them.")] = 0,
+    model_stage: Annotated[
+        int | None, typer.Option(help="Dry run, of a recipe that grows: only the model after so many growths.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Dry run: print JSON for programs.")] = False,
 ) -> None:
     """Pretrain on packed data, or continue from the newest checkpoint."""
     from anychip.stages import open_run, run_stage
 
     if dry_run:
-        _dry_run(recipe, overrides or [], world_size, rank, as_json)
+        _dry_run(recipe, overrides or [], world_size, rank, model_stage, as_json)
         return
     run_stage("train", *open_run(recipe, overrides or [], runs))
 
@@ -88,14 +91,22 @@ def report(recipe: RecipeArgument, overrides: SetOption = None, runs: RunsOption
     run_stage("report", *open_run(recipe, overrides or [], runs))
 
 
-def _dry_run(recipe: Path, overrides: list[str], world_size: int | None, rank: int, as_json: bool) -> None:
+def _dry_run(
+    recipe: Path, overrides: list[str], world_size: int | None, rank: int, model_stage: int | None, as_json: bool
+) -> None:
     import json
 
     from anychip.errors import InputError
     from anychip.recipe import load_recipe
-    from anychip.train.dry_run import dry_run
+    from anychip.train.dry_runs import dry_runs
 
     if world_size is None:
         raise InputError("a dry run must know the size of the job.", do="Give --world-size, and --rank.")
-    found = dry_run(load_recipe(recipe, overrides), world_size, rank)
-    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.as_text())
+    found = dry_runs(load_recipe(recipe, overrides), world_size, rank, model_stage)
+    if as_json:
+        values = [one.as_json() for one in found]
+        typer.echo(json.dumps(values[0] if len(values) == 1 else {"models": values}, indent=2))
+        return
+    for number, one in enumerate(found):
+        heading = f"model {number} (of 0 to {len(found) - 1})\n\n" if len(found) > 1 else ""
+        typer.echo(heading + one.as_text() + ("\n" if number + 1 < len(found) else ""))

@@ -7,6 +7,7 @@ at the last model that has a checkpoint, so that it may be stopped or killed any
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from anychip.grow.source import CheckpointRows
 from anychip.grow.stream import Stream, kept_extra
 from anychip.grow.together import grow_together, open_store, ranks
 from anychip.model.init import tensor_seed
+from anychip.plan.saved import predicted_rate
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointInfo
@@ -91,8 +93,13 @@ class GrowingRun:
             checkpoints=checkpoints,
             growing=growing,
             lineage=lineage,
-            predicted=None if number else self.whole.predicted,
+            predicted=self._predicted(number),
         )
+
+    def _predicted(self, number: int) -> float | None:
+        """Tokens a second and device of this model by the plan kept with the run."""
+        alone = self.recipe.model_copy(update={"model": self.recipe.models[number], "grow": []})
+        return predicted_rate(alone, self.run.plan, int(os.environ.get("WORLD_SIZE", "1")))
 
     def grow(self, number: int) -> None:
         """Make the next model's first checkpoint out of this model's last one, unless it is there."""

@@ -37,6 +37,7 @@ def layout_of(recipe: Recipe, devices: int) -> Layout:
         vpp=(2 if folded else parallel.virtual_pipeline) if pipelined else 1,
         cp=parallel.context_parallel,
         ep=parallel.expert_parallel,
+        expert_node=parallel.expert_node_size if 1 < parallel.expert_node_size < parallel.expert_parallel else 0,
         zero=(1 if pipelined else 3) if sharded else 0,
         shard=parallel.data_parallel_shard * parallel.context_parallel if sharded and replicate > 1 else 0,
         micro_batch=recipe.training.micro_batch_size,
@@ -62,6 +63,8 @@ def overrides_of(layout: Layout) -> list[str]:
         "training.micro_batch_size": layout.micro_batch,
         "training.recompute": layout.recompute,
     }
+    if layout.expert_node:
+        values["parallel.expert_node_size"] = layout.expert_node
     if layout.stage_layers:
         values["parallel.pipeline_layers"] = "[" + ",".join(map(str, layout.stage_layers)) + "]"
     return [f"{name}={value}" for name, value in values.items()]

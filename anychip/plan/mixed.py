@@ -16,9 +16,10 @@ import numpy as np
 
 from anychip.errors import InputError
 from anychip.plan.cost import EndCost, rank_seconds, step_terms
-from anychip.plan.memory import rank_memory, rank_of
+from anychip.plan.memory import rank_memory
 from anychip.plan.pipeline import StageTimes, pipeline_seconds
 from anychip.plan.predict import GIB, hardware_for, measured
+from anychip.plan.ranks import rank_of
 from anychip.plan.search import min_max_split, search
 from anychip.plan.shapes import Work, flops_per_token, work_of
 from anychip.plan.table import Table, peak_of, table_of
@@ -166,12 +167,12 @@ def _candidate(
     extra = [0.0] * layout.pp
     extra[0] += _one(first.first)
     extra[-1] += _one(last.last)
-    most = [_most_layers(w, table, layout, stage, parts[part]) for stage, part in enumerate(of_stage)]
+    most = _most_layers(w, table, of_stage, parts)
     split = min_max_split(workload.layers, each, extra, most)
     if not split or not min(split):
         return f"its stages hold {sum(most)} of {workload.layers} layers"
     times = _times(split, of_stage, costs, first, last)
-    memory = np.array([_stage_bytes(w, table, layout, s, split[s], parts[p]) for s, p in enumerate(of_stage)])
+    memory = _stage_bytes(w, table, of_stage, np.array(split, dtype=np.float64), parts)
     placed = replace(layout, stage_layers=split)
     send = workload.seq_length * layout.micro_batch * workload.hidden * 2.0 / layout.tp / between
     outside = max(_outside(w, table_of([placed], w.layers), part, workload) for part in parts)
@@ -202,17 +203,29 @@ def _times(
     return tuple(times)
 
 
-def _stage_bytes(w: Work, table: Table, layout: Layout, stage: int, layers: int, part: _Part) -> float:
-    one = np.ones(1)
-    rank = rank_of(w, table, stage * one, layers * one, one * (stage == 0), one * (stage == layout.pp - 1))
-    return _one(np.asarray(sum(rank_memory(w, table, rank, part.site).values())))
+def _stage_bytes(w: Work, table: Table, of_stage: Sequence[int], layers: Floats, parts: Sequence[_Part]) -> Floats:
+    """Bytes of every stage with these layers, [stages]; stages of one part in one pass."""
+    found = np.zeros(len(of_stage))
+    for number, part in enumerate(parts):
+        stages = np.flatnonzero(np.array(of_stage) == number)
+        first, last = stages == 0, stages == len(of_stage) - 1
+        every = table.take(np.zeros(len(stages), dtype=np.int64))
+        rank = rank_of(
+            w, every, stages.astype(np.float64), layers[stages], first.astype(np.float64), last.astype(np.float64)
+        )
+        found[stages] = np.asarray(sum(rank_memory(w, every, rank, part.site).values()))
+    return found
 
 
-def _most_layers(w: Work, table: Table, layout: Layout, stage: int, part: _Part) -> int:
-    """Layers that the memory of a stage's chips can hold; bytes are affine in layers."""
-    none = _stage_bytes(w, table, layout, stage, 1, part)
-    slope = _stage_bytes(w, table, layout, stage, 2, part) - none
-    return max(0, int((part.machine.memory_bytes - none) / slope) + 1) if slope > 0 else int(w.layers)
+def _most_layers(w: Work, table: Table, of_stage: Sequence[int], parts: Sequence[_Part]) -> list[int]:
+    """Layers that the memory of each stage's chips can hold; bytes are affine in layers."""
+    one = np.ones(len(of_stage))
+    least = _stage_bytes(w, table, of_stage, one, parts)
+    slopes = _stage_bytes(w, table, of_stage, 2 * one, parts) - least
+    room = np.array([parts[part].machine.memory_bytes for part in of_stage]) - least
+    return [
+        max(0, int(left / slope) + 1) if slope > 0 else int(w.layers) for left, slope in zip(room, slopes, strict=True)
+    ]
 
 
 def _outside(w: Work, table: Table, part: _Part, workload: Workload) -> float:

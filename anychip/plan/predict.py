@@ -13,7 +13,8 @@ import numpy as np
 
 from anychip.errors import InputError
 from anychip.plan.cost import rank_seconds, step_terms
-from anychip.plan.memory import rank_at, rank_memory, rank_of
+from anychip.plan.memory import rank_memory
+from anychip.plan.ranks import rank_at, rank_of
 from anychip.plan.shapes import Work, flops_per_token, work_of
 from anychip.plan.table import Hardware, Table, ends_meet, hardware_of, layers_by_rank, layout_at, table_of
 from anychip.plan.types import Floats, Layout, Machine, Prediction, Site, Workload

@@ -10,8 +10,8 @@ from anychip.chips.catalog import find_chip
 from anychip.errors import InputError
 from anychip.plan.local import machine_of_bench, memory_here, read_bench, site_of_bench
 from anychip.plan.machine import ASSUMED_INTER_NODE_GBIT_PER_S, machines_of
-from anychip.plan.shapes import workload_of
-from anychip.plan.sites import default_site, load_site
+from anychip.plan.models import ModelStage, model_stages
+from anychip.plan.sites import default_site, load_site, trained_here
 from anychip.plan.types import Machine, Site, Workload
 from anychip.recipe import Recipe, load_recipe
 from anychip.recipe.cluster import Cluster, FailureConfig, NodeGroup, load_cluster
@@ -19,15 +19,21 @@ from anychip.recipe.cluster import Cluster, FailureConfig, NodeGroup, load_clust
 
 @dataclass(frozen=True)
 class Question:
-    """Machines of one kind, or of several that are to share a pipeline; a site for each."""
+    """Machines of one kind, or of several that are to share a pipeline; a site for each. A recipe that grows asks once
+    for each of its models."""
 
     recipe: Recipe
-    workload: Workload
+    models: tuple[ModelStage, ...]
     name: str  # of the cluster
     machines: tuple[Machine, ...]
     sites: tuple[Site, ...]
     failures: FailureConfig
     between_bytes_per_s: float  # what one device sends to a device of another kind
+
+    @property
+    def grows(self) -> bool:
+        """Whether there is more than one answer."""
+        return len(self.models) > 1
 
 
 def ask(
@@ -40,16 +46,18 @@ def ask(
     seq_length: int | None = None,
     site: str | None = None,
     bench: Path | None = None,
+    model_stage: int | None = None,
+    tokens: float | None = None,
 ) -> Question:
     """Read what the flags of `anychip plan` name. Raises InputError when they name no machine, or contradict."""
     read = load_recipe(recipe, overrides)
-    workload = workload_of(read)
+    models = model_stages(read, tokens, model_stage)
     if seq_length is not None:
-        workload = with_seq_length(workload, seq_length)
+        models = [replace(model, workload=with_seq_length(model.workload, seq_length)) for model in models]
     if devices is not None and devices < 1:
         raise InputError(f"--devices is {devices}.", do="Give at least 1.")
     if bench is not None:
-        return _of_bench(read, workload, bench, devices or 1, site)
+        return _of_bench(read, models, bench, devices or 1, site)
     if cluster is not None:
         asked = changed_cluster(load_cluster(cluster), chip, devices)
     elif chip is not None and devices is not None:
@@ -62,23 +70,23 @@ def ask(
     between = asked.between_groups_gbit_per_s or ASSUMED_INTER_NODE_GBIT_PER_S
     return Question(
         recipe=read,
-        workload=workload,
+        models=tuple(models),
         name=asked.name,
         machines=machines,
-        sites=tuple(load_site(site) if site else default_site(machine.chip) for machine in machines),
+        sites=tuple(trained_here(load_site(site) if site else default_site(machine.chip)) for machine in machines),
         failures=asked.failures,
         between_bytes_per_s=between * 1e9 / 8,
     )
 
 
-def _of_bench(recipe: Recipe, workload: Workload, path: Path, processes: int, site: str | None) -> Question:
+def _of_bench(recipe: Recipe, models: list[ModelStage], path: Path, processes: int, site: str | None) -> Question:
     """The machine that was measured, which trains in the type that it would choose."""
     bench = read_bench(path)
     if recipe.training.compute_dtype == "auto" and not bench.get("bf16_in_hardware", True):
-        workload = replace(workload, dtype="fp32")
+        models = [replace(model, workload=replace(model.workload, dtype="fp32")) for model in models]
     machine = machine_of_bench(bench, processes, memory_here())
-    chosen = load_site(site) if site else site_of_bench(bench, workload.dtype)
-    return Question(recipe, workload, machine.name, (machine,), (chosen,), FailureConfig(), 0.0)
+    chosen = load_site(site) if site else site_of_bench(bench, models[0].workload.dtype, processes)
+    return Question(recipe, tuple(models), machine.name, (machine,), (trained_here(chosen),), FailureConfig(), 0.0)
 
 
 def cluster_of(chip: str, devices: int) -> Cluster:

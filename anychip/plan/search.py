@@ -15,7 +15,7 @@ from anychip.plan.cost import rank_seconds
 from anychip.plan.pipeline import StageTimes, pipeline_seconds
 from anychip.plan.predict import GIB, Predictions, hardware_for, peak_memory, predict, predict_many
 from anychip.plan.shapes import work_of
-from anychip.plan.table import METHODS, Table, layers_by_rank, layout_at, table_of
+from anychip.plan.table import METHODS, Table, layers_by_rank, layout_at, rank_ends, stage_layers, table_of
 from anychip.plan.types import (
     RECOMPUTES,
     SCHEDULES,
@@ -54,6 +54,7 @@ class Space:
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     schedules: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
     max_vpp: int = 8
+    trained_here: bool = False  # only what this software trains
 
 
 def search(
@@ -148,8 +149,12 @@ class _Grid:
 def _default_space(workload: Workload, site: Site) -> Space:
     """Selective recomputation saves nothing where attention is fused; long sequences alone need context parallelism."""
     recompute: tuple[Recompute, ...] = ("none", "full") if site.fused_attention else ("none", "selective", "full")
+    if site.trained_here:
+        recompute = ("none", "selective", "full")
     lengths = tuple(2**power for power in range(7) if workload.seq_length // 2**power >= 2048) or (1,)
-    return Space(cp=lengths if workload.seq_length > 8192 else (1,), recompute=recompute)
+    cp = lengths if workload.seq_length > 8192 else (1,)
+    zero = (0, 1, 3) if site.trained_here else (1, 2, 3)
+    return Space(cp=cp, recompute=recompute, zero=zero, trained_here=site.trained_here)
 
 
 def _grid(workload: Workload, machine: Machine, space: Space) -> _Grid:
@@ -158,6 +163,8 @@ def _grid(workload: Workload, machine: Machine, space: Space) -> _Grid:
     blocks: list[dict[str, Floats]] = []
     for tp, pp, cp in product(_tensor(workload, space), _pipeline(workload, space), space.cp):
         reason = _misfit(workload, machine, tp, pp, cp)
+        if not reason and space.trained_here:
+            reason = _untrained(workload, tp, pp, cp)
         if reason:
             refused.append(Rejected(Layout(tp=tp, pp=pp, cp=cp), reason))
             continue
@@ -203,6 +210,17 @@ def _misfit(workload: Workload, machine: Machine, tp: int, pp: int, cp: int) -> 
     return ""
 
 
+def _untrained(workload: Workload, tp: int, pp: int, cp: int) -> str:
+    """What the training code has no way to split (`parallel.layout` refuses it too)."""
+    if tp > 1 and (workload.experts or workload.latent):
+        return "experts and latent attention are not split by TP"
+    if pp > 1 and (workload.tied_embeddings or workload.predicted_tokens):
+        return "tied embeddings and modules for further tokens do not go through a pipeline"
+    if cp > 1 and workload.predicted_tokens:
+        return "modules for further tokens look at whole sequences, which CP takes apart"
+    return ""
+
+
 def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> list[tuple[int, int, int]]:
     """(index of micro-batch size, schedule, chunks) that are possible together."""
     found: list[tuple[int, int, int]] = []
@@ -223,11 +241,11 @@ def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> 
 
 
 def _experts(workload: Workload, space: Space, dp: int, cp: int, tp: int) -> list[int]:
-    """Expert-parallel degrees; tensor-parallel ranks share the experts out like the others."""
+    """Expert-parallel degrees; elsewhere tensor- and context-parallel ranks share the experts out like the others."""
     if workload.experts is None:
         return [1]
     degrees = space.ep or tuple(2**power for power in range(10))
-    ranks = dp * cp * tp
+    ranks = dp if space.trained_here else dp * cp * tp
     return [ep for ep in degrees if workload.experts.count % ep == 0 and ranks % ep == 0]
 
 
@@ -238,10 +256,15 @@ def _block(
     """All combinations of what is left once tp, pp, cp and dp stand."""
     zeros = [zero for zero in space.zero if dp * cp > 1 or zero == space.zero[0]]
     zeros = [zero for zero in zeros if zero < 2 or pp == 1]  # a pipeline would reduce or gather for every micro-batch
+    if space.trained_here and pp == 1:
+        zeros = [zero for zero in zeros if zero != 1]  # shards without a pipeline gather layer by layer
     recompute = [RECOMPUTES.index(kind) for kind in space.recompute]
     chosen, ep, zero, kind = (
         axis.ravel() for axis in np.meshgrid(np.arange(len(schedules)), experts, zeros, recompute, indexing="ij")
     )
+    if space.trained_here:  # experts are shared among shards
+        possible = (ep == 1) | (zero > 0)
+        chosen, ep, zero, kind = chosen[possible], ep[possible], zero[possible], kind[possible]
     picked = np.array(schedules, dtype=np.float64).reshape(-1, 3)[chosen.astype(np.int64)]
     one = np.ones(len(chosen))
     return {
@@ -259,28 +282,30 @@ def _block(
 
 
 def _table(columns: dict[str, Floats], workload: Workload) -> Table:
-    """Columns of the grid as a table; layers are shared out evenly, a remainder going to the inner ranks."""
-    pp, vpp = columns["pp"], columns["vpp"]
-    one = np.ones(len(pp))
-    base = np.floor(workload.layers / (pp * vpp))
-    left = workload.layers - base * pp * vpp
-    inner = np.maximum(0.0, pp - 2)
-    full_rounds = np.floor(left / pp)
-    rest = left - full_rounds * pp
-    first = base * vpp + full_rounds + (rest > inner)
-    last = base * vpp + full_rounds + (rest > inner + 1)
+    """Columns of the grid as a table; layers are shared out evenly."""
+    one = np.ones(len(columns["pp"]))
+    kinds, which = np.unique(
+        np.stack([columns[name] for name in ("pp", "vpp", "schedule")], axis=1), axis=0, return_inverse=True
+    )
+    splits = [
+        rank_ends(Layout(pp=int(pp), vpp=int(vpp), schedule=SCHEDULES[int(schedule)]), workload.layers)
+        for pp, vpp, schedule in kinds
+    ]
+    ends = np.array(splits, dtype=np.float64)[which.ravel()]
     return Table(
         **columns,
         expert_tp=one,
+        expert_node=0 * one,
         shard=columns["dp"] * columns["cp"],
         sp=(columns["tp"] > 1) * one,
         recompute_layers=0 * one,
         method=METHODS.index("ring") * one,
         overlap_tensor=one,
         overlap_data=one,
-        first_layers=np.where(pp == 1, workload.layers, first),
-        inner_layers=np.where(pp > 2, base * vpp + full_rounds + (rest > 0), 0.0),
-        last_layers=np.where(pp == 1, workload.layers, last),
+        first_layers=ends[:, 0],
+        inner_layers=ends[:, 1],
+        inner_place=ends[:, 2],
+        last_layers=ends[:, 3],
     )
 
 
@@ -383,16 +408,6 @@ def stage_times(workload: Workload, layout: Layout, machine: Machine, site: Site
             held.forward + extra * third, held.backward + 2 * extra * third, held.weight + extra * third
         )
     return times
-
-
-def stage_layers(layout: Layout, layers: int) -> list[int]:
-    """Layers of each of pp * vpp stages in the model's order."""
-    if layout.stage_layers:
-        return list(layout.stage_layers)
-    if layout.vpp == 1:
-        return layers_by_rank(layout, layers)
-    base, left = divmod(layers, layout.pp * layout.vpp)
-    return [base + (stage < left) for stage in range(layout.pp * layout.vpp)]
 
 
 def balance_layers(workload: Workload, layout: Layout, machine: Machine, site: Site) -> tuple[int, ...]:

@@ -95,3 +95,8 @@ def default_site(chip: str, software: Software | None = None) -> Site:
         if key in tree:
             return tree[key]
     return replace(base_site(chosen, family))
+
+
+def trained_here(site: Site) -> Site:
+    """The site's speeds with the memory of this software: fp32 gradients, Adam's two moments beside fp32 masters."""
+    return replace(site, gradient_bytes=4, optimizer_bytes=12.0, trained_here=True)

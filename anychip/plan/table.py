@@ -28,6 +28,7 @@ class Table:
     cp: Floats
     ep: Floats
     expert_tp: Floats
+    expert_node: Floats
     zero: Floats
     shard: Floats  # resolved: ranks that share the states
     sp: Floats
@@ -40,6 +41,7 @@ class Table:
     overlap_data: Floats
     first_layers: Floats  # layers on the first rank, on the fullest inner rank, on the last one
     inner_layers: Floats
+    inner_place: Floats  # the first rank that holds so many
     last_layers: Floats
 
     def __len__(self) -> int:
@@ -53,12 +55,12 @@ def table_of(layouts: Sequence[Layout], layers: Floats) -> Table:
     """Arrays of layouts; `layers` (of the model, [] or [n]) settles the split that a layout leaves open."""
     column = {
         name: np.array([getattr(layout, name) for layout in layouts], dtype=np.float64)
-        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "zero", "recompute_layers")
+        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "expert_node", "zero", "recompute_layers")
     }
     shard = np.array([layout.shard for layout in layouts], dtype=np.float64)
     layers = np.broadcast_to(layers, shard.shape)
     pairs = zip(layouts, layers, strict=True)
-    ends = np.array([_stage_ends(layout, int(count)) for layout, count in pairs], dtype=np.float64).reshape(-1, 3)
+    ends = np.array([rank_ends(layout, int(count)) for layout, count in pairs], dtype=np.float64).reshape(-1, 4)
     return Table(
         **column,
         shard=np.where(shard > 0, shard, column["dp"] * column["cp"]),
@@ -71,42 +73,48 @@ def table_of(layouts: Sequence[Layout], layers: Floats) -> Table:
         overlap_data=np.array([layout.overlap_data for layout in layouts], dtype=np.float64),
         first_layers=ends[:, 0],
         inner_layers=ends[:, 1],
-        last_layers=ends[:, 2],
+        inner_place=ends[:, 2],
+        last_layers=ends[:, 3],
     )
+
+
+def stage_layers(layout: Layout, layers: int) -> list[int]:
+    """Layers of each of pp * vpp stages in the model's order. What an even split leaves over goes to the middle, as in
+    training: the ends also hold embedding and logits."""
+    if layout.stage_layers:
+        return list(layout.stage_layers)
+    stages = layout.pp * layout.vpp
+    base, left = divmod(layers, stages)
+    first = (stages - left) // 2
+    return [base + (first <= stage < first + left) for stage in range(stages)]
 
 
 def layers_by_rank(layout: Layout, layers: int) -> list[int]:
     """Layers on each pipeline rank, all its chunks together.
 
-    Given stages are dealt as the schedule deals them: stage s lies on rank s mod pp (interleaved), or on the ranks in
-    a V for two-chunk schedules. A remainder goes to the inner ranks, because the ends also hold embedding and logits.
+    Stages are dealt as the schedule deals them: stage s lies on rank s mod pp (interleaved), or on the ranks in a V for
+    two-chunk schedules.
     """
-    if layout.stage_layers:
-        ranks = [0] * layout.pp
-        for stage, count in enumerate(layout.stage_layers):
-            turn, rank = divmod(stage, layout.pp)
-            folded = layout.schedule in TWO_STAGE_SCHEDULES and turn % 2 == 1
-            ranks[layout.pp - 1 - rank if folded else rank] += count
-        return ranks
-    stages = layout.pp * layout.vpp
-    base, left = divmod(layers, stages)
-    ranks = [base * layout.vpp] * layout.pp
-    inside_first = [*range(1, layout.pp - 1), 0, layout.pp - 1] if layout.pp > 2 else list(range(layout.pp))
-    for position in range(left):
-        ranks[inside_first[position % layout.pp]] += 1
+    ranks = [0] * layout.pp
+    for stage, count in enumerate(stage_layers(layout, layers)):
+        turn, rank = divmod(stage, layout.pp)
+        folded = layout.schedule in TWO_STAGE_SCHEDULES and turn % 2 == 1
+        ranks[layout.pp - 1 - rank if folded else rank] += count
     return ranks
 
 
-def _stage_ends(layout: Layout, layers: int) -> tuple[int, int, int]:
+def rank_ends(layout: Layout, layers: int) -> tuple[int, int, int, int]:
+    """Layers on the first rank, on the fullest inner one, which that is, and on the last."""
     ranks = layers_by_rank(layout, layers)
-    return ranks[0], max(ranks[1:-1], default=0), ranks[-1]
+    inner = max(ranks[1:-1], default=0)
+    return ranks[0], inner, ranks.index(inner, 1) if inner else min(1, layout.pp - 1), ranks[-1]
 
 
 def layout_at(t: Table, index: int) -> Layout:
     """One row of a table as a layout; even splits stay unwritten."""
     whole: dict[str, Any] = {
         name: int(getattr(t, name)[index])
-        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "zero", "recompute_layers")
+        for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "expert_tp", "expert_node", "zero", "recompute_layers")
     }
     return Layout(
         **whole,

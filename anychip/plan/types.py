@@ -93,6 +93,7 @@ class Layout:
     cp: int = 1
     ep: int = 1
     expert_tp: int = 1  # tensor parallelism inside an expert
+    expert_node: int = 0  # members of an expert-parallel group in a node, which a token reaches once; 0: each by itself
     zero: int = 1  # 0 none, 1 optimizer, 2 + gradients, 3 + parameters (FSDP)
     shard: int = 0  # ranks that share one copy of the states; 0: all dp * cp of them
     sequence_parallel: bool = True
@@ -188,6 +189,7 @@ class Site:
     optimizer_bytes: float = 12.0  # Adam's state of one parameter: fp32 weight and two moments
     logits_bytes: float = 4.0  # held for one logit: the logit and its gradient
     layer_gradient_scratch: float = 1.0  # weight gradients of one layer and of the head beside the accumulated ones
+    trained_here: bool = False  # by this software, whose memory is known tensor by tensor (`memory_here`)
     # Memory that no tensor explains.
     reserved_bytes: float = 2.0e9  # device context, collective buffers
     allocator_slack: float = 0.04  # of what tensors take

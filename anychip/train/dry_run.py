@@ -7,6 +7,7 @@ rank would build, and what is counted is what it would hold and send.
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.pipelining.schedules import _PipelineSchedule
@@ -31,9 +33,10 @@ from anychip.parallel.parts import allocate
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 from anychip.recipe import Recipe
-from anychip.train.accounting import Accounting
+from anychip.train.accounting import Accounting, Term
 from anychip.train.engine import Engine
 from anychip.train.job import TrainingJob, training_job
+from anychip.train.objective import Head
 from anychip.train.optimizer import Optimizer
 
 GIB = 2**30
@@ -42,8 +45,14 @@ _DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank would do. Bytes are exact for parameters, gradients and optimizer; `working_bytes` is the largest
-    that anything else took in the step: activations, gathered parameters, message buffers."""
+    """What one rank would do. Bytes of parameters, gradients and optimizer are what stays between steps; `memory` is by
+    term what was there when the step's memory was fullest.
+
+    weights: what products are given: gathered, or in another type than the masters. gradients: summed up or just made.
+    optimizer: fp32 masters and moments (masters are weights where products are fp32 too). activations: what forward
+    keeps for backward, and what both have at hand. logits: all that the head and its loss make. buffers: what travels
+    between shards and stages.
+    """
 
     world_size: int
     rank: int
@@ -54,15 +63,16 @@ class DryRun:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    working_bytes: int
+    memory: dict[str, int]
     traffic: list[dict[str, Any]]  # group, processes, operation, calls and bytes sent a step
     micro_batches: int
     operators: int  # operators dispatched in a step
     seconds: dict[str, float] = field(default_factory=dict)
+    resident_bytes: int = 0  # of this dry run itself, at its largest
 
     @property
     def total_bytes(self) -> int:
-        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.working_bytes
+        return sum(self.memory.values())
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "total_bytes": self.total_bytes}
@@ -76,14 +86,15 @@ class DryRun:
             f"{self.parameters:,} parameters; {self.micro_batches} micro-batches a step",
             "",
         ]
-        for name in ("parameter", "gradient", "optimizer", "working"):
-            lines.append(f"{name + ' memory':<18}{getattr(self, f'{name}_bytes') / GIB:>10.3f} GiB")
-        lines += [f"{'sum':<18}{self.total_bytes / GIB:>10.3f} GiB", ""]
+        for name, size in self.memory.items():
+            lines.append(f"{name:<18}{size / GIB:>10.3f} GiB")
+        lines += [f"{'sum':<18}{self.total_bytes / GIB:>10.3f} GiB when memory is fullest", ""]
         for entry in self.traffic:
             group, sent = f"{entry['group']} ({entry['processes']})", entry["bytes"] / 1e9
             lines.append(f"sent over {group:<24}{entry['operation']:<16}{entry['calls']:>7,} calls  {sent:>10.3f} GB")
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        return "\n".join([*lines, "", f"this dry run: {took}; {self.operators:,} operators in the step"])
+        own = f"this dry run: {took}, {self.resident_bytes / 1e9:.1f} GB; {self.operators:,} operators in the step"
+        return "\n".join([*lines, "", own])
 
 
 def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
@@ -105,20 +116,30 @@ def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         accounting = Accounting({name: axes for name, (axes, _) in groups.items()})
 
+        masters: Term = "weights" if dtype == torch.float32 else "optimizer"
+
         def give_memory(part: Decoder, device: torch.device) -> None:
-            with fake, accounting, accounting.complete():
+            with fake, accounting, accounting.complete(), accounting.term(masters):
                 allocate(part, device)
 
-        engine = Engine(job, processes, dtype, give_memory=give_memory)
+        engine = _Engine(accounting, job, processes, dtype, give_memory=give_memory)
         clock.phase("model")
+        with fake:
+            batch = _full_batch(job)
+        accounting.leave_out(batch.input_ids, batch.labels)  # the host reads whole batches, a device its rows
         with fake, accounting, accounting.complete():
-            optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
+            with accounting.term("optimizer"):
+                optimizer = Optimizer(engine.parameters, job.optimizer, dtype)
             clock.phase("optimizer")
-            held = accounting.live_bytes
+            accounting.keep_masters(local(p) for p in engine.parameters.values())
+            for parameter in engine.trainable.values():
+                parameter.register_post_accumulate_grad_hook(accounting.watch_gradient)
             operators_before = accounting.operators
             accounting.reset_peak()
             engine.begin_step(1)
-            engine.forward_backward(_full_batch(job))
+            engine.forward_backward(batch)
+            for parameter in engine.trainable.values():
+                accounting.watch_gradient(parameter)
             gradient_norm(engine.learned, processes)
             gradients = [p.grad for p in engine.parameters.values() if p.grad is not None]
             gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
@@ -134,12 +155,34 @@ def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
                 parameter_bytes=sum(local(p).nbytes for p in engine.parameters.values()),
                 gradient_bytes=gradient_bytes,
                 optimizer_bytes=sum(local(value).nbytes for value in optimizer.state().values()),
-                working_bytes=accounting.peak_bytes - held - gradient_bytes,
+                memory=dict(accounting.peak),
                 traffic=_traffic(accounting, dict(groups.values()), world_size),
                 micro_batches=job.global_batch_size // layout.readers // job.micro_batch_size,
                 operators=accounting.operators - operators_before,
                 seconds=clock.seconds,
+                resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
+
+
+@dataclass(frozen=True)
+class _Head(Head):
+    """A head that says when it works."""
+
+    accounting: Accounting | None = None
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        assert self.accounting is not None
+        with self.accounting.term("logits"):
+            return super().loss(hidden, labels)
+
+
+class _Engine(Engine):
+    def __init__(self, accounting: Accounting, *args: Any, **keywords: Any) -> None:
+        self._accounting = accounting
+        super().__init__(*args, **keywords)
+
+    def _head(self) -> Head:
+        return _Head(**vars(super()._head()), accounting=self._accounting)
 
 
 class _Phases:

@@ -15,6 +15,7 @@ from anychip.errors import InputError
 from anychip.model.arithmetic import parameter_shapes
 from anychip.recipe import Recipe, load_recipe
 from anychip.train.dry_run import dry_run
+from anychip.train.dry_runs import dry_runs
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS: list[dict[str, int]] = [
@@ -75,7 +76,9 @@ def test_it_holds_what_a_real_rank_holds(tmp_path: Path, parallel: dict[str, int
         real = json.loads((tmp_path / f"{rank}.json").read_text())
         assert {name: found[name] for name in real} == real
         assert found["gradient_bytes"] == found["parameter_bytes"]
-        assert found["working_bytes"] > 0
+        memory = found["memory"]  # fp32: masters are what products read
+        assert memory["weights"] >= found["parameter_bytes"] and memory["optimizer"] == found["optimizer_bytes"]
+        assert memory["activations"] > 0 and sum(memory.values()) == found["total_bytes"]
 
 
 def test_tensor_parallel_sends_what_arithmetic_says(tmp_path: Path) -> None:
@@ -113,6 +116,17 @@ def by_operation(found: dict[str, Any], group: str) -> dict[str, Any]:
 def test_what_cannot_be_is_refused(tmp_path: Path, size: int, rank: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         dry_run(recipe_for(tmp_path, {"tensor_parallel": 2, "data_parallel_replicate": size // 2}), size, rank)
+
+
+def test_a_recipe_that_grows_is_tried_with_each_model(tmp_path: Path) -> None:
+    layers = load_recipe(write_tiny_recipe(tmp_path, micro_batch_size=1)).model.num_hidden_layers
+    growth = [{"at_tokens": 1, "to": {"num_hidden_layers": layers + 2}}]
+    recipe = recipe_for(tmp_path, {"data_parallel_shard": 2}, grow=growth)
+    small, large = dry_runs(recipe, 2, 1)
+    assert small.layers == list(range(layers)) and large.layers == list(range(layers + 2))
+    assert small.total_bytes < large.total_bytes
+    with pytest.raises(InputError, match="has 2 models, and --model-stage is 2"):
+        dry_runs(recipe, 2, 1, 2)
 
 
 @pytest.mark.slow
