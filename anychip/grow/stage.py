@@ -7,6 +7,7 @@ at the last model that has a checkpoint, so that it may be stopped or killed any
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -53,9 +53,10 @@ def share_of_bench(bench: dict[str, Any], processes: int) -> dict[str, Any]:
     as it was measured beside others; divided where so many were not."""
     if bench.get("vendor") != "cpu" or processes == 1:
         return bench
-    shares = bench.get("shares")
-    measured = {**bench, **shares} if shares and shares["gemm"] and processes >= shares["processes"] else bench
-    divisor = processes / (shares["processes"] if measured is not bench else 1)
+    shares: dict[str, Any] = bench.get("shares") or {}
+    together = shares.get("processes", 1) if shares.get("gemm") else 1
+    measured = {**bench, **shares} if 1 < together <= processes else bench
+    divisor = processes / (together if measured is not bench else 1)
     faster = {
         kind: [{**case, "flops_per_second": case["flops_per_second"] / divisor} for case in measured.get(kind, [])]
         for kind in ("gemm", "attention")

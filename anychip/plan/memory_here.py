@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from anychip.plan.ranks import DUALPIPE_V, INTERLEAVED, ZERO_BUBBLE, Rank, in_flight
 from anychip.plan.shapes import Work, parameters
@@ -57,9 +58,10 @@ class Held:
         return np.asarray(each * (self.dense / dense_shards + self.router + self.experts / expert_shards))
 
 
-def _takes_turns(t: Table) -> Floats:
+def _takes_turns(t: Table) -> npt.NDArray[np.bool_]:
     """Whether PyTorch's pipeline runtime gathers and frees the weights of each of a process's stages."""
-    return (t.pp > 1) & ((t.schedule == INTERLEAVED) | (t.schedule == ZERO_BUBBLE) | (t.schedule == DUALPIPE_V))
+    many = (t.schedule == INTERLEAVED) | (t.schedule == ZERO_BUBBLE) | (t.schedule == DUALPIPE_V)
+    return np.asarray((t.pp > 1) & many)
 
 
 def _layer_held(w: Work, t: Table, share: Floats) -> Held:

@@ -194,7 +194,7 @@ class Accounting(TorchDispatchMode):
             for name in ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce"):
                 messages = self._within("buffers", getattr(_fsdp_param_group, name))
                 changes.enter_context(_replaced(_fsdp_param_group, name, messages))
-            received = self._within("buffers", pipelining._make_tensor_from_meta)
+            received = self._within("buffers", getattr(pipelining, "_make_tensor_from_meta"))  # noqa: B009
             changes.enter_context(_replaced(pipelining, "_make_tensor_from_meta", received))
             for name in _WHERE_GRADIENTS_CHANGE:
                 told = self._telling_gradients(getattr(FSDPParam, name))

@@ -155,7 +155,7 @@ def dry_run(recipe: Recipe, world_size: int, rank: int) -> DryRun:
                 parameter_bytes=sum(local(p).nbytes for p in engine.parameters.values()),
                 gradient_bytes=gradient_bytes,
                 optimizer_bytes=sum(local(value).nbytes for value in optimizer.state().values()),
-                memory=dict(accounting.peak),
+                memory={str(term): size for term, size in accounting.peak.items()},
                 traffic=_traffic(accounting, dict(groups.values()), world_size),
                 micro_batches=job.global_batch_size // layout.readers // job.micro_batch_size,
                 operators=accounting.operators - operators_before,

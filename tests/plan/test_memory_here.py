@@ -24,7 +24,7 @@ DENSE: dict[str, Any] = {
     "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {
-    "family": "telechat3-moe", "biases": "none", "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 1536,
+    "family": "telechat3-moe", "biases": "none", "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 512,
     "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 384,
     "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 32,
     "num_experts_per_tok": 4, "moe_intermediate_size": 512, "n_shared_experts": 1, "first_k_dense_replace": 1,
