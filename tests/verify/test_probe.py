@@ -72,7 +72,7 @@ def findings_of(faults: str, probes: list[tuple[Shapes, list[str]]], chip: str =
     done = subprocess.run(
         [sys.executable, "-c", _PROBE, given],
         env={**os.environ, "ANYCHIP_CHIP": chip, VARIABLE: faults, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -98,7 +98,7 @@ def test_a_fault_is_found_and_named(fault: str) -> None:
 
 @needs_device
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)  # under an hour on an idle machine
 def test_of_all_faults_nearly_all_are_found_and_named() -> None:
     """At least 95 of 100; prints those that are not. Collectives are another test's."""
     asked = [fault for fault in FAULTS if fault.partition(":")[0] not in COLLECTIVES]
@@ -129,7 +129,7 @@ def test_a_right_chip_raises_no_alarm() -> None:
 
 @needs_device
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)  # under an hour on an idle machine
 @pytest.mark.parametrize("chip", ["cpu", "emulated"])
 def test_fifty_probes_of_right_chips_raise_no_alarm(chip: str) -> None:
     """Of as many shapes, half on each chip."""
@@ -140,7 +140,7 @@ def test_fifty_probes_of_right_chips_raise_no_alarm(chip: str) -> None:
 
 @needs_device
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)  # under an hour on an idle machine
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.partition(":")[0] in COLLECTIVES])
 def test_a_wrong_collective_is_found_and_named(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anychip.verify.probe.worker import ProcessJob, run_processes
