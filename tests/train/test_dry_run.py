@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -121,12 +123,15 @@ def test_what_cannot_be_is_refused(tmp_path: Path, size: int, rank: int, message
 def test_a_recipe_that_grows_is_tried_with_each_model(tmp_path: Path) -> None:
     layers = load_recipe(write_tiny_recipe(tmp_path, micro_batch_size=1)).model.num_hidden_layers
     growth = [{"at_tokens": 1, "to": {"num_hidden_layers": layers + 2}}]
-    recipe = recipe_for(tmp_path, {"data_parallel_shard": 2}, grow=growth)
-    small, large = dry_runs(recipe, 2, 1)
-    assert small.layers == list(range(layers)) and large.layers == list(range(layers + 2))
-    assert small.total_bytes < large.total_bytes
+    path = write_tiny_recipe(tmp_path, micro_batch_size=1)
+    words = ["train", str(path), "--dry-run", "--world-size", "2", "--rank", "1", "--json"]
+    words += ["--set", "parallel.data_parallel_shard=2", "--set", f"grow={json.dumps(growth)}"]
+    done = subprocess.run([sys.executable, "-m", "anychip", *words], capture_output=True, text=True, check=True)
+    small, large = json.loads(done.stdout)["models"]
+    assert small["layers"] == list(range(layers)) and large["layers"] == list(range(layers + 2))
+    assert small["total_bytes"] < large["total_bytes"]
     with pytest.raises(InputError, match="has 2 models, and --model-stage is 2"):
-        dry_runs(recipe, 2, 1, 2)
+        dry_runs(recipe_for(tmp_path, {"data_parallel_shard": 2}, grow=growth), 2, 1, 2)
 
 
 @pytest.mark.slow
