@@ -152,8 +152,8 @@ def layer_activations(w: Work, t: Table, rank: Rank) -> Activations:
     kept = part + attention + swiglu + norms + router + routed  # `part`: between attention and feed-forward
     nodes = np.where(t.expert_node > 0, t.ep / np.maximum(t.expert_node, 1), 1.0)
     travelled = np.where(nodes > 1, tokens * nodes * (1 - (1 - 1 / nodes) ** w.top_k), tokens)
-    # Answers spread over the choices of each token, one column of them in fp32 twice; what was gathered to be sent.
-    spread = travelled * w.top_k * w.hidden * e + 2 * travelled * w.hidden * 4
+    # Answers spread over the choices of each token, one column of them in fp32; what was gathered to be sent.
+    spread = travelled * w.top_k * w.hidden * e + travelled * w.hidden * 4
     sent = rows * w.hidden * e + np.where(nodes > 1, travelled * w.hidden * e, 0.0)
     # Its gradient and two products of it; what the down projection had kept is gone.
     return Activations(kept, share * (spread + sent), 2 * (inner + share * rows * e * w.moe_ffn))
@@ -275,8 +275,8 @@ def _loss(w: Work, t: Table, rank: Rank, base: dict[str, Floats], left: Floats) 
     rows, narrow = w.vocab / t.tp, w.element
     cut = _shards(t)[0] > 1
     table = rows * w.hidden * (MASTER + narrow + w.extra_layers * np.where(cut, narrow, MASTER))
-    shared = np.where(t.tp > 1, MASTER, 0.0)  # each process's probabilities stay in fp32
-    logits = chunk * rows * (2 * narrow + shared) + (1 + w.extra_layers) * tokens * w.hidden * narrow
+    wide = np.where((t.tp > 1) | (narrow < MASTER), MASTER, 0.0)  # probabilities stay in fp32
+    logits = chunk * rows * (2 * narrow + wide) + (1 + w.extra_layers) * tokens * w.hidden * narrow
     whole = np.where(t.tp > 1, tokens * w.hidden * narrow + boundary_bytes(w, t), 0.0)
     states = (1 + 6 * w.extra_layers) * boundary_bytes(w, t) + whole
     moment = base | {"activations": base["activations"] + states, "logits": table + logits}
