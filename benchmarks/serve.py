@@ -6,7 +6,7 @@ cache; one-at-a-time is our own server with a batch of one. Rounds are interleav
 
     python benchmarks/serve.py [--rounds 3] [--tokens 64] [--threads 2] [--weights bf16] [--json FILE]
 
-Needs the `bench` extra, and httpx.
+Needs the `bench` extra.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def serve(max_batch: int, weights: str, threads: int) -> None:
     from anychip.serve.talker import make_talker
     from anychip.serve.worker import EngineThread
 
-    sys.setswitchinterval(float(os.environ.get("SW", "0.005")))
     thread = EngineThread()
     decoder = thread.begin(partial(_random_decoder, threads)).result()
     tokenizer = train_bpe(["the cat sat on the mat"], vocab_size=280)
@@ -88,32 +87,35 @@ def start(max_batch: int, weights: str, threads: int) -> tuple[subprocess.Popen[
 
 async def ask_all(url: str, clients: int, round_: int, new_tokens: int) -> tuple[float, list[float]]:
     """Tokens/s of all clients together, and each one's seconds to its first token."""
-    import httpx
+    host, port = url.removeprefix("http://").split(":")
 
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as http:
+    async def ask(client: int) -> tuple[float, int]:
+        """By plain sockets: what a library for clients takes would be taken from the server here."""
+        body = {
+            "prompt": prompt(client, round_),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "logprobs": 0,
+            "logit_bias": {str(token): -100 for token in range(7)},
+        }
+        text = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        assert b" 200 " in await reader.readline()
+        first, tokens = 0.0, 0
+        while (line := await reader.readline()) != b"data: [DONE]\n":
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - started
+                found = json.loads(line[6:])["choices"][0]["logprobs"]
+                tokens += len(found["tokens"]) if found else 0
+        writer.close()
+        return first, tokens
 
-        async def ask(client: int) -> tuple[float, int]:
-            body = {
-                "prompt": prompt(client, round_),
-                "max_tokens": new_tokens,
-                "temperature": 0,
-                "stream": True,
-                "logprobs": 0,
-                "logit_bias": {str(token): -100 for token in range(7)},
-            }
-            first, tokens = 0.0, 0
-            async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                assert answer.status_code == 200
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        first = first or time.perf_counter() - started
-                        found = json.loads(line[6:])["choices"][0]["logprobs"]
-                        tokens += len(found["tokens"]) if found else 0
-            return first, tokens
-
-        started = time.perf_counter()
-        found = await asyncio.gather(*(ask(client) for client in range(clients)))
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    found = await asyncio.gather(*(ask(client) for client in range(clients)))
+    seconds = time.perf_counter() - started
     assert sum(tokens for _, tokens in found) == clients * new_tokens
     return clients * new_tokens / seconds, [first for first, _ in found]
 
