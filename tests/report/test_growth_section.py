@@ -30,9 +30,9 @@ def grown_run(root: Path) -> RunDirectory:
     """Grown after steps 20 and 30 of 50, with a held-out loss of its own after each growth."""
     run = complete_run(root)
     recipe = run.read_recipe()
-    found = [Comparison("all", "exact", name, "random", 0.0, difference) for name, difference in LARGEST]
-    found.append(Comparison("all", "stored", "fp32", "random", 0.0, 0.75))
-    found.append(Comparison("all", "exact", "fp64", "text", 0.0, 0.0))
+    found = [Comparison("all", "exact", name, "random", 0.0, difference, 64) for name, difference in LARGEST]
+    found.append(Comparison("all", "stored", "fp32", "random", 0.0, 0.75, 64))
+    found.append(Comparison("all", "exact", "fp64", "text", 0.0, 0.0, 64))
     old = recipe.model
     growths: list[tuple[int, dict[str, Any]]] = [(20, WIDER), (30, {"num_hidden_layers": 5})]
     for number, (step, to) in enumerate(growths):
