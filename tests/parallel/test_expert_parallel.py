@@ -90,7 +90,7 @@ def _kind(run: LayoutRun) -> tuple[str, str, str]:
 
 @pytest.fixture(
     scope="module",
-    params=[2, 4, pytest.param(8, marks=pytest.mark.slow)],
+    params=[2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))],
     ids=["2 processes", "4 processes", "8 processes"],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[LayoutRun]]:

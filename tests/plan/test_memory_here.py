@@ -80,7 +80,11 @@ def compare(recipe: Recipe, size: int, rank: int, folder: Path) -> dict[str, Any
     return counted
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(",", "").replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ("shards", "experts") else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.replace(",", "").replace(" ", "-"),
+)
 def test_the_plan_is_what_a_dry_run_counts(case: str, tmp_path: Path) -> None:
     model, parallel, size, rank = CASES[case]
     compare(recipe_of(model, parallel, 32), size, rank, tmp_path)

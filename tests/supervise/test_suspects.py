@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("least", [2, 3])
+@pytest.mark.parametrize("least", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_it_is_left_out_where_fewer_will_do_and_stops_the_run_where_not(folder: Path, least: int) -> None:
     options = ["--processes", "3", "--min-processes", str(least)]
     process = start(folder, "supervise", "tiny.yaml", *options, *WORDS)

@@ -120,6 +120,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, size: int, rank: int, message
         dry_run(recipe_for(tmp_path, {"tensor_parallel": 2, "data_parallel_replicate": size // 2}), size, rank)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_grows_is_tried_with_each_model(tmp_path: Path) -> None:
     layers = load_recipe(write_tiny_recipe(tmp_path, micro_batch_size=1)).model.num_hidden_layers
     growth = [{"at_tokens": 1, "to": {"num_hidden_layers": layers + 2}}]
