@@ -20,10 +20,11 @@ from torch import Tensor
 from anychip.attest.check.findings import Findings, Problem
 from anychip.attest.check.history import History
 from anychip.attest.pins import data_digests
-from anychip.attest.retrain import STAGES, Retraining, join, opened, parallel
+from anychip.attest.retrain import STAGES, Retraining, opened, parallel
 from anychip.attest.witness import batch_bytes, manifest_digest
 from anychip.data.cursor import DataCursor
 from anychip.errors import AnychipError, InputError
+from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import local
 from anychip.recipe import Recipe, parse_recipe
 from anychip.rundir import RunDirectory, stage_before
@@ -111,7 +112,7 @@ def _ranges(stretches: list[Stretch]) -> str:
 
 def _shared_seed(run: RunDirectory, seed: int | None) -> int:
     """The first process's, on all."""
-    processes = join(parallel(run.read_recipe()))
+    processes = Processes.join_here(parallel(run.read_recipe()))
     drawn = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     return int(Ranks(processes.new_control_group()).broadcast(drawn))
 

@@ -31,6 +31,7 @@ from anychip.train.heartbeat import Heartbeat
 from anychip.train.job import NewParts, TrainingJob, training_job
 from anychip.train.optimizer import Optimizer
 from anychip.train.precision import compute_dtype
+from anychip.train.saves import state_of, weights_of
 from anychip.train.step import Growth, StepResult, train_step
 from anychip.tune.dpo import DpoData
 from anychip.tune.run import dpo_job, sft_job, with_reference
@@ -56,7 +57,7 @@ class Retraining:
         """The training of a stage, of the recipe's model of this number, in no state yet."""
         backend, job = detect_backend(), _job(recipe, run, stage, model)
         torch.use_deterministic_algorithms(job.deterministic)
-        processes, dtype = join(job.parallel), compute_dtype(job.compute_dtype, backend)
+        processes, dtype = Processes.join_here(job.parallel), compute_dtype(job.compute_dtype, backend)
         operators = operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators))
         engine = Engine(job, processes, dtype, operators)
         lr_scale = job.growing.lr_scale() if job.growing else {}
@@ -75,7 +76,7 @@ class Retraining:
             return
         info = opened(checkpoint, manifest)
         self.guard.restore(GuardState.model_validate(info.extra.get("guard", {})))
-        state = self.weights() | {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        state = state_of(self.engine, self.optimizer)
         if info.extra.get("weights_only", False):
             self.optimizer.reset()
             state = self.weights()
@@ -83,7 +84,7 @@ class Retraining:
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint has of them: this process's parts, by name."""
-        return {f"model.{name}": parameter.detach() for name, parameter in self.engine.trainable.items()}
+        return weights_of(self.engine)
 
     def step(self, number: int, batch: Batch) -> StepResult:
         """Step `number`, counted from 0."""
@@ -96,13 +97,6 @@ class Retraining:
         if done.problem and self.new_parts:
             self.new_parts.skip(number + 1)
         return done
-
-
-def join(config: ParallelConfig) -> Processes:
-    """The processes of this job."""
-    backend = detect_backend()
-    backend.prepare_process()
-    return Processes.join(config, backend.device(int(os.environ.get("LOCAL_RANK", "0"))), backend.collective_backend)
 
 
 def opened(checkpoint: Path, manifest: str) -> CheckpointInfo:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anychip.chips.backend import detect_backend
 from anychip.grow.proof import Proof
 from anychip.grow.stream import Stream, grow_checkpoint
 from anychip.parallel.processes import Processes
@@ -23,10 +22,7 @@ def ranks(parallel: ParallelConfig | None = None) -> Processes | None:
     """The processes that torchrun started, in this layout or as equals; None for one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    backend = detect_backend()
-    backend.prepare_process()
-    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
-    return Processes.join(parallel or ParallelConfig(), device, backend.collective_backend)
+    return Processes.join_here(parallel or ParallelConfig())
 
 
 def open_store(checkpoints: Path, processes: Processes | None) -> CheckpointStore:

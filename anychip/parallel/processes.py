@@ -14,6 +14,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from anychip.chips.backend import detect_backend
 from anychip.parallel.layout import AXES, PREFIX_VARIABLE, Layout, check_batch, resolve_layout
 from anychip.recipe.schema import ParallelConfig
 
@@ -127,6 +128,13 @@ class Processes:
                 dist.init_process_group(backends, timeout=timeout, store=store, rank=rank, world_size=world_size)
             atexit.register(_leave_groups)
         return cls(config, layout, rank, device)
+
+    @classmethod
+    def join_here(cls, config: ParallelConfig) -> Processes:
+        """`join` with the chip at hand: this process's device, and its collective library."""
+        backend = detect_backend()
+        backend.prepare_process()
+        return cls.join(config, backend.device(), backend.collective_backend)
 
     @property
     def is_first(self) -> bool:

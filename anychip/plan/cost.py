@@ -14,11 +14,19 @@ import numpy as np
 from anychip.plan.gemm import linear_seconds, product_seconds
 from anychip.plan.network import all_gather, all_reduce, all_to_all, group_of, point_to_point
 from anychip.plan.shapes import Work, attention_shapes, parameters
-from anychip.plan.table import Hardware, Table, ends_meet, micro_batches
+from anychip.plan.table import (
+    DUALPIPE_V,
+    FULL,
+    INTERLEAVED,
+    SELECTIVE,
+    ZERO_BUBBLE,
+    Hardware,
+    Table,
+    ends_meet,
+    micro_batches,
+)
 from anychip.plan.types import Floats, Site
 
-NONE, SELECTIVE, FULL = 0, 1, 2
-GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = range(5)
 ATTENTION_HALF_LENGTH = 1024.0  # keys at which fused attention runs at half its speed
 WIDE_HEAD = 1.4  # fused kernels are made for heads of up to 128
 LAUNCH_NORM = 4.0

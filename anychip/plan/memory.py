@@ -11,20 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from anychip.plan.memory_here import fullest_moment
+from anychip.plan import memory_here
 from anychip.plan.ranks import Rank, in_flight
 from anychip.plan.shapes import Work, attention_shapes, parameters
-from anychip.plan.table import Table, micro_batches
+from anychip.plan.table import FULL, SELECTIVE, Table, micro_batches
 from anychip.plan.types import Floats, Site
 
-NONE, SELECTIVE, FULL = 0, 1, 2
-TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
+TERMS = (*memory_here.TERMS, "reserved")
 
 
 def rank_memory(w: Work, t: Table, rank: Rank, site: Site) -> dict[str, Floats]:
     """Bytes of one pipeline rank's devices by term, each [n]."""
     if np.all(site.trained_here):
-        moment = fullest_moment(w, t, rank)
+        moment = memory_here.fullest_moment(w, t, rank)
         return {**moment, "reserved": site.reserved_bytes + site.allocator_slack * np.asarray(sum(moment.values()))}
     dense, expert = _parameters_held(w, t, rank)
     replicas = t.dp * t.cp

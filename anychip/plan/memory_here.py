@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from anychip.plan.ranks import DUALPIPE_V, INTERLEAVED, ZERO_BUBBLE, Rank, in_flight
+from anychip.plan.ranks import Rank, in_flight
 from anychip.plan.shapes import Work, parameters
-from anychip.plan.table import Table, micro_batches
+from anychip.plan.table import DUALPIPE_V, FULL, INTERLEAVED, SELECTIVE, ZERO_BUBBLE, Table, micro_batches
 from anychip.plan.types import Floats
 
-NONE, SELECTIVE, FULL = 0, 1, 2
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 MASTER = 4.0  # bytes of a master, a gradient that is summed up, or one of two moments
 _AHEAD = (1.0, 2.0)  # stages whose weights are on their way while another works

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anychip.plan.shapes import Work
-from anychip.plan.table import Table, ends_meet
+from anychip.plan.table import DUALPIPE_V, GPIPE, INTERLEAVED, ZERO_BUBBLE, Table, ends_meet
 from anychip.plan.types import Floats
-
-GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = range(5)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
 MAX_TIERS = 3
+# Choices as the indices that a table has for them.
+NONE, SELECTIVE, FULL = range(len(RECOMPUTES))
+GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = range(len(SCHEDULES))
 
 
 @dataclass(frozen=True)

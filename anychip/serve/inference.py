@@ -143,10 +143,7 @@ class InferenceModel:
                 mixed = self._attend(index, qkv.view(len(x), -1, self.config.head_dim), cos, sin, attention)
             else:
                 mixed = layer.latent.attend(index, qkv, cos, sin, attention)
-            if self._free_rows:
-                x = self._after_attention(layer, x, mixed)
-            else:
-                x = self._by_rows(partial(self._after_both, layer), torch.cat((x, mixed), dim=-1))
+            x = self._by_rows(partial(self._after_attention, layer), x, mixed)
         kept = [row for span, piece in zip(spans, pieces, strict=True) for row in _wanted(span, piece)]
         if len(kept) < len(x):
             x = x[kept]
@@ -158,31 +155,28 @@ class InferenceModel:
     def _before_attention(self, layer: LayerWeights, x: Tensor) -> Tensor:
         return layer.before(self._normed(x, layer.input_norm))
 
-    def _after_both(self, layer: LayerWeights, rows: Tensor) -> Tensor:
-        """Of rows [tokens, h + n * d], a layer's input beside the mixed values."""
-        return self._after_attention(layer, *rows.tensor_split((self.config.hidden_size,), dim=-1))
-
     def _after_attention(self, layer: LayerWeights, x: Tensor, mixed: Tensor) -> Tensor:
         """What a layer does to each token by itself, from its input and the mixed values."""
         x = x + self.part.sum(layer.o(mixed))
         return x + layer.feed_forward(self._normed(x, layer.post_attention_norm))
 
-    def _by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x) for a function of each row by itself, in blocks of the sizes that this model allows.
+    def _by_rows(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """function(*given) for a function of each row by itself, in blocks of the sizes that this model allows.
 
         Products in panels give a row the same bits in any company. Others do not: one bf16 row is added up in another
         order than several. One row more costs nothing there and gives the bits of the training pass, and in the
         batch-invariant mode every block has the same number of rows.
         """
         if self._free_rows:
-            return function(x)
+            return function(*given)
+        rows = len(given[0])
         if self.invariant:
-            missing = -len(x) % _INVARIANT_ROWS
-            blocks = F.pad(x, (0, 0, 0, missing)).split(_INVARIANT_ROWS)
-            return torch.cat([function(block) for block in blocks])[: len(x)]
-        if len(x) == 1 and self._pairs:
-            return function(x.expand(2, -1))[:1]
-        return function(x)
+            missing = -rows % _INVARIANT_ROWS
+            padded = (F.pad(x, (0, 0, 0, missing)).split(_INVARIANT_ROWS) for x in given)
+            return torch.cat([function(*block) for block in zip(*padded, strict=True)])[:rows]
+        if rows == 1 and self._pairs:
+            return function(*(x.expand(2, -1) for x in given))[:1]
+        return function(*given)
 
     def _extend(self, pieces: Sequence[Piece]) -> list[Span]:
         spans, end = [], 0

@@ -23,12 +23,6 @@ def uniform_draw(seed: int, request: str, index: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def choose_token(logits: Tensor, seen: Sequence[int], sampling: SamplingConfig, draw: float) -> int:
-    """The next token after `seen` (prompt and answer so far), from fp32 logits [vocab_size] and a number in [0, 1)."""
-    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    return int(logits.argmax()) if sampling.is_greedy else draw_token(logits, sampling, draw)
-
-
 def draw_token(logits: Tensor, sampling: SamplingConfig, draw: float) -> int:
     """The token at `draw`, a number in [0, 1), in the cumulated probabilities of fp32 logits [vocab_size]."""
     tokens, probabilities = candidates(logits, sampling)

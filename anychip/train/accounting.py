@@ -25,6 +25,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from anychip.parallel.tensor import local
+
 # Share of a message that one process sends, for n processes: ring algorithms, bandwidth-optimal.
 _SENT = {
     "alltoall": lambda n: (n - 1) / n,
@@ -219,14 +221,14 @@ class Accounting(TorchDispatchMode):
             if known is None and (whole := getattr(parameter, "_unsharded_param", None)) is not None:
                 whole.register_post_accumulate_grad_hook(self.watch_gradient)
             if parameter.unsharded_accumulated_grad is not None:
-                self.assign(_local(parameter.unsharded_accumulated_grad), "gradients")
+                self.assign(local(parameter.unsharded_accumulated_grad), "gradients")
 
         return run
 
     def watch_gradient(self, parameter: Tensor) -> None:
         """A hook for parameters: their gradients are gradients."""
         if parameter.grad is not None:
-            self.assign(_local(parameter.grad), "gradients")
+            self.assign(local(parameter.grad), "gradients")
 
 
 @contextmanager
@@ -237,10 +239,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _process_group(value: Any) -> dist.ProcessGroup | None:

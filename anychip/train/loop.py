@@ -75,10 +75,8 @@ def run_training(job: TrainingJob) -> int:
     if FOLDER_VARIABLE in os.environ:  # supervised: what is printed goes to a file
         print_what_fits()
     backend = detect_backend()
-    backend.prepare_process()
-    device, dtype = backend.device(int(os.environ.get("LOCAL_RANK", "0"))), compute_dtype(job.compute_dtype, backend)
     torch.use_deterministic_algorithms(job.deterministic)
-    processes = Processes.join(job.parallel, device, backend.collective_backend)
+    processes, dtype = Processes.join_here(job.parallel), compute_dtype(job.compute_dtype, backend)
     if job.witness:
         job.witness.begin(processes, backend, job.directory, job.checkpoint_root)
     joined = time.perf_counter()
@@ -112,11 +110,11 @@ def run_training(job: TrainingJob) -> int:
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
     damaged = DamagedData(job, bad_steps, processes)
-    heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, device)
+    heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, processes.device)
     beat = partial(heartbeat.beat, "forward_backward")
     replay = Replay(job.guard, job.identity, engine, processes, beat) if job.guard.replay_interval else None
     copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
-    peak = measure_matmul_flops(device, dtype) if is_writer else None
+    peak = measure_matmul_flops(processes.device, dtype) if is_writer else None
     with (
         heartbeat.listening(processes.layout.describe()),
         _stop_requests() as stop,

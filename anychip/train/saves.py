@@ -23,6 +23,16 @@ from anychip.train.memory import MemoryCopies
 from anychip.train.optimizer import Optimizer
 
 
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    """The weights that are trained (this process's parts), by the names that checkpoints have for them."""
+    return {f"model.{name}": parameter.detach() for name, parameter in engine.trainable.items()}
+
+
+def state_of(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
+    """These, and what the optimizer keeps."""
+    return weights_of(engine) | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
+
+
 class Saves:
     """Saves and restores the state of a job; called by all its processes together."""
 
@@ -41,8 +51,7 @@ class Saves:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes, by logical name; the live tensors (this process's parts), not copies."""
-        named = {f"model.{name}": parameter.detach() for name, parameter in self._engine.trainable.items()}
-        return named | {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
+        return state_of(self._engine, self._optimizer)
 
     def prepare(self) -> None:
         """Set aside the host memory of the first copy."""

@@ -210,10 +210,7 @@ def _weights_digest(start: Path) -> str:
 
 def _frozen_engine(job: TrainingJob, recipe: Recipe, start: Path) -> tuple[Engine, Processes]:
     """The weights that tuning starts from, laid out as the job's; nothing trains them."""
-    backend = detect_backend()
-    backend.prepare_process()
-    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
-    processes = Processes.join(job.parallel, device, backend.collective_backend)
+    backend, processes = detect_backend(), Processes.join_here(job.parallel)
     dtype, operators = (
         compute_dtype(job.compute_dtype, backend),
         operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators)),

@@ -12,7 +12,8 @@ from anychip.model.decoder import Decoder
 from anychip.recipe.schema import RopeScaling, SamplingConfig
 from anychip.serve.engine import Engine, Request
 from anychip.serve.inference import InferenceModel
-from anychip.serve.sampling import choose_token, uniform_draw
+from anychip.serve.sampling import uniform_draw
+from serve.one_token import choose_token
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=10)
 WARM = SamplingConfig(temperature=1.5, max_new_tokens=10)

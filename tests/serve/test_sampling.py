@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anychip.recipe.schema import SamplingConfig
-from anychip.serve.sampling import candidates, choose_token, penalize_repetition, uniform_draw
+from anychip.serve.sampling import candidates, penalize_repetition, uniform_draw
+from serve.one_token import choose_token
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5, 0.0])
 

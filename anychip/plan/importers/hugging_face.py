@@ -8,7 +8,7 @@ from anychip.errors import InputError
 from anychip.families.json_fields import rope_of
 from anychip.families.llama import yarn_of
 from anychip.plan.importers.found import Found, real_number, whole_number
-from anychip.plan.importers.parts import dense_first, experts, latent_attention, without_biases
+from anychip.plan.importers.parts import MOST_LAYERS, dense_first, experts, from_on, latent_attention, without_biases
 
 _TELECHAT = ("telechat", "telechat2")
 _DENSE = (*_TELECHAT, "telechat3", "llama", "mistral", "qwen2", "qwen3", "internlm2", "baichuan")
@@ -120,7 +120,7 @@ def _experts(found: Found, config: dict[str, Any], kind: str, count: int) -> dic
 
 def _which_have_experts(config: dict[str, Any]) -> list[bool]:
     """By layer: the first ones may be plain (DeepSeek), others by a step or a list (Qwen)."""
-    layers = min(_first(config, "num_hidden_layers") or 0, 10_000)
+    layers = min(_first(config, "num_hidden_layers") or 0, MOST_LAYERS)
     plain = config.get("mlp_only_layers") or []
     listed = set(plain) if isinstance(plain, list) and all(isinstance(layer, int) for layer in plain) else set()
     step = _first(config, "decoder_sparse_step", "moe_layer_freq") or 1
@@ -129,4 +129,4 @@ def _which_have_experts(config: dict[str, Any]) -> list[bool]:
         step = 1
     if "decoder_sparse_step" in config:
         return [layer not in listed and (layer + 1) % step == 0 for layer in range(layers)]
-    return [layer >= first and layer % step == 0 for layer in range(layers)]
+    return from_on(first, step, layers)

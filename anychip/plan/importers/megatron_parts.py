@@ -11,10 +11,9 @@ from typing import Any
 
 from anychip.errors import InputError
 from anychip.plan.importers.found import Found, real_number, whole_number
-from anychip.plan.importers.parts import dense_first, experts, latent_attention
+from anychip.plan.importers.parts import MOST_LAYERS, dense_first, experts, from_on, latent_attention
 
 _PATTERN = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d+))?")
-_MOST_LAYERS = 10_000
 
 
 class Arguments:
@@ -72,11 +71,11 @@ def _which_have_experts(arguments: Arguments, layers: int) -> list[bool]:
     frequency = re.sub(r"[\s'\"()]", "", arguments.text("moe-layer-freq", "1"))
     if frequency.isdigit() and int(frequency) > 0:
         first = arguments.number("first-k-dense-replace") or 0
-        return [layer >= first and layer % int(frequency) == 0 for layer in range(min(layers, _MOST_LAYERS))]
+        return from_on(first, int(frequency), layers)
     parts = [_PATTERN.fullmatch(part) for part in frequency.split("+")]
     listed: list[bool] = []
     for part in parts:
-        if part is None or len(listed) > _MOST_LAYERS or int(part[2] or 1) > _MOST_LAYERS:
+        if part is None or len(listed) > MOST_LAYERS or int(part[2] or 1) > MOST_LAYERS:
             raise InputError(f"--moe-layer-freq is {frequency!r}, which is no list of 0 and 1.", do="Write it out.")
         listed += [digit == "1" for digit in part[1].split(",")] * int(part[2] or 1)
     return listed

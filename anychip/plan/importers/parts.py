@@ -6,6 +6,8 @@ from typing import Any
 
 from anychip.plan.importers.found import Found
 
+MOST_LAYERS = 10_000
+
 
 def experts(
     found: Found,
@@ -86,6 +88,11 @@ def expert_parallel(found: Found, degree: int | None, shard: int | None = None) 
         shard = degree
         found.notes.append(f"parallel.data_parallel_shard is {degree}, as many as share the experts; more share states")
     return {"expert_parallel": degree, "data_parallel_shard": shard}
+
+
+def from_on(first: int, step: int, layers: int) -> list[bool]:
+    """By layer: experts in every `step`-th one, counted from 0, but not before `first`."""
+    return [layer >= first and layer % step == 0 for layer in range(min(layers, MOST_LAYERS))]
 
 
 def dense_first(found: Found, has_experts: list[bool]) -> int:

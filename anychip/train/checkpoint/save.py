@@ -28,27 +28,27 @@ def write_checkpoint(
 ) -> int:
     """Write and publish; returns the bytes of all ranks. Raises CheckpointError on every rank if any rank failed."""
     with ExitStack() as stack:
-        begun: list[str] = ["", ""]
-        if ranks.is_coordinator:
-            try:
-                begun[0] = stack.enter_context(saving_directory(root, step)).name
-            except Exception as error:
-                begun[1] = reason(error)
-        name, problem = ranks.broadcast(begun)
+        name, problem = on_coordinator(ranks, lambda: stack.enter_context(saving_directory(root, step)).name)
         if problem:
             raise failed(root, step, problem)
         share = _write_share(root / name, parts, tensor, ranks.rank)
         shares = ranks.gather(share)
-        published = [0, ""]
-        if ranks.is_coordinator:
-            try:
-                published[0] = _publish(root / name, step, extra, parts.every_box, shares)
-            except Exception as error:
-                published[1] = reason(error)
-        nbytes, problem = ranks.broadcast(published)
+        nbytes, problem = on_coordinator(ranks, lambda: _publish(root / name, step, extra, parts.every_box, shares))
         if problem:
             raise failed(root, step, problem)
         return int(nbytes)
+
+
+def on_coordinator(ranks: Ranks, work: Callable[[], Any]) -> tuple[Any, str]:
+    """What `work` gives on the coordinator, told to all ranks as JSON; or None, and why it failed there."""
+    told: list[Any] = [None, ""]
+    if ranks.is_coordinator:
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1] = reason(error)
+    value, problem = ranks.broadcast(told)
+    return value, problem
 
 
 def _write_share(directory: Path, parts: SaveParts, tensor: Callable[[Box], Tensor], rank: int) -> dict[str, Any]:

@@ -30,7 +30,15 @@ from anychip.train.checkpoint.directory import (
 from anychip.train.checkpoint.manifest import Manifest, TensorEntry, checked_extra
 from anychip.train.checkpoint.plan import Box, SaveParts, check_fits, plan_load, plan_save
 from anychip.train.checkpoint.ranks import Ranks
-from anychip.train.checkpoint.save import TensorStream, disk_errors, failed, reason, stream_checkpoint, write_checkpoint
+from anychip.train.checkpoint.save import (
+    TensorStream,
+    disk_errors,
+    failed,
+    on_coordinator,
+    reason,
+    stream_checkpoint,
+    write_checkpoint,
+)
 from anychip.train.checkpoint.shard import ShardReader
 from anychip.train.checkpoint.staging import StagingBuffer
 
@@ -204,17 +212,16 @@ class CheckpointStore:
         return None
 
     def _complete_steps(self) -> list[int]:
-        """What the coordinator sees; it tells the others also when it cannot see, and all raise then."""
-        found: list[Any] = [[], ""]
-        if self._ranks.is_coordinator:
-            try:
-                found[0] = complete_steps(self._root)
-                for step in unfinished_steps(self._root):
-                    if step > max(found[0], default=-1):
-                        self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
-            except OSError as error:
-                found[1] = reason(error)
-        steps, problem = self._ranks.broadcast(found)
+        """What the coordinator sees; all raise when it cannot see."""
+
+        def look() -> list[int]:
+            found = complete_steps(self._root)
+            for step in unfinished_steps(self._root):
+                if step > max(found, default=-1):
+                    self._pass_over(step, "it was never finished, or has lost the file COMPLETE.")
+            return found
+
+        steps, problem = on_coordinator(self._ranks, look)
         if problem:
             raise UnfitError(f"cannot be read ({problem}).", where=self._root, do="See whether its disk is there.")
         return list(steps)
@@ -306,13 +313,7 @@ class CheckpointStore:
         if step < 0:
             raise InputError(f"step {step} of a checkpoint is negative.")
         path = self._root / step_name(step)
-        found: list[Any] = [False, ""]
-        if self._ranks.is_coordinator:  # one looks, and tells the others also when it cannot
-            try:
-                found[0] = step in self.steps()
-            except OSError as error:
-                found[1] = reason(error)
-        exists, problem = self._ranks.broadcast(found)
+        exists, problem = on_coordinator(self._ranks, lambda: step in self.steps())
         if problem:
             raise failed(self._root, step, problem)
         if exists and self._is_good(step):

@@ -59,25 +59,6 @@ void gate_and_up(const Rows& x, const W* gate, const W* up, bf16* gates, bf16* u
   }
 }
 
-// out [n, columns] = the sum over `count` pairs of rows [n, depth] times weights
-template <typename W>
-void multiply(const bf16* const* rows, const W* const* weights, int count, bf16* out, const int64_t* counts,
-              int64_t experts, int64_t depth, int64_t columns, bool turned) {
-  const std::vector<Task> tasks = tasks_of(counts, experts, columns, kColumns, false);
-#pragma omp parallel
-  {
-    Buffer<word> panel(kDepth / 2 * kColumns);
-    Buffer<float> sums(longest(counts, experts) * kColumns);
-#pragma omp for schedule(dynamic)
-    for (size_t number = 0; number < tasks.size(); ++number) {
-      const Task& task = tasks[number];
-      for (int i = 0; i < count; ++i)
-        multiply_panel(task, rows[i], weights[i], depth, columns, turned, i > 0, panel, sums);
-      store_rounded(sums, task.width, out + task.first_row * columns + task.column, columns, task.rows);
-    }
-  }
-}
-
 // grad [n, h] of the answers -> gradients of gates and ups, and the SwiGLU again, [n, f]
 template <typename W>
 void through_swiglu(const bf16* grad, const W* down, const bf16* gates, const bf16* ups, bf16* grad_gates,

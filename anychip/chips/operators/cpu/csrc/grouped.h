@@ -123,6 +123,25 @@ inline void multiply_panel(const Task& task, const bf16* rows, const W* weights,
   }
 }
 
+// out [n, columns] = the sum over `count` pairs of rows [n, depth] times weights; `turned`: these lie as [columns, depth].
+template <typename W>
+inline void multiply(const bf16* const* rows, const W* const* weights, int count, bf16* out, const int64_t* counts,
+                     int64_t experts, int64_t depth, int64_t columns, bool turned) {
+  const std::vector<Task> tasks = tasks_of(counts, experts, columns, kColumns, false);
+#pragma omp parallel
+  {
+    Buffer<word> panel(kDepth / 2 * kColumns);
+    Buffer<float> sums(longest(counts, experts) * kColumns);
+#pragma omp for schedule(dynamic)
+    for (size_t number = 0; number < tasks.size(); ++number) {
+      const Task& task = tasks[number];
+      for (int i = 0; i < count; ++i)
+        multiply_panel(task, rows[i], weights[i], depth, columns, turned, i > 0, panel, sums);
+      store_rounded(sums, task.width, out + task.first_row * columns + task.column, columns, task.rows);
+    }
+  }
+}
+
 // gradient [height, columns] of each expert's matrix = left^T right, for rows left [tokens, height], right [tokens,
 // columns]; zero for experts without rows.
 template <typename W>
