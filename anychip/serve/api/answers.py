@@ -72,11 +72,6 @@ async def text_of(service: Service, request: Request, stops: Sequence[str]) -> A
 
 async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
     """(number of the stream, item) of several streams as they come. Closing it closes them all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:  # type: ignore[type-var]
-            async for one in only:
-                yield 0, one
-        return
     items: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncIterator[T]) -> None:
