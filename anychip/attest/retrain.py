@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from anychip.attest.witness import manifest_digest
@@ -56,7 +55,7 @@ class Retraining:
     def of(cls, recipe: Recipe, run: RunDirectory, stage: str, model: int) -> Retraining:
         """The training of a stage, of the recipe's model of this number, in no state yet."""
         backend, job = detect_backend(), _job(recipe, run, stage, model)
-        torch.use_deterministic_algorithms(job.deterministic)
+        backend.set_deterministic(job.deterministic)
         processes, dtype = Processes.join_here(job.parallel), compute_dtype(job.compute_dtype, backend)
         operators = operators_for(backend.vendor, choices(job.profile, backend.vendor, job.operators))
         engine = Engine(job, processes, dtype, operators)

@@ -19,8 +19,8 @@ from anychip.parallel.context import apply_context_parallel
 from anychip.parallel.data import READING_AXES, apply_sharding
 from anychip.parallel.expert import apply_expert_parallel
 from anychip.parallel.layout import check_layout
-from anychip.parallel.pipeline import keep_stage, layers_of_stages
 from anychip.parallel.processes import Processes
+from anychip.parallel.stage import keep_stage, layers_of_stages
 from anychip.parallel.tensor import apply_tensor_parallel, box_of, local, part_of
 from anychip.parallel.tensor_experts import apply_tensor_parallel_to_experts
 from anychip.recipe.schema import LoraConfig, ModelConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from anychip.model.rope import Rotary, rotary, rotary_at
 from anychip.parallel.context import split_positions, take_part
 from anychip.parallel.data import sum_copies
 from anychip.parallel.parts import allocate, build_parts, named_parameters
-from anychip.parallel.pipeline import Pipeline
 from anychip.parallel.processes import Processes
 from anychip.parallel.tensor import gather_sequence, local, sum_replicated_gradients
 from anychip.recipe.schema import ModelConfig
@@ -33,6 +32,9 @@ from anychip.train.balance import Balance
 from anychip.train.job import TrainingJob
 from anychip.train.objective import Head, rows_of
 from anychip.train.recompute import apply_recompute
+
+if TYPE_CHECKING:
+    from anychip.parallel.pipeline import Pipeline
 
 Watch = Callable[[int], AbstractContextManager[object]]
 
@@ -63,6 +65,7 @@ class Engine:
             )
 
         if job.compile:
+            torch.use_deterministic_algorithms(job.deterministic)  # tells the compiler too
             prove_attention(job.model, dtype, operators, processes.device)
 
         def prepare(part: Decoder) -> None:
@@ -269,6 +272,8 @@ class Engine:
         return rotary(self._job.model, 0, length, length, self._processes.device)
 
     def _build_pipeline(self, dtype: torch.dtype) -> Pipeline:
+        from anychip.parallel.pipeline import Pipeline
+
         job, layout = self._job, self._processes.layout
         seq = job.seq_length // layout.context
         return Pipeline(

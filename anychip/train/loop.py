@@ -20,8 +20,6 @@ from functools import partial
 from types import FrameType
 from typing import Literal
 
-import torch
-
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
 from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.chips.profile import choices
@@ -75,7 +73,7 @@ def run_training(job: TrainingJob) -> int:
     if FOLDER_VARIABLE in os.environ:  # supervised: what is printed goes to a file
         print_what_fits()
     backend = detect_backend()
-    torch.use_deterministic_algorithms(job.deterministic)
+    backend.set_deterministic(job.deterministic)
     processes, dtype = Processes.join_here(job.parallel), compute_dtype(job.compute_dtype, backend)
     if job.witness:
         job.witness.begin(processes, backend, job.directory, job.checkpoint_root)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from anychip.chips.operators import Operators, reference
@@ -33,7 +33,7 @@ class ContextAttention:
         self._attention = RingAttention if method == "ring" else GatheredAttention
         self._plan = ring_plan if method == "ring" else gathered_plan
 
-    @torch.compiler.disable
+    @_disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Plan | None) -> Tensor:
         """q [b, n, s, d], k and v [b, kv, s, d] of this process's tokens -> [b, n, s, d]. `mask`: what
         `plan_inside` returned, or None."""
