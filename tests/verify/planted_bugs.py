@@ -117,7 +117,7 @@ def missing_bias() -> None:
 def wrong_norm_placement() -> None:
     """One layer adds the residual after the norm, not before it."""
 
-    def forward(self: Any, x: Any, cos: Any, sin: Any, scale: float, cache: Any = None, mask: Any = None) -> Any:
+    def forward(self: Any, x: Any, cos: Any, sin: Any, scale: float, cache: Any, mask: Any, keys: Any) -> Any:
         normed = self.input_layernorm(x)
         x = normed + self.self_attn(normed, cos, sin, scale, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
