@@ -273,9 +273,13 @@ def _loss(w: Work, t: Table, rank: Rank, base: dict[str, Floats], left: Floats) 
     chunk = np.where(w.loss_chunk > 0, np.minimum(w.loss_chunk, tokens), tokens)
     rows, narrow = w.vocab / t.tp, w.element
     cut = _shards(t)[0] > 1
-    table = rows * w.hidden * (MASTER + narrow + w.extra_layers * np.where(cut, narrow, MASTER))
-    wide = np.where((t.tp > 1) | (narrow < MASTER), MASTER, 0.0)  # probabilities stay in fp32
-    logits = chunk * rows * (2 * narrow + wide) + (1 + w.extra_layers) * tokens * w.hidden * narrow
+    short = np.where(narrow < MASTER, 1.0, 0.0)
+    # Of a chunk: logits and the gradient of the chunk before, in fp32 logits and (log-)probabilities, which processes
+    # that share the vocabulary first subtract the largest from.
+    sums = narrow * (1.0 + (chunk < tokens)) + MASTER * (short + np.where(t.tp > 1, 2.0, 1.0))
+    forming = rows * np.maximum(chunk * sums, narrow * (short * w.hidden + 2 * chunk))  # or: products of its gradient
+    table = rows * w.hidden * (MASTER + w.extra_layers * np.where(cut, narrow, MASTER))
+    logits = forming + (1 + w.extra_layers) * tokens * w.hidden * narrow
     whole = np.where(t.tp > 1, tokens * w.hidden * narrow + boundary_bytes(w, t), 0.0)
     states = (1 + 6 * w.extra_layers) * boundary_bytes(w, t) + whole
     moment = base | {"activations": base["activations"] + states, "logits": table + logits}

@@ -35,11 +35,15 @@ TURNS = {
     "pipeline_parallel": 2, "data_parallel_shard": 16, "expert_parallel": 8, "expert_node_size": 2,
     "pipeline_schedule": "interleaved", "virtual_pipeline": 2,
 }  # fmt: skip
+SPREAD = {"data_parallel_shard": 8, "expert_parallel": 8, "expert_node_size": 2}
+HEAD = {"vocab_size": 200_000, "hidden_size": 2560, "num_hidden_layers": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "shards": (DENSE, {"data_parallel_shard": 8}, 8, 1),
     "pipeline, first stage": (DENSE, PIPELINE, 8, 0),
     "pipeline, last stage": (DENSE, PIPELINE, 8, 7),
-    "experts": (EXPERTS, {"data_parallel_shard": 8, "expert_parallel": 8, "expert_node_size": 2}, 8, 1),
+    "experts": (EXPERTS, SPREAD, 8, 1),
+    "further tokens": (EXPERTS | HEAD | {"num_nextn_predict_layers": 1}, SPREAD, 8, 1),
+    "a shared vocabulary": (DENSE | HEAD | {"hidden_size": 1024}, {"tensor_parallel": 2}, 2, 1),
     "experts in turns": (EXPERTS, TURNS, 32, 1),
 }
 
