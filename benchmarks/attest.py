@@ -48,6 +48,7 @@ def main() -> None:
 
     overrides = [
         "attest.record=true",
+        "grow=[]",
         f"training.steps={given.steps}",
         f"checkpoint.save_interval={given.save_interval}",
         "training.eval_interval=0",

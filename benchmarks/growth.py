@@ -7,11 +7,11 @@ may use as many FLOPs as the other. `moments`: the same small model grown with m
 both do in the steps after it. `stream`: growing a checkpoint file by file, beside a plain copy of the bytes it writes,
 in turn, each in a process of its own (growth_stream.py); making the checkpoint takes as much memory as it is large.
 Prints Markdown tables, with the spread over the seeds. `compute` and `moments` read a run's packed data, and begin with
-the first model of its recipe; with the demo's, `compute` should take about half an hour on two cores.
+the first model of its recipe; with the demo's, `compute` takes about an hour on two cores.
 
     anychip data prepare recipes/demo.yaml
-    python benchmarks/growth.py compute runs/demo
-    python benchmarks/growth.py moments runs/demo --seeds 5
+    python benchmarks/growth.py compute runs/demo --curves curves.json --picture docs/growth-compute.svg
+    python benchmarks/growth.py moments runs/demo
     python benchmarks/growth.py stream --gigabytes 4 --processes 2
 """
 
@@ -29,8 +29,14 @@ from typing import Any
 
 from growth_stream import stream, work
 
-GROWN = ["hidden_size=256", "intermediate_size=768", "num_attention_heads=4", "num_key_value_heads=2",
+# Of the demo's model: 3.3 M to 13.5 M parameters.
+GROWN = ["hidden_size=384", "intermediate_size=1152", "num_attention_heads=6", "num_key_value_heads=2",
          "num_hidden_layers=6"]  # fmt: skip
+_STYLE = """<style>
+svg { font-family: system-ui, sans-serif; background: #fff }
+text { font-size: 11.5px; fill: #555 } .grid { stroke: #e4e4e4 } .axis { stroke: #999 }
+polyline { fill: none; stroke-width: 2; opacity: .8 } .line-main { stroke: #1565c0 } .line-second { stroke: #c62828 }
+</style>"""
 Point = tuple[float, float, float]
 """Tokens, training FLOPs, bits per byte."""
 
@@ -185,6 +191,8 @@ def compute(arguments: argparse.Namespace) -> None:
         curves.append({"seed": seed, "scratch": alone, "grown": points})
         if arguments.curves:
             arguments.curves.write_text(json.dumps(curves))
+        if arguments.picture:
+            arguments.picture.write_text(picture(curves), encoding="utf-8")
         reached = crossing(points, scratch[2])
         if reached is None:
             told = f"not reached with as many FLOPs: {points[-1][2]:.4f} | | "
@@ -194,6 +202,21 @@ def compute(arguments: argparse.Namespace) -> None:
         print(f"| {seed} | {scratch[2]:.4f} | {scratch[0]:,.0f} | {told} |", flush=True)
     if saved:
         print(f"\nsaved FLOPs: {spread(saved, '.1%')} ({len(saved)} of {arguments.seeds} seeds)")
+
+
+def picture(curves: list[dict[str, Any]]) -> str:
+    """Held-out bits per byte over training FLOPs, every seed, as an SVG file: grown in blue, from scratch in red."""
+    from anychip.report.charts import Series, line_chart
+
+    series = [
+        Series(f"{kind}, seed {row['seed']}", [(flops, bits) for _, flops, bits in row[kind] if flops], style)
+        for row in curves
+        for kind, style in (("scratch", "line-second"), ("grown", "line-main"))
+    ]
+    title = "Held-out bits per byte: grown (blue) and from scratch (red)"
+    chart = str(line_chart(series, title, "training FLOPs; blue: grown, red: from scratch"))
+    head, _, body = chart.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'
 
 
 def moments(arguments: argparse.Namespace) -> None:
@@ -227,7 +250,7 @@ def spread(values: list[float], shape: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, small_steps in ((compute, 120), (moments, 120)):
+    for verb, small_steps in ((compute, 300), (moments, 200)):
         options = verbs.add_parser(verb.__name__)
         options.set_defaults(run_verb=verb)
         options.add_argument("run", type=Path)
@@ -241,8 +264,9 @@ def main() -> None:
         if verb is compute:
             options.add_argument("--steps", type=int, default=350, help="of the large model from scratch")
             options.add_argument("--curves", type=Path, help="a JSON file for the points: tokens, FLOPs, bits per byte")
+            options.add_argument("--picture", type=Path, help="an SVG file for them")
         else:
-            options.add_argument("--after", type=int, default=100, help="steps after growth")
+            options.add_argument("--after", type=int, default=60, help="steps after growth")
     options = verbs.add_parser("stream")
     options.set_defaults(run_verb=stream)
     options.add_argument(

@@ -26,7 +26,7 @@ from anychip.grow.upcycle import upcycled_block
 from anychip.model.init import tensor_seed
 
 BLOCK_ELEMENTS = 1 << 23
-_STRIP_ELEMENTS = 1 << 18
+_STRIP_ELEMENTS = 1 << 19
 """What is computed at a time, for the arithmetic to find in cache what it left there."""
 
 Shape = tuple[int, ...]
@@ -40,19 +40,17 @@ def row_blocks(shape: Shape) -> Iterator[range]:
 
 
 def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
-    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step. Made in
-    strips that start where a multiple of their size does, so that all chance in them follows from the shape."""
+    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step."""
+    return torch.cat(list(grown_strips(plan, kind, name, rows, old)))
+
+
+def grown_strips(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Iterator[Tensor]:
+    """The same rows, some at a time, from where a multiple of their number starts: all chance in them follows from the
+    shape."""
     size = max(1, _STRIP_ELEMENTS // max(1, prod(axis.new for axis in _maps(plan, name)[1:])))
     bounds = [rows.start, *range((rows.start // size + 1) * size, rows.stop, size), rows.stop]
-    strips = [range(start, stop) for start, stop in pairwise(bounds)]
-    first = _grown_strip(plan, kind, name, strips[0], old)
-    if len(strips) == 1:
-        return first
-    out = first.new_empty((len(rows), *first.shape[1:]))
-    for strip in strips:
-        made = first if strip is strips[0] else _grown_strip(plan, kind, name, strip, old)
-        out[strip.start - rows.start : strip.stop - rows.start] = made
-    return out
+    for start, stop in pairwise(bounds):
+        yield _grown_strip(plan, kind, name, range(start, stop), old)
 
 
 def _grown_strip(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:

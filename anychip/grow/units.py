@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from anychip.files import write_text
 from anychip.grow.plan import GrowthPlan
 from anychip.grow.rows import Kind
 from anychip.grow.source import CheckpointRows
 from anychip.grow.state import grown_names
-from anychip.grow.tensors import grown_block, grown_step, row_blocks
+from anychip.grow.tensors import grown_step, grown_strips, row_blocks
 from anychip.train.checkpoint.manifest import DTYPES, Chunk, FileEntry, Manifest, TensorEntry
 from anychip.train.checkpoint.plan import Box
 from anychip.train.checkpoint.shard import ShardReader, ShardWriter, header_bytes
@@ -91,16 +92,20 @@ def write_unit(
     (directory / unit.name).unlink(missing_ok=True)  # of a process that was killed
     with ShardWriter(directory, unit.name, header_bytes([piece.box for piece in unit.pieces])) as writer:
         for piece in unit.pieces:
-            if piece.kind == "optimizer.step":
-                parent = f"{piece.kind}.{plan.parent_of(piece.parameter)}"
-                value = grown_step(plan, piece.parameter, old.scalar(parent) if old.has(parent) else None)
-            else:
-                value = grown_block(plan, piece.kind, piece.parameter, piece.rows, old)
-            writer.add(piece.box, value.to(DTYPES[piece.box.dtype]))
+            dtype = DTYPES[piece.box.dtype]
+            writer.add(piece.box, (value.to(dtype) for value in _values(plan, piece, old)))
             wrote(piece.box.nbytes)
         entry = writer.finish()
         written = Written(entry=entry, chunks=[(box.name, chunk) for box, chunk in writer.chunks])
     write_text(_note(notes, unit), written.model_dump_json())
+
+
+def _values(plan: GrowthPlan, piece: Piece, old: CheckpointRows) -> Iterator[Tensor]:
+    if piece.kind != "optimizer.step":
+        yield from grown_strips(plan, piece.kind, piece.parameter, piece.rows, old)
+        return
+    parent = f"{piece.kind}.{plan.parent_of(piece.parameter)}"
+    yield grown_step(plan, piece.parameter, old.scalar(parent) if old.has(parent) else None)
 
 
 def finished(unit: Unit, directory: Path, notes: Path) -> Written | None:

@@ -37,25 +37,11 @@ def run(folder: Path, *options: str, steps: int) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_faults_leave_no_trace(tmp_path: Path) -> None:
-    out = run(tmp_path, "--seed", "5", "--faults", "3", steps=60)
-    assert "Every invariant held" in out
-    assert "3 of 3 faults struck" in out
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_one_fault_of_every_kind_leaves_no_trace(tmp_path: Path) -> None:
-    out = run(tmp_path, "--seed", "5", "--faults", "9", steps=120)
-    assert "Every invariant held" in out
-    assert "9 of 9 faults struck" in out
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_thirty_faults_leave_no_trace(tmp_path: Path) -> None:
-    out = run(tmp_path, "--seed", "5", "--faults", "30", steps=400)
+    """Every kind of one host among them."""
+    out = run(tmp_path, "--seed", "5", "--faults", "30", steps=800)
     assert "Every invariant held" in out
+    assert "30 of 30 faults struck" in out
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +73,22 @@ class ShardWriter:
         text = json.dumps(box.key) + _header_entry(box, self._end, self._end + box.nbytes)
         return self._header_used + len(text) + 2 <= self._header_room
 
-    def add(self, box: Box, tensor: Tensor) -> None:
-        """Append the data of a box; `tensor` has its sizes and dtype and must not change until `finish`."""
-        data = byte_view(tensor)
-        position = 0
-        while position < len(data):
-            position += os.write(self._descriptor, data[position : position + _WRITE_BYTES])
-        start, self._end = self._end, self._end + len(data)
+    def add(self, box: Box, tensors: Iterable[Tensor]) -> None:
+        """Append the data of a box: its rows in one tensor or several, of its dtype. Each is written before the next is
+        asked for, and must not change until `finish`."""
+        start, parts = self._end, list[memoryview]()
+        for tensor in tensors:
+            data = byte_view(tensor)
+            position = 0
+            while position < len(data):
+                position += os.write(self._descriptor, data[position : position + _WRITE_BYTES])
+            self._end += len(data)
+            parts.append(data)
         entry = _header_entry(box, start - self._header_room, self._end - self._header_room)
         self._header[box.key] = json.loads(entry)
         self._header_used += len(json.dumps(box.key)) + len(entry) + 2
-        self._window.append(_Written(box, start, data))
-        if sum(len(written.data) for written in self._window) >= _WINDOW_BYTES:
+        self._window.append(_Written(box, start, parts))
+        if sum(written.nbytes for written in self._window) >= _WINDOW_BYTES:
             self._end_window()
 
     def finish(self) -> FileEntry:
@@ -129,25 +133,28 @@ class ShardWriter:
         """Drop the flushed pages from memory, so that the disk itself is read, then compare and hash."""
         flushed.result()
         if window:
-            length = window[-1].start + len(window[-1].data) - window[0].start
+            length = window[-1].start + window[-1].nbytes - window[0].start
             os.posix_fadvise(self._descriptor, window[0].start, length, os.POSIX_FADV_DONTNEED)
         return [(written.box, self._read_back(written)) for written in window]
 
     def _read_back(self, written: _Written) -> Chunk:
-        source, position, digest = np.frombuffer(written.data, np.uint8), 0, hashlib.sha256()
-        for block in _blocks(self._descriptor, written.start, len(source), self.path):
-            if not np.array_equal(block, source[position : position + len(block)]):
-                what = f"the disk returns other bytes than were written between {position} and {position + len(block)}."
-                raise UnfitError(what, where=self.path, do="Check the disk.")
-            digest.update(block.data)
-            position += len(block)
+        position, digest = written.start, hashlib.sha256()
+        for data in written.parts:
+            source, done = np.frombuffer(data, np.uint8), 0
+            for block in _blocks(self._descriptor, position, len(source), self.path):
+                if not _same(block, source[done : done + len(block)]):
+                    what = f"the disk returns other bytes than were written from {position + done} on."
+                    raise UnfitError(what, where=self.path, do="Check the disk.")
+                digest.update(block.data)
+                done += len(block)
+            position += done
         box = written.box
         return Chunk(
             offsets=list(box.offsets),
             sizes=list(box.sizes),
             file=self._name,
             start=written.start,
-            nbytes=len(source),
+            nbytes=written.nbytes,
             sha256=digest.hexdigest(),
         )
 
@@ -158,7 +165,11 @@ class _Written:
 
     box: Box
     start: int
-    data: memoryview
+    parts: list[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
 
 
 @dataclass
@@ -244,6 +255,14 @@ def _blocks(descriptor: int, start: int, nbytes: int, path: Path, into: Bytes | 
             raise _damage(path, f"ends at byte {start + position} inside a tensor")
         yield block[:count]
         position += count
+
+
+def _same(one: Bytes, other: Bytes) -> bool:
+    """Whether as many bytes are equal: by words, several times as fast as byte by byte."""
+    words = len(one) // 8 * 8
+    return np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64)) and np.array_equal(
+        one[words:], other[words:]
+    )
 
 
 def _check_digest(blocks: Iterator[Bytes], chunk: Chunk, path: Path) -> None:
