@@ -22,7 +22,8 @@ from anychip.plan.table import Hardware, Table, hardware_of, table_of
 from anychip.plan.types import Floats, Site
 
 FACTS = (
-    "fused_attention", "causal_skip", "fused_pointwise", "dropout", "reduce_bytes", "gradient_bytes", "routes_by_node"
+    "fused_attention", "causal_skip", "fused_pointwise", "dropout", "loss_bytes", "reduce_bytes", "gradient_bytes",
+    "routes_by_node",
 )  # fmt: skip
 NOISE = 0.15  # spread of log(time) between runs of one configuration
 SOURCE_SPREAD = 0.05  # of what a source's runs have in common
@@ -203,7 +204,7 @@ def chip_family(chip: str) -> str:
 BASES: dict[Software, Site] = {
     "megatron-2021": Site(
         name="megatron-2021", matmul_efficiency=0.8, memory_efficiency=0.8, layer_overhead_s=9e-4, step_overhead_s=5e-3,
-        fused_attention=False, causal_skip=False, fused_pointwise=False, dropout=True, reduce_bytes=2, gradient_bytes=2,
+        fused_attention=False, causal_skip=False, dropout=True, loss_bytes=50.0, reduce_bytes=2, gradient_bytes=2,
         reserved_bytes=7e9, optimizer_bytes=16.0, logits_bytes=10.0, layer_gradient_scratch=0.0,
         matmul_half_area=4e5, intra_node_efficiency=0.8, inter_node_efficiency=0.8, data_overlap=0.0,
     )
@@ -216,8 +217,8 @@ _MODERN = Site(
 BASES |= {
     "megatron": replace(_MODERN, name="megatron", routes_by_node=True),
     "fsdp": replace(_MODERN, name="fsdp"),
-    "mindspeed": replace(_MODERN, name="mindspeed", gradient_bytes=2, logits_bytes=6.0),
-    "mindformers": replace(_MODERN, name="mindformers", reduce_bytes=2),
+    "mindspeed": replace(_MODERN, name="mindspeed", loss_bytes=50.0, gradient_bytes=2, logits_bytes=6.0),
+    "mindformers": replace(_MODERN, name="mindformers", loss_bytes=50.0, reduce_bytes=2),
     "jax": replace(_MODERN, name="jax"),
     "deepspeed": replace(_MODERN, name="deepspeed", inter_node_efficiency=0.2, data_overlap=0.0),
 }

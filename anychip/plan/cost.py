@@ -32,6 +32,8 @@ WIDE_HEAD = 1.4  # fused kernels are made for heads of up to 128
 LAUNCH_NORM = 4.0
 LAUNCH_SYNC = 0.06  # host time a doubling of tensor parallelism adds: ranks wait for the slowest of them
 LAUNCH_BACKWARD = 1.5  # host time of a backward pass over a forward pass
+BACKWARD_POINTWISE = 1.5  # bytes of a backward pass over a forward pass: each result's gradient beside what was read
+ACCUMULATE_BYTES = 6.0  # moved to add one weight's gradient to those of earlier micro-batches
 ADAM_BYTES = 30.0  # moved an element: fp32 master, two moments read and written, gradient read, parameter written
 CLIP_BYTES = 12.0  # zeroing, norm and scaling of a main gradient
 
@@ -85,7 +87,7 @@ def layer_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> LayerCost:
     backward = Pass(
         matmul=products[1] + products[2],
         attention=core_backward,
-        pointwise=2 * bytes_forward / rate,
+        pointwise=BACKWARD_POINTWISE * bytes_forward / rate,
         tensor=tensor * (1 + 0.5 * t.sp),  # sequence parallelism gathers its input once more
         context=2 * context,
         expert=expert,
@@ -140,7 +142,9 @@ def _products(
     for m, n, k, count, weight in linears:
         for total, seconds in zip(sums, linear_seconds(m, n, k, hardware, site, count), strict=True):
             total += weight * seconds
-    return sums[0], sums[1], sums[2]
+    dense, expert, _, _ = parameters_by_rank(w, t)
+    added = np.where(t.zero < 3, ACCUMULATE_BYTES * (dense + expert), 0.0)
+    return sums[0], sums[1], sums[2] + added / (hardware.bandwidth * site.memory_efficiency)
 
 
 def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> tuple[Floats, Floats]:
@@ -233,7 +237,7 @@ def end_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> EndCost:
     first = reduce * 2 + tokens * w.hidden * w.element * 4 / rate
     half = replace(hardware, peak=hardware.half_peak, low_precision=np.zeros_like(hardware.low_precision))
     logits = sum(linear_seconds(tokens, w.vocab / t.tp, w.hidden, half, site))
-    loss = tokens * w.vocab / t.tp * 20.0 / rate
+    loss = tokens * w.vocab / t.tp * site.loss_bytes / rate
     last = (logits + loss + reduce) * (1 + w.extra_layers)
     return EndCost(first, last)
 

@@ -1,8 +1,9 @@
 """Time of one matrix product from its shape.
 
 A product of M x K by K x N spends its FLOPs at a fraction of the peak and moves its operands once. Small outputs leave
-cores idle: `matmul_half_area` is the output area at which half of them work. The rest is a roofline whose two sides
-add up, which is what pipelined kernels with imperfect overlap show.
+cores idle: `matmul_half_area` is the output area at which half of them work. A long K can be cut, so that idle cores
+take a part of it; a short one hardly fills the pipeline before the tile must be written. The rest is a roofline whose
+two sides add up, which is what pipelined kernels with imperfect overlap show.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import numpy as np
 from anychip.plan.table import Hardware
 from anychip.plan.types import Floats, Site
 
+CUT_LENGTH = 4096.0  # K from which libraries cut it for idle cores
+FILL_LENGTH = 64.0  # of K, that a tile costs besides: filling the pipeline, writing the result
+
 
 def product_seconds(
     m: Floats, n: Floats, k: Floats, hardware: Hardware, site: Site, count: Floats | float = 1.0
@@ -20,10 +24,12 @@ def product_seconds(
     area = m * n
     flops = 2.0 * area * k * count
     narrow = 1.0 - hardware.low_precision * (1.0 - site.low_precision_efficiency)
-    idle = 1.0 + site.matmul_half_area / np.maximum(area * count, 1.0)
+    long = np.maximum(k, 1.0)
+    idle = site.matmul_half_area / np.maximum(area * count, 1.0) * np.minimum(1.0, CUT_LENGTH / long)
+    wasted = 1.0 + idle + FILL_LENGTH / long
     moved = hardware.element * (m * k + k * n + area) * count
     return np.asarray(
-        flops * idle / (hardware.peak * site.matmul_efficiency * narrow)
+        flops * wasted / (hardware.peak * site.matmul_efficiency * narrow)
         + site.matmul_traffic * moved / (hardware.bandwidth * site.memory_efficiency)
     )
 

@@ -77,16 +77,25 @@ def machine_of_chip(
         peak_flops=_peaks(chip),
         memory_bytes=_needed(chip, "memory_gb") * 1e9,
         memory_bytes_per_s=chip.memory_gb_per_s.value * 1e9 if chip.memory_gb_per_s else 0.0,
-        tiers=_tiers(devices, per_node, supernode, intra_node_gb_per_s * 1e9, inter_node_gbit_per_s * 1e9 / 8),
+        tiers=_tiers(
+            devices,
+            per_node,
+            supernode,
+            intra_node_gb_per_s * 1e9,
+            inter_node_gbit_per_s * 1e9 / 8,
+            peers=per_node - 1 if chip.intra_node_mesh else 0,
+        ),
         watts_per_device=watts_per_device,
         torch_device_type=chip.torch_device_type,
         assumed=tuple(assumed),
     )
 
 
-def _tiers(devices: int, per_node: int, supernode: int | None, inside: float, outside: float) -> tuple[LinkTier, ...]:
+def _tiers(
+    devices: int, per_node: int, supernode: int | None, inside: float, outside: float, peers: int
+) -> tuple[LinkTier, ...]:
     """A super-node's switches carry what a node's links do; only its latency is a network's."""
-    tiers = [LinkTier("node", min(per_node, devices), inside, INTRA_NODE_LATENCY_S)]
+    tiers = [LinkTier("node", min(per_node, devices), inside, INTRA_NODE_LATENCY_S, peers)]
     if supernode and supernode > per_node and devices > per_node:
         tiers.append(LinkTier("supernode", min(supernode, devices), inside, INTER_NODE_LATENCY_S))
     if devices > tiers[-1].devices:

@@ -29,9 +29,9 @@ class Group:
 def group_of(size: Floats, stride: Floats, hardware: Hardware, site: Site) -> Group:
     """Place a group whose neighbours are `stride` ranks apart."""
     efficiency = (site.intra_node_efficiency, site.inter_node_efficiency, site.inter_node_efficiency)
-    bandwidth = hardware.tier_bandwidth[0] * efficiency[0]
-    latency = np.broadcast_to(hardware.tier_latency[0], np.broadcast_shapes(np.shape(size), np.shape(bandwidth)))
     in_node = np.clip(np.floor(hardware.tier_size[0] / stride), 1, size)
+    bandwidth = node_bandwidth(in_node, hardware, site)
+    latency = np.broadcast_to(hardware.tier_latency[0], np.broadcast_shapes(np.shape(size), np.shape(bandwidth)))
     members = in_node
     for level in range(1, MAX_TIERS):
         leaves = size > members
@@ -40,6 +40,16 @@ def group_of(size: Floats, stride: Floats, hardware: Hardware, site: Site) -> Gr
         latency = np.where(leaves, hardware.tier_latency[level], latency)
         members = np.clip(np.floor(hardware.tier_size[level] / stride), 1, size)
     return Group(size=size, bytes_per_s=bandwidth, latency=latency, members=in_node)
+
+
+def node_bandwidth(members: Floats, hardware: Hardware, site: Site) -> Floats:
+    """Bytes/s that each of `members` devices of a node sends to the others.
+
+    Behind a switch that is all of its bandwidth. In a full mesh only the links to the other members carry anything.
+    """
+    some = (hardware.peers > 0) & (members > 1)
+    share = np.where(some, np.minimum(1.0, (members - 1) / np.maximum(hardware.peers, 1)), 1.0)
+    return np.asarray(hardware.tier_bandwidth[0] * site.intra_node_efficiency * share)
 
 
 def all_reduce(group: Group, size_bytes: Floats) -> Floats:
@@ -60,7 +70,7 @@ def all_to_all(group: Group, size_bytes: Floats, outer_share: Floats, hardware: 
     `outer_share` is what remains of the outer part when copies for one node travel together.
     """
     n, inside = group.size, group.members
-    inner = size_bytes * (inside - 1) / n / (hardware.tier_bandwidth[0] * site.intra_node_efficiency)
+    inner = size_bytes * (inside - 1) / n / node_bandwidth(inside, hardware, site)
     outer = outer_share * size_bytes * (n - inside) / n / (hardware.tier_bandwidth[1] * site.inter_node_efficiency)
     return np.where(n > 1, group.latency * np.sqrt(n) + np.maximum(inner, outer), 0.0)
 
@@ -70,6 +80,6 @@ def point_to_point(stride: Floats, size_bytes: Floats, hardware: Hardware, site:
     crosses = stride >= hardware.tier_size[0]
     far = stride >= hardware.tier_size[1]
     outer = np.where(far, hardware.tier_bandwidth[2], hardware.tier_bandwidth[1]) * site.inter_node_efficiency
-    bandwidth = np.where(crosses, outer, hardware.tier_bandwidth[0] * site.intra_node_efficiency)
+    bandwidth = np.where(crosses, outer, node_bandwidth(np.full_like(stride, 2.0), hardware, site))
     latency = np.where(crosses, hardware.tier_latency[1], hardware.tier_latency[0])
     return latency + size_bytes / bandwidth

@@ -157,6 +157,7 @@ class Hardware:
     tier_size: list[Floats]
     tier_bandwidth: list[Floats]
     tier_latency: list[Floats]
+    peers: Floats  # of a device in its node that it reaches by a link of their own each; 0: by a switch
 
 
 def peak_of(machine: Machine, dtype: str) -> float:
@@ -187,6 +188,7 @@ def hardware_of(machines: Sequence[Machine], dtypes: Sequence[str]) -> Hardware:
         tier_size=[array([row[level].devices for row in tiers]) for level in range(MAX_TIERS)],
         tier_bandwidth=[array([row[level].bytes_per_s for row in tiers]) for level in range(MAX_TIERS)],
         tier_latency=[array([row[level].latency_s for row in tiers]) for level in range(MAX_TIERS)],
+        peers=array([row[0].peers for row in tiers]),
     )
 
 

@@ -133,6 +133,7 @@ class LinkTier:
     devices: int
     bytes_per_s: float
     latency_s: float
+    peers: int = 0  # devices that a device reaches by a link of their own each, which share its bandwidth; 0: a switch
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class Site:
     causal_skip: bool = True  # fused attention skips the upper triangle
     fused_pointwise: bool = True  # bias, activation, dropout, rope and norm in one kernel each
     dropout: bool = False
+    loss_bytes: float = 20.0  # moved for one logit by the loss, both directions; 50 when each of its steps is a kernel
     routes_by_node: bool = False  # a token goes to a node once, however many of its experts are there
     reduce_bytes: int = 4  # of one gradient when it is reduced
     gradient_bytes: int = 4  # main gradient of one parameter in memory

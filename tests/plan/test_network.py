@@ -30,6 +30,17 @@ def test_a_ring_inside_a_node() -> None:
     assert all_gather(group, n(1e9))[0] == pytest.approx(7 / 8 * 1e9 / 200e9)
 
 
+@pytest.mark.parametrize(("size", "links"), [(2, 1), (4, 3), (8, 7)])
+def test_a_mesh_gives_a_group_the_links_between_its_members(size: int, links: int) -> None:
+    """Eight devices, seven links each: two of them have one link, four have three."""
+    mesh = hardware(LinkTier("node", 8, 196e9, 0.0, peers=7), LinkTier("cluster", 64, 25e9, 0.0))
+    group = group_of(n(size), n(1), mesh, SITE)
+    assert group.bytes_per_s[0] == pytest.approx(links * 28e9)
+    assert all_to_all(group, n(1e9), n(1), mesh, SITE)[0] == pytest.approx((size - 1) / size * 1e9 / (links * 28e9))
+    assert point_to_point(n(4), n(1e9), mesh, SITE)[0] == pytest.approx(1e9 / 28e9)
+    assert group_of(n(8), n(8), mesh, SITE).bytes_per_s[0] == 25e9  # one member a node: no link inside is used
+
+
 def test_one_rank_costs_nothing() -> None:
     assert all_reduce(group_of(n(1), n(8), TWO_LEVELS, SITE), n(1e9))[0] == 0.0
 

@@ -53,6 +53,24 @@ def test_many_layouts_equal_each_alone() -> None:
         assert many.layout(index) == layout
 
 
+def test_what_the_software_does_not_fuse_costs_time() -> None:
+    loss, pointwise = replace(SITE, loss_bytes=50.0), replace(SITE, fused_pointwise=False)
+    fused, slow_loss, slow_pointwise = (
+        predict(DENSE, LAYOUT, machine(), site).time for site in (SITE, loss, pointwise)
+    )
+    assert slow_loss["ends"] > fused["ends"] and slow_loss["pointwise"] == fused["pointwise"]
+    assert slow_pointwise["pointwise"] > 1.3 * fused["pointwise"]
+
+
+def test_a_micro_batch_pays_for_adding_its_gradients() -> None:
+    """Two micro-batches of one sequence read, add and write the gradients twice; one of two sequences does it once."""
+    once, twice = (replace(LAYOUT, micro_batch=rows) for rows in (2, 1))
+    products = [predict(DENSE, layout, machine(), SITE).time["matmul"] for layout in (once, twice)]
+    weights = 32 * (4096 * (4096 + 2 * 1024) + 4096**2 + 3 * 4096 * 11008) / 16
+    added = 32 * 6.0 * weights / (1.6e12 * SITE.memory_efficiency)  # by 32 micro-batches more
+    assert products[1] - products[0] > added
+
+
 def test_recomputation_trades_time_for_memory() -> None:
     none, full = (predict(DENSE, replace(LAYOUT, recompute=kind), machine(), SITE) for kind in ("none", "full"))
     assert full.step_seconds > none.step_seconds

@@ -54,6 +54,7 @@ class Chip(Entry):
     devices_per_node: Count | None = Field(None, description="in the usual server")
     intra_node_link: str | None = None
     intra_node_gb_per_s: Figure | None = Field(None, description="a device, one direction, all links together")
+    intra_node_mesh: bool = Field(False, description="each pair of a node's devices has a link of its own, no switch")
     inter_node_gbit_per_s: Figure | None = Field(None, description="a device, one direction")
     supernode_devices: Count | None = Field(None, description="devices that share the fast link beyond one node")
     tdp_watts: Figure | None = None
