@@ -88,9 +88,12 @@ def _pieces(plan: GrowthPlan, manifest: Manifest) -> Iterator[Piece]:
 def write_unit(
     plan: GrowthPlan, unit: Unit, old: CheckpointRows, directory: Path, notes: Path, wrote: Callable[[int], None]
 ) -> None:
-    """Make one file, flushed and read back, and note that it is finished; `wrote` is told the bytes of each block."""
+    """Make one file, flushed, and note that it is finished; `wrote` is told the bytes of each block. It is not read
+    back, which would take as long again: it can be made anew from the old checkpoint, which stays, and whoever opens
+    the grown one checks every byte."""
     (directory / unit.name).unlink(missing_ok=True)  # of a process that was killed
-    with ShardWriter(directory, unit.name, header_bytes([piece.box for piece in unit.pieces])) as writer:
+    room = header_bytes([piece.box for piece in unit.pieces])
+    with ShardWriter(directory, unit.name, room, read_back=False) as writer:
         for piece in unit.pieces:
             dtype = DTYPES[piece.box.dtype]
             writer.add(piece.box, (value.to(dtype) for value in _values(plan, piece, old)))

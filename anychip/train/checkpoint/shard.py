@@ -51,12 +51,15 @@ class ShardWriter:
     """Writes tensors one after the other into `directory/name`.
 
     Three things run side by side, a window of data each: writing, flushing, and reading back. What the disk returns is
-    compared with the tensor and hashed, so that a digest is always one of bytes that are on the disk. Memory: three
-    windows. Raises OSError when the disk does, UnfitError when it returns other bytes than were written.
+    compared with the tensor and hashed, so that a digest is always one of bytes that are on the disk. Without
+    `read_back` the tensor is hashed, and who opens the file finds what the disk did to it: for data that can be made
+    again. Memory: three windows. Raises OSError when the disk does, UnfitError when it returns other bytes than were
+    written.
     """
 
-    def __init__(self, directory: Path, name: str, header_room: int) -> None:
+    def __init__(self, directory: Path, name: str, header_room: int, *, read_back: bool = True) -> None:
         self.path, self._name, self._header_room = directory / name, name, header_room
+        self._returned = self._read_back if read_back else _as_written
         self.chunks: list[tuple[Box, Chunk]] = []
         self._header: dict[str, object] = {}
         self._header_used = 8 + 2
@@ -130,25 +133,17 @@ class ShardWriter:
         self._verifications.append(self._verifier.submit(self._verify, flushed, window))
 
     def _verify(self, flushed: Future[None], window: list[_Written]) -> list[tuple[Box, Chunk]]:
-        """Drop the flushed pages from memory, so that the disk itself is read, then compare and hash."""
+        """Drop the flushed pages from memory, so that the disk itself is read if it is, and hash what comes back."""
         flushed.result()
         if window:
             length = window[-1].start + window[-1].nbytes - window[0].start
             os.posix_fadvise(self._descriptor, window[0].start, length, os.POSIX_FADV_DONTNEED)
-        return [(written.box, self._read_back(written)) for written in window]
+        return [(written.box, self._chunk(written)) for written in window]
 
-    def _read_back(self, written: _Written) -> Chunk:
-        position, digest = written.start, hashlib.sha256()
-        for data in written.parts:
-            source, done = np.frombuffer(data, np.uint8), 0
-            for block in _blocks(self._descriptor, position, len(source), self.path):
-                if not _same(block, source[done : done + len(block)]):
-                    what = f"the disk returns other bytes than were written from {position + done} on."
-                    raise UnfitError(what, where=self.path, do="Check the disk.")
-                digest.update(block.data)
-                done += len(block)
-            position += done
-        box = written.box
+    def _chunk(self, written: _Written) -> Chunk:
+        digest, box = hashlib.sha256(), written.box
+        for block in self._returned(written):
+            digest.update(block)
         return Chunk(
             offsets=list(box.offsets),
             sizes=list(box.sizes),
@@ -157,6 +152,19 @@ class ShardWriter:
             nbytes=written.nbytes,
             sha256=digest.hexdigest(),
         )
+
+    def _read_back(self, written: _Written) -> Iterator[memoryview]:
+        """What the disk returns of a box, compared with it."""
+        position = written.start
+        for data in written.parts:
+            source, done = np.frombuffer(data, np.uint8), 0
+            for block in _blocks(self._descriptor, position, len(source), self.path):
+                if not _same(block, source[done : done + len(block)]):
+                    what = f"the disk returns other bytes than were written from {position + done} on."
+                    raise UnfitError(what, where=self.path, do="Check the disk.")
+                yield block.data
+                done += len(block)
+            position += done
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,10 @@ class _Written:
     @property
     def nbytes(self) -> int:
         return sum(map(len, self.parts))
+
+
+def _as_written(written: _Written) -> Iterator[memoryview]:
+    return iter(written.parts)
 
 
 @dataclass
