@@ -14,7 +14,7 @@ import pytest
 import torch
 from growing import growth, random_state, small_model
 
-from anychip.errors import InputError
+from anychip.errors import InputError, UnfitError
 from anychip.files import sha256_file
 from anychip.grow.plan import plan_growth
 from anychip.grow.source import CheckpointRows
@@ -54,6 +54,17 @@ def test_a_checkpoint_grows_into_what_its_state_grows_into(tmp_path: Path) -> No
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["step-000007"]
     with pytest.raises(InputError, match="not overwritten"):
         grow_checkpoint(stream)
+
+
+def test_who_opens_what_grew_checks_every_byte(tmp_path: Path) -> None:
+    saved(tmp_path / "old")
+    grow_checkpoint(stream_of(tmp_path / "old", tmp_path / "new"))
+    file = max((tmp_path / "new" / "step-000007").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UnfitError, match="wrong bytes"):
+        CheckpointStore(tmp_path / "new").open(7)
 
 
 def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
