@@ -1,6 +1,7 @@
 """The planner on this machine: what it predicts of a training step, from `anychip bench chip`, beside what is measured.
 
-Three sizes of models, one process with all threads and two processes with half of them each (copies of the model).
+Three sizes of models, one process with all threads and two processes with half of them each (copies of the model),
+without recomputation.
 Measures the machine first, then the steps, and prints a Markdown table.
 
     python benchmarks/plan_cpu.py --steps 5
@@ -65,6 +66,7 @@ def work(size: str, steps: int) -> None:
     job = TrainingJob(
         title="benchmark", directory=Path(), model=model, source=None, initialize=lambda parameters: None,
         evaluate=None, identity="", steps=1, seq_length=SEQ_LENGTH, micro_batch_size=micro, global_batch_size=rows,
+        recompute="none",
         parallel=ParallelConfig(), optimizer=OptimizerConfig(), checkpoint=CheckpointConfig(), log=LogConfig(),
     )  # fmt: skip
     processes = Processes.join(job.parallel, torch.device("cpu"), "gloo")
