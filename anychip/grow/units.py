@@ -96,7 +96,7 @@ def write_unit(
     with ShardWriter(directory, unit.name, room, read_back=False) as writer:
         for piece in unit.pieces:
             dtype = DTYPES[piece.box.dtype]
-            writer.add(piece.box, (value.to(dtype) for value in _values(plan, piece, old)))
+            writer.add_rows(piece.box, (value.to(dtype) for value in _values(plan, piece, old)))
             wrote(piece.box.nbytes)
         entry = writer.finish()
         written = Written(entry=entry, chunks=[(box.name, chunk) for box, chunk in writer.chunks])

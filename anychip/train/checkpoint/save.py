@@ -60,7 +60,7 @@ def _write_share(directory: Path, parts: SaveParts, tensor: Callable[[Box], Tens
     try:
         with ShardWriter(directory, name, header_bytes(parts.boxes)) as writer:
             for box in parts.boxes:
-                writer.add(box, (tensor(box),))
+                writer.add(box, tensor(box))
             share["entry"] = writer.finish().model_dump()
             share["chunks"] = [[box.name, chunk.model_dump()] for box, chunk in writer.chunks]
     except Exception as error:
@@ -117,7 +117,7 @@ class TensorStream:
                 self._finish_file()
                 file = f"rank-0000-{len(self._files):04d}.safetensors"
                 self._writer = self._stack.enter_context(ShardWriter(self._directory, file, _STREAM_HEADER_BYTES))
-            self._writer.add(box, (tensor.detach().clone(),))
+            self._writer.add(box, tensor.detach().clone())
         self._names.add(name)
 
     def _finish_file(self) -> None:

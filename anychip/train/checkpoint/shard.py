@@ -76,9 +76,12 @@ class ShardWriter:
         text = json.dumps(box.key) + _header_entry(box, self._end, self._end + box.nbytes)
         return self._header_used + len(text) + 2 <= self._header_room
 
-    def add(self, box: Box, tensors: Iterable[Tensor]) -> None:
-        """Append the data of a box: its rows in one tensor or several, of its dtype. Each is written before the next is
-        asked for, and must not change until `finish`."""
+    def add(self, box: Box, tensor: Tensor) -> None:
+        """Append the data of a box; `tensor` has its sizes and dtype and must not change until `finish`."""
+        self.add_rows(box, (tensor,))
+
+    def add_rows(self, box: Box, tensors: Iterable[Tensor]) -> None:
+        """As `add`, the rows of a box in several tensors. Each is written before the next is asked for."""
         start, parts = self._end, list[memoryview]()
         for tensor in tensors:
             data = byte_view(tensor)
