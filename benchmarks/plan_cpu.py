@@ -1,8 +1,7 @@
 """The planner on this machine: what it predicts of a training step, from `anychip bench chip`, beside what is measured.
 
 Three sizes of models, one process with all threads and two processes with half of them each (copies of the model),
-without recomputation.
-Measures the machine first, then the steps, and prints a Markdown table.
+without recomputation. Measures the machine first, then the steps, and prints a Markdown table.
 
     python benchmarks/plan_cpu.py --steps 5
 """

@@ -20,10 +20,11 @@ from anychip.grow.plan import GrowthPlan, plan_growth
 from anychip.grow.roles import split_layer
 from anychip.grow.rows import Kind
 from anychip.grow.state import MemoryRows
-from anychip.grow.tensors import BLOCK_ELEMENTS, grown_block
+from anychip.grow.tensors import BLOCK_ELEMENTS, grown_strips
 from anychip.model.arithmetic import flops_per_token, num_parameters, parameter_shapes
 from anychip.recipe import ModelConfig, Recipe
 from anychip.recipe.schema import GrowthConfig
+from anychip.train.checkpoint.shard import byte_view
 from anychip.train.optimizer import takes_muon
 
 _TRIAL_BYTES = 128 << 20
@@ -36,7 +37,7 @@ RELIABLE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes a second: of one process making grown tensors, and of the disk, written, flushed and read back."""
+    """Bytes a second: of one process making grown tensors, and of the disk, written and flushed."""
 
     process: float
     disk: float
@@ -87,7 +88,7 @@ def dry_run(recipe: Recipe, target: Path, processes: int, *, as_json: bool) -> s
     if as_json:
         flops = {"grown": grown, "from_scratch": scratch}
         return json.dumps({"speeds": asdict(speeds), "growths": [f.as_json() for f in found], "flops": flops}, indent=2)
-    head = f"measured here: {_size(speeds.process)}/s a process, {_size(speeds.disk)}/s written and read back"
+    head = f"measured here: {_size(speeds.process)}/s a process, {_size(speeds.disk)}/s written and flushed"
     tail = (
         f"training FLOPs {grown:.3g}; the last model over the same tokens {scratch:.3g} ({scratch / grown:.2f} times)"
     )
@@ -161,12 +162,12 @@ def measure_speeds(target: Path) -> Speeds:
         plan_growth(old, growth, 0),
         MemoryRows({f"{kind}.{name}": torch.randn(2 * side, side) for kind in kinds}),
     )
-    grown_block(plan, "model", name, range(1), rows)
+    next(grown_strips(plan, "model", name, range(1), rows))
     started, made = time.perf_counter(), 0
     for kind in kinds:
-        block = grown_block(plan, kind, name, range(4 * side), rows)
-        hashlib.sha256(block.numpy().data)
-        made += block.nbytes
+        for strip in grown_strips(plan, kind, name, range(4 * side), rows):
+            hashlib.sha256(byte_view(strip))
+            made += strip.nbytes
     return Speeds(made / (time.perf_counter() - started), _disk_speed(target))
 
 
@@ -178,10 +179,6 @@ def _disk_speed(target: Path) -> float:
             file.write(data)
         file.flush()
         os.fdatasync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, _TRIAL_BYTES, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        while file.read(1 << 20):
-            pass
         return _TRIAL_BYTES / (time.perf_counter() - started)
 
 

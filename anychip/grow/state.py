@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anychip.grow.plan import GrowthPlan
 from anychip.grow.rows import KINDS, Kind, Rows
-from anychip.grow.tensors import Shape, grown_block, grown_step, row_blocks
+from anychip.grow.tensors import Shape, grown_step, grown_strips, row_blocks
 from anychip.model.arithmetic import parameter_shapes
 from anychip.train.optimizer import takes_muon
 
@@ -55,7 +55,7 @@ def grown_names(plan: GrowthPlan, held: Callable[[str], bool]) -> Iterator[tuple
 
 def grown_tensor(plan: GrowthPlan, kind: Kind, name: str, shape: Shape, old: Rows) -> Tensor:
     """A whole grown tensor."""
-    return torch.cat([grown_block(plan, kind, name, rows, old) for rows in row_blocks(shape)])
+    return torch.cat([strip for rows in row_blocks(shape) for strip in grown_strips(plan, kind, name, rows, old)])
 
 
 def grow_state(plan: GrowthPlan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

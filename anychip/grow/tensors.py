@@ -39,14 +39,9 @@ def row_blocks(shape: Shape) -> Iterator[range]:
         yield range(start, min(start + size, shape[0]))
 
 
-def grown_block(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Tensor:
-    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step."""
-    return torch.cat(list(grown_strips(plan, kind, name, rows, old)))
-
-
 def grown_strips(plan: GrowthPlan, kind: Kind, name: str, rows: range, old: Rows) -> Iterator[Tensor]:
-    """The same rows, some at a time, from where a multiple of their number starts: all chance in them follows from the
-    shape."""
+    """These rows of the new tensor `name` (a parameter's), weights or moments as `kind` says; not of a step. Some at a
+    time, from where a multiple of their number starts: all chance in them follows from the shape."""
     size = max(1, _STRIP_ELEMENTS // max(1, prod(axis.new for axis in _maps(plan, name)[1:])))
     bounds = [rows.start, *range((rows.start // size + 1) * size, rows.stop, size), rows.stop]
     for start, stop in pairwise(bounds):

@@ -1,8 +1,8 @@
 """Pipeline parallelism: micro-batches passed from stage to stage (`stage.py`), on PyTorch's schedules. Importing those
 takes a second, so only what builds a pipeline imports this file.
 
-Schedules: gpipe (arXiv 1811.06965), 1f1b (2006.09503), interleaved
-(2104.04473), zero_bubble as a V (2401.10241, 2405.15362) and dualpipe_v (2412.19437).
+Schedules: gpipe (arXiv 1811.06965), 1f1b (2006.09503), interleaved (2104.04473), zero_bubble as a V (2401.10241,
+2405.15362) and dualpipe_v (2412.19437).
 """
 
 from __future__ import annotations

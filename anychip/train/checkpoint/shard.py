@@ -136,7 +136,7 @@ class ShardWriter:
         self._verifications.append(self._verifier.submit(self._verify, flushed, window))
 
     def _verify(self, flushed: Future[None], window: list[_Written]) -> list[tuple[Box, Chunk]]:
-        """Drop the flushed pages from memory, so that the disk itself is read if it is, and hash what comes back."""
+        """Drop the flushed pages from memory, so that whoever reads them next reads the disk, and hash the boxes."""
         flushed.result()
         if window:
             length = window[-1].start + window[-1].nbytes - window[0].start
