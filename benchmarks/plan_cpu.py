@@ -102,6 +102,7 @@ def measure(size: str, processes: int, steps: int) -> float:
 def predict(size: str, processes: int, bench: dict[str, object]) -> float:
     from anychip.plan.local import machine_of_bench, memory_here, site_of_bench
     from anychip.plan.predict import predict as predicted
+    from anychip.plan.sites import trained_here
     from anychip.plan.types import Layout, Workload
 
     layers, hidden, ffn, heads, kv_heads, vocab, micro, rows = SIZES[size]
@@ -111,7 +112,8 @@ def predict(size: str, processes: int, bench: dict[str, object]) -> float:
     )  # fmt: skip
     layout = Layout(dp=processes, zero=0, micro_batch=micro)
     machine = machine_of_bench(bench, processes, memory_here())
-    return predicted(workload, layout, machine, site_of_bench(bench, DTYPE, processes)).step_seconds
+    site = trained_here(site_of_bench(bench, DTYPE, processes))
+    return predicted(workload, layout, machine, site).step_seconds
 
 
 def main() -> None:

@@ -28,12 +28,15 @@ from anychip.plan.table import (
 from anychip.plan.types import Floats, Site
 
 ATTENTION_HALF_LENGTH = 1024.0  # keys at which fused attention runs at half its speed
+ATTENTION_BACKWARD = 2.5  # its scores are made again, and two gradients for each product
 WIDE_HEAD = 1.4  # fused kernels are made for heads of up to 128
 LAUNCH_NORM = 4.0
 LAUNCH_SYNC = 0.06  # host time a doubling of tensor parallelism adds: ranks wait for the slowest of them
 LAUNCH_BACKWARD = 1.5  # host time of a backward pass over a forward pass
 BACKWARD_POINTWISE = 1.5  # bytes of a backward pass over a forward pass: each result's gradient beside what was read
 ACCUMULATE_BYTES = 6.0  # moved to add one weight's gradient to those of earlier micro-batches
+# Of gradients of ends trained here, fp32 for one weight and micro-batch: zeroed, and the head's scaled as well.
+EMBEDDING_GRADIENT_BYTES, HEAD_GRADIENT_BYTES, ADDED_GRADIENT_BYTES = 4.0, 12.0, 12.0
 ADAM_BYTES = 30.0  # moved an element: fp32 master, two moments read and written, gradient read, parameter written
 CLIP_BYTES = 12.0  # zeroing, norm and scaling of a main gradient
 
@@ -155,7 +158,7 @@ def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
     long = (1 + ATTENTION_HALF_LENGTH / w.span) * np.where(w.key_dim > 128, WIDE_HEAD, 1.0)
     fused = flops * skip * long / (hardware.half_peak * site.attention_efficiency)
     if np.all(site.fused_attention):
-        return fused, 2.5 * fused
+        return fused, ATTENTION_BACKWARD * fused
     batch = heads * t.mbs
     length = w.seq / t.cp
     scores = product_seconds(length, w.seq, w.key_dim, hardware, site, batch)
@@ -169,7 +172,7 @@ def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
     plain_backward = 2 * (scores + values) * odd + softmax_backward
     return (
         np.where(site.fused_attention, fused, plain_forward),
-        np.where(site.fused_attention, 2.5 * fused, plain_backward),
+        np.where(site.fused_attention, ATTENTION_BACKWARD * fused, plain_backward),
     )
 
 
@@ -239,7 +242,12 @@ def end_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> EndCost:
     logits = sum(linear_seconds(tokens, w.vocab / t.tp, w.hidden, half, site))
     loss = tokens * w.vocab / t.tp * site.loss_bytes / rate
     last = (logits + loss + reduce) * (1 + w.extra_layers)
-    return EndCost(first, last)
+    _, _, embedding, head = parameters_by_rank(w, t)
+    m = micro_batches(w, t)
+    added = ADDED_GRADIENT_BYTES * (m - 1) / m  # the first micro-batch's gradient is taken as it is
+    here = np.asarray(site.trained_here) * w.trainable / rate
+    first = first + embedding * (EMBEDDING_GRADIENT_BYTES + added) * here
+    return EndCost(first, last + head * (HEAD_GRADIENT_BYTES + added) * here)
 
 
 def parameters_by_rank(w: Work, t: Table) -> tuple[Floats, Floats, Floats, Floats]:

@@ -2,8 +2,8 @@
 
 A product of M x K by K x N spends its FLOPs at a fraction of the peak and moves its operands once. Small outputs leave
 cores idle: `matmul_half_area` is the output area at which half of them work. A long K can be cut, so that idle cores
-take a part of it; a short one hardly fills the pipeline before the tile must be written. The rest is a roofline whose
-two sides add up, which is what pipelined kernels with imperfect overlap show.
+take a part of it; a short one hardly fills the pipeline before the tile must be written (`matmul_fill_length`). The
+rest is a roofline whose two sides add up, which is what pipelined kernels with imperfect overlap show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from anychip.plan.table import Hardware
 from anychip.plan.types import Floats, Site
 
 CUT_LENGTH = 4096.0  # K from which libraries cut it for idle cores
-FILL_LENGTH = 64.0  # of K, that a tile costs besides: filling the pipeline, writing the result
 
 
 def product_seconds(
@@ -26,7 +25,7 @@ def product_seconds(
     narrow = 1.0 - hardware.low_precision * (1.0 - site.low_precision_efficiency)
     long = np.maximum(k, 1.0)
     idle = site.matmul_half_area / np.maximum(area * count, 1.0) * np.minimum(1.0, CUT_LENGTH / long)
-    wasted = 1.0 + idle + FILL_LENGTH / long
+    wasted = 1.0 + idle + site.matmul_fill_length / long
     moved = hardware.element * (m * k + k * n + area) * count
     return np.asarray(
         flops * wasted / (hardware.peak * site.matmul_efficiency * narrow)

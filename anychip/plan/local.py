@@ -17,7 +17,7 @@ import numpy as np
 
 from anychip.errors import InputError
 from anychip.plan.calibrate import BASES, KNOBS
-from anychip.plan.cost import ATTENTION_HALF_LENGTH
+from anychip.plan.cost import ATTENTION_BACKWARD, ATTENTION_HALF_LENGTH
 from anychip.plan.gemm import product_seconds
 from anychip.plan.table import hardware_of
 from anychip.plan.types import LinkTier, Machine, Site
@@ -61,7 +61,8 @@ def share_of_bench(bench: dict[str, Any], processes: int) -> dict[str, Any]:
         kind: [{**case, "flops_per_second": case["flops_per_second"] / divisor} for case in measured.get(kind, [])]
         for kind in ("gemm", "attention")
     }
-    return {**measured, **faster, "memory_gb_per_s": measured["memory_gb_per_s"] / divisor}
+    losses = [{**case, "seconds": case["seconds"] * divisor} for case in measured.get("loss") or []]
+    return {**measured, **faster, "loss": losses, "memory_gb_per_s": measured["memory_gb_per_s"] / divisor}
 
 
 def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
@@ -85,8 +86,9 @@ def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float)
 def site_of_bench(bench: dict[str, Any], dtype: str, processes: int = 1) -> Site:
     """Efficiencies of products and attention in `dtype` for one of `processes`; the rest as modern software has it.
 
-    Products are fitted by least squares of log(time) over efficiency and half area, on a grid: two scalars do not
-    need more. Attention is what its rate at the measured lengths says of very long ones.
+    Products are fitted by the least distance of log(time) over efficiency, half area and fill length, on a grid: three
+    scalars do not need more. Attention is what its rate at the measured lengths, with the backward pass, says of very
+    long ones: that may pass the fastest product. The loss is as slow as measured, told as bytes.
     """
     share = share_of_bench(bench, processes)
     cases = _by_dtype(share).get(dtype)
@@ -99,20 +101,28 @@ def site_of_bench(bench: dict[str, Any], dtype: str, processes: int = 1) -> Site
     measured = 2 * m * n * k / np.array([case["flops_per_second"] for case in cases])
     area = KNOBS["matmul_half_area"]
     candidates = [
-        replace(base, matmul_efficiency=float(efficiency), matmul_half_area=float(half))
+        replace(base, matmul_efficiency=float(efficiency), matmul_half_area=float(half), matmul_fill_length=fill)
         for efficiency in np.linspace(0.3, 1.0, 29)
         for half in np.geomspace(area.low / 100, area.high, 25)
+        for fill in (0.0, 16.0, 64.0)
     ]
     best = min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
-    shares = [
-        case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
+    passes = (1 + ATTENTION_BACKWARD) / 3  # that the cost counts, to those that "forward+backward" does
+    attention = [
+        passes * case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
         for case in share.get("attention", [])
-        if case["dtype"] == dtype and case["pass"] == "forward"
+        if case["dtype"] == dtype and case["pass"] == "forward+backward"
     ]
-    attention = statistics.median(shares) if shares else base.attention_efficiency
+    losses = [
+        case["seconds"] / (case["tokens"] * case["vocabulary"]) * float(hardware.bandwidth)
+        for case in share.get("loss") or []
+        if case["dtype"] == dtype
+    ]
     return replace(
         best,
-        attention_efficiency=min(0.95, max(0.02, attention)),
+        attention_efficiency=statistics.median(attention or [base.attention_efficiency]),
+        loss_bytes=statistics.median(losses or [base.loss_bytes]),
+        fused_pointwise=bench.get("vendor") != "cpu",  # there each step of a norm or an activation is an operator
         reserved_bytes=3e8,  # interpreter and libraries of one process
         relative_sigma=0.2,
         source=f"anychip bench chip: {len(cases)} products",

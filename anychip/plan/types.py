@@ -180,6 +180,7 @@ class Site:
     step_overhead_s: float = 0.0
     # Facts of the software, not fitted.
     matmul_traffic: float = 1.0  # share of a product's operand traffic that does not hide behind its arithmetic
+    matmul_fill_length: float = 64.0  # of K, that a tile costs besides: filling the pipeline, writing the result
     fused_attention: bool = True
     causal_skip: bool = True  # fused attention skips the upper triangle
     fused_pointwise: bool = True  # bias, activation, dropout, rope and norm in one kernel each

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from plan.workloads import SITE, machine
 
-from anychip.plan.gemm import CUT_LENGTH, FILL_LENGTH, product_seconds
+from anychip.plan.gemm import CUT_LENGTH, product_seconds
 from anychip.plan.table import hardware_of
 
 HARDWARE = hardware_of([machine(8)], ["bf16"])
@@ -26,13 +26,13 @@ def test_a_large_product_runs_at_the_sites_efficiency() -> None:
 
 def test_half_the_cores_work_at_the_half_area() -> None:
     side = SITE.matmul_half_area**0.5
-    assert wasted(side, side, CUT_LENGTH) == pytest.approx(2.0 + FILL_LENGTH / CUT_LENGTH)
+    assert wasted(side, side, CUT_LENGTH) == pytest.approx(2.0 + SITE.matmul_fill_length / CUT_LENGTH)
 
 
 def test_idle_cores_take_a_part_of_a_long_inner_length() -> None:
     side = SITE.matmul_half_area**0.5
-    assert wasted(side, side, 4 * CUT_LENGTH) == pytest.approx(1.25 + FILL_LENGTH / (4 * CUT_LENGTH))
+    assert wasted(side, side, 4 * CUT_LENGTH) == pytest.approx(1.25 + SITE.matmul_fill_length / (4 * CUT_LENGTH))
 
 
 def test_a_short_inner_length_does_not_fill_the_pipeline() -> None:
-    assert wasted(65_536, 65_536, FILL_LENGTH) == pytest.approx(2.0, abs=0.01)
+    assert wasted(65_536, 65_536, SITE.matmul_fill_length) == pytest.approx(2.0, abs=0.01)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from plan.workloads import DENSE, LAYOUT, SITE, machine
 
 from anychip.errors import InputError
-from anychip.plan.cost import ATTENTION_HALF_LENGTH
-from anychip.plan.local import machine_of_bench, read_bench, site_of_bench
+from anychip.plan.cost import ATTENTION_BACKWARD, ATTENTION_HALF_LENGTH
+from anychip.plan.local import machine_of_bench, read_bench, share_of_bench, site_of_bench
 from anychip.plan.machine import machine_of_chip, machines_of
 from anychip.plan.predict import predict
-from anychip.plan.sites import default_site
+from anychip.plan.sites import default_site, trained_here
 from anychip.plan.types import Layout, Site, Workload
 from anychip.recipe.cluster import Cluster
 
@@ -74,6 +75,7 @@ def bench() -> dict[str, object]:
             {"dtype": "fp32", "pass": "forward", "seq_length": 1024, "flops_per_second": 40e9},
             {"dtype": "fp32", "pass": "forward+backward", "seq_length": 1024, "flops_per_second": 20e9},
         ],
+        "loss": [{"dtype": "fp32", "tokens": 512, "vocabulary": 1000, "seconds": 512 * 1000 * 3e-9}],
         "memory_gb_per_s": 20.0,
         "collectives": [
             {"op": "all_reduce", "bytes": 1024, "seconds": 4e-4, "world_size": 2},
@@ -91,7 +93,9 @@ def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
     assert two.tiers[0].bytes_per_s == pytest.approx((1 << 24) / 0.0168)
     assert 0.8 <= site.matmul_efficiency <= 1.0
     at_this_length = 1 / (1 + ATTENTION_HALF_LENGTH / 1024)  # of the rate of very long sequences
-    assert site.attention_efficiency * at_this_length == pytest.approx(40e9 / one.peak_flops["fp32"])
+    passes = (1 + ATTENTION_BACKWARD) / 3  # three are counted of what is measured, and 3.5 by the plan
+    assert site.attention_efficiency * at_this_length == pytest.approx(20e9 / one.peak_flops["fp32"] * passes)
+    assert site.loss_bytes == pytest.approx(60.0)  # what memory moves while one logit's loss is computed
     alone = predict(SMALL, Layout(zero=0), one, site)
     on_cores = machine_of_bench({**measured, "vendor": "cpu"}, 2, 8e9)
     assert on_cores.peak_flops["fp32"] == one.peak_flops["fp32"] / 2  # two processes share the cores of one CPU
@@ -99,6 +103,38 @@ def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
     assert alone.step_seconds / 2 < pair.step_seconds < alone.step_seconds
     with pytest.raises(InputError, match="no product was measured in fp16"):
         site_of_bench(measured, "fp16")
+
+
+def test_a_cpu_is_not_held_to_what_chips_with_matrix_units_do() -> None:
+    """Rates that do not fall with a short inner length, a loss that its exponentials bound, an operator for each step
+    of a norm."""
+    measured = {**bench(), "vendor": "cpu"}
+    rates = {(1024, 1024, 1024): 95e9, (1024, 1024, 64): 94e9, (512, 512, 512): 96e9}
+    measured["gemm"] = [
+        {"dtype": "fp32", "m": m, "n": n, "k": k, "flops_per_second": rate} for (m, n, k), rate in rates.items()
+    ]
+    measured["memory_gb_per_s"] = 1000.0
+    on_cpu, elsewhere = site_of_bench(measured, "fp32"), site_of_bench({**measured, "vendor": "any"}, "fp32")
+    assert on_cpu.matmul_fill_length == elsewhere.matmul_fill_length == 0.0
+    assert (on_cpu.fused_pointwise, elsewhere.fused_pointwise) == (False, True)
+    pair = share_of_bench(measured, 2)
+    assert pair["loss"][0]["seconds"] == 2 * bench()["loss"][0]["seconds"]  # type: ignore[index]
+    assert site_of_bench(measured, "fp32", 2).loss_bytes == pytest.approx(on_cpu.loss_bytes)
+
+
+def test_gradients_of_the_ends_cost_what_they_move() -> None:
+    """A vocabulary's weights are in both ends: 4 + 12 bytes each for zeroing and scaling, 12 for adding to others."""
+    machine, site = machine_of_bench(bench(), 1, 8e9), site_of_bench(bench(), "fp32")
+    alone, four = (
+        tuple(
+            predict(replace(SMALL, global_batch=rows), Layout(zero=0), machine, chosen).time["ends"]
+            for chosen in (site, trained_here(site))
+        )
+        for rows in (1, 4)
+    )
+    weights = SMALL.vocab * SMALL.hidden / 20e9
+    assert alone[1] - alone[0] == pytest.approx(weights * 16, rel=0.01)
+    assert four[1] - four[0] == pytest.approx(weights * (4 * 16 + 3 * 24), rel=0.01)
 
 
 def test_processes_that_share_a_cpu_are_as_fast_as_they_were_measured_together() -> None:

@@ -1,4 +1,4 @@
-"""Rates of causal attention, forward and with its backward pass."""
+"""Rates of causal attention as training computes it on this chip, forward and with its backward pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from anychip.chips.bench.timing import Budget, median_seconds
+from anychip.chips.operators import operators_for
+from anychip.chips.operators.contract import Attention
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +16,7 @@ SHAPES = ((1, 8, 512, 64), (1, 8, 1024, 64), (1, 8, 1024, 128), (1, 8, 2048, 128
 
 
 def measure_attention(
+    vendor: str,
     device: torch.device,
     dtypes: dict[str, torch.dtype],
     synchronize: Callable[[], None],
@@ -23,13 +26,15 @@ def measure_attention(
     """Entries {batch, heads, seq_length, head_dim, dtype, pass, flops_per_second}. Operations are those of a causal
     model: 2 b h s^2 d forward (half of 4 b h s^2 d), twice that backward; what a kernel recomputes does not count."""
     found: list[dict[str, Any]] = []
+    attention = operators_for(vendor).attention
     for name, dtype in dtypes.items():
+        _calls(attention, device, dtype, *SHAPES[0])[1]()  # a kernel may be compiled now
         budget = Budget(seconds)
         for batch, heads, length, width in SHAPES:
             forward = 2.0 * batch * heads * length**2 * width
             if budget.allows(4 * forward):
                 shape = {"batch": batch, "heads": heads, "seq_length": length, "head_dim": width, "dtype": name}
-                inference, training = _calls(device, dtype, batch, heads, length, width)
+                inference, training = _calls(attention, device, dtype, batch, heads, length, width)
                 for kind, call, flops in (("forward", inference, forward), ("forward+backward", training, 3 * forward)):
                     time = median_seconds(call, synchronize, seconds / 20)
                     found.append({**shape, "pass": kind, "flops_per_second": flops / time})
@@ -39,21 +44,22 @@ def measure_attention(
 
 
 def _calls(
-    device: torch.device, dtype: torch.dtype, batch: int, heads: int, length: int, width: int
+    attention: Attention, device: torch.device, dtype: torch.dtype, batch: int, heads: int, length: int, width: int
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Causal attention, and the same with its backward pass."""
     import torch
-    import torch.nn.functional as F
 
+    scale = width**-0.5
     q, k, v = (torch.randn(batch, heads, length, width, device=device).to(dtype) for _ in range(3))
     grad = torch.randn(batch, heads, length, width, device=device).to(dtype)
 
     def inference() -> object:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with torch.no_grad():
+            return attention(q, k, v, scale=scale, causal=True, mask=None)
 
     def training() -> object:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True)
+        out = attention(leaves[0], leaves[1], leaves[2], scale=scale, causal=True, mask=None)
         return torch.autograd.grad(out, leaves, grad)
 
     return inference, training
