@@ -4,6 +4,7 @@ Three sizes of models, one process with all threads and two processes with half 
 without recomputation. Measures the machine first, then the steps, and prints a Markdown table.
 
     python benchmarks/plan_cpu.py --steps 5
+    python benchmarks/plan_cpu.py --steps 5 --dtype bf16
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SIZES = {
     "8 x 384": (8, 384, 1024, 8, 4, 8192, 4, 8),
     "12 x 768": (12, 768, 2048, 12, 4, 32_000, 2, 4),
 }
-SEQ_LENGTH, DTYPE = 512, "fp32"
+SEQ_LENGTH = 512
 
 
 def model_of(size: str):
@@ -41,11 +42,12 @@ def model_of(size: str):
     )
 
 
-def work(size: str, steps: int) -> None:
+def work(size: str, steps: int, dtype: str) -> None:
     """Train in this process's place; rank 0 prints the median seconds of a step."""
     import torch
 
     from anychip.chips.backend import detect_backend
+    from anychip.chips.operators import operators_for
     from anychip.data.batch import Batch
     from anychip.parallel.parts import initialize_parts
     from anychip.parallel.processes import Processes
@@ -69,9 +71,10 @@ def work(size: str, steps: int) -> None:
         parallel=ParallelConfig(), optimizer=OptimizerConfig(), checkpoint=CheckpointConfig(), log=LogConfig(),
     )  # fmt: skip
     processes = Processes.join(job.parallel, torch.device("cpu"), "gloo")
-    engine = Engine(job, processes, torch.float32)
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    engine = Engine(job, processes, compute, operators_for("cpu"))
     initialize_parts(engine.parameters, model, 0)
-    optimizer = Optimizer(engine.parameters, job.optimizer, torch.float32)
+    optimizer = Optimizer(engine.parameters, job.optimizer, compute)
     guard, silent = Guard(job.guard), Heartbeat(None, processes.rank)
     seconds = []
     for _ in range(steps + 2):
@@ -83,14 +86,14 @@ def work(size: str, steps: int) -> None:
         print(json.dumps(statistics.median(seconds[2:])))
 
 
-def measure(size: str, processes: int, steps: int) -> float:
+def measure(size: str, processes: int, steps: int, dtype: str) -> float:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
               "GOMP_SPINCOUNT": "2000", "OMP_NUM_THREADS": threads}  # fmt: skip
-    command = [sys.executable, __file__, "--worker", size, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--worker", size, "--steps", str(steps), "--dtype", dtype]
     ranks = [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE)
         for rank in range(processes)
@@ -99,7 +102,7 @@ def measure(size: str, processes: int, steps: int) -> float:
     return float(json.loads(answers[0]))
 
 
-def predict(size: str, processes: int, bench: dict[str, object]) -> float:
+def predict(size: str, processes: int, bench: dict[str, object], dtype: str) -> float:
     from anychip.plan.local import machine_of_bench, memory_here, site_of_bench
     from anychip.plan.predict import predict as predicted
     from anychip.plan.sites import trained_here
@@ -107,23 +110,24 @@ def predict(size: str, processes: int, bench: dict[str, object]) -> float:
 
     layers, hidden, ffn, heads, kv_heads, vocab, micro, rows = SIZES[size]
     workload = Workload(
-        size, layers, hidden, ffn, heads, kv_heads, hidden // heads, vocab, SEQ_LENGTH, rows, dtype=DTYPE,
+        size, layers, hidden, ffn, heads, kv_heads, hidden // heads, vocab, SEQ_LENGTH, rows, dtype=dtype,
         biases="telechat2", loss_chunk_tokens=1024,
     )  # fmt: skip
     layout = Layout(dp=processes, zero=0, micro_batch=micro)
     machine = machine_of_bench(bench, processes, memory_here())
-    site = trained_here(site_of_bench(bench, DTYPE, processes))
+    site = trained_here(site_of_bench(bench, dtype, processes))
     return predicted(workload, layout, machine, site).step_seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--bench", type=Path, help="JSON of `anychip bench chip`; default: measured now")
     parser.add_argument("--worker", choices=SIZES)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, arguments.steps)
+        work(arguments.worker, arguments.steps, arguments.dtype)
         return
     if arguments.bench:
         bench = json.loads(arguments.bench.read_text())
@@ -134,7 +138,8 @@ def main() -> None:
     print("| model | processes | measured | predicted | error |\n|---|---|---|---|---|")
     for size in SIZES:
         for processes in (1, 2):
-            seconds, expected = measure(size, processes, arguments.steps), predict(size, processes, bench)
+            seconds = measure(size, processes, arguments.steps, arguments.dtype)
+            expected = predict(size, processes, bench, arguments.dtype)
             print(f"| {size} | {processes} | {seconds:.3f} s | {expected:.3f} s | {expected / seconds - 1:+.0%} |")
 
 

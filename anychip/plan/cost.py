@@ -35,6 +35,7 @@ LAUNCH_SYNC = 0.06  # host time a doubling of tensor parallelism adds: ranks wai
 LAUNCH_BACKWARD = 1.5  # host time of a backward pass over a forward pass
 BACKWARD_POINTWISE = 1.5  # bytes of a backward pass over a forward pass: each result's gradient beside what was read
 ACCUMULATE_BYTES = 6.0  # moved to add one weight's gradient to those of earlier micro-batches
+CAST_BYTES = 12.0  # of a weight trained here in another type than fp32: made for a micro-batch, and its gradient back
 # Of gradients of ends trained here, fp32 for one weight and micro-batch: zeroed, and the head's scaled as well.
 EMBEDDING_GRADIENT_BYTES, HEAD_GRADIENT_BYTES, ADDED_GRADIENT_BYTES = 4.0, 12.0, 12.0
 ADAM_BYTES = 30.0  # moved an element: fp32 master, two moments read and written, gradient read, parameter written
@@ -146,8 +147,12 @@ def _products(
         for total, seconds in zip(sums, linear_seconds(m, n, k, hardware, site, count), strict=True):
             total += weight * seconds
     dense, expert, _, _ = parameters_by_rank(w, t)
-    added = np.where(t.zero < 3, ACCUMULATE_BYTES * (dense + expert), 0.0)
+    added = np.where(t.zero < 3, (ACCUMULATE_BYTES + _cast_bytes(w, site)) * (dense + expert), 0.0)
     return sums[0], sums[1], sums[2] + added / (hardware.bandwidth * site.memory_efficiency)
+
+
+def _cast_bytes(w: Work, site: Site) -> Floats:
+    return CAST_BYTES * np.asarray(site.trained_here) * (w.element < 4)
 
 
 def _attention_core(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> tuple[Floats, Floats]:
@@ -247,7 +252,7 @@ def end_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> EndCost:
     added = ADDED_GRADIENT_BYTES * (m - 1) / m  # the first micro-batch's gradient is taken as it is
     here = np.asarray(site.trained_here) * w.trainable / rate
     first = first + embedding * (EMBEDDING_GRADIENT_BYTES + added) * here
-    return EndCost(first, last + head * (HEAD_GRADIENT_BYTES + added) * here)
+    return EndCost(first, last + head * (HEAD_GRADIENT_BYTES + added + _cast_bytes(w, site)) * here)
 
 
 def parameters_by_rank(w: Work, t: Table) -> tuple[Floats, Floats, Floats, Floats]:

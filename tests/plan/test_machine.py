@@ -137,6 +137,17 @@ def test_gradients_of_the_ends_cost_what_they_move() -> None:
     assert four[1] - four[0] == pytest.approx(weights * (4 * 16 + 3 * 24), rel=0.01)
 
 
+def test_weights_kept_in_fp32_are_cast_for_every_micro_batch() -> None:
+    measured = {**bench(), "gemm": [{**case, "dtype": "bf16"} for case in bench()["gemm"]]}  # type: ignore[attr-defined]
+    machine, site = machine_of_bench(measured, 1, 8e9), site_of_bench(measured, "bf16")
+    half = replace(SMALL, dtype="bf16", global_batch=1)
+    without, cast = (
+        predict(half, Layout(zero=0), machine, chosen).time["matmul"] for chosen in (site, trained_here(site))
+    )
+    weights = SMALL.layers * (2 * 256 * 256 + 2 * 256 * 256 + 3 * 256 * 688)  # norms and biases are few
+    assert cast - without == pytest.approx(weights * 12 / 20e9, rel=0.01)
+
+
 def test_processes_that_share_a_cpu_are_as_fast_as_they_were_measured_together() -> None:
     """Two processes of one thread each reach 70 GFLOP/s where two threads of one reach 100."""
     measured = {**bench(), "vendor": "cpu"}
