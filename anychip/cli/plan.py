@@ -189,15 +189,22 @@ def import_(
     format: Annotated[
         str | None, typer.Option(help="megatron, mindformers, torchtitan or huggingface; default: by the file's name.")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the run, where the source does not say how many.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the recipe that is there.")] = False,
 ) -> None:
     """Write a recipe from a Megatron or MindSpeed script, a MindFormers or torchtitan file, or a config.json."""
     import yaml
 
+    from anychip.errors import InputError
     from anychip.files import write_text
     from anychip.plan.importers import import_recipe
     from anychip.plan.importers.read import KINDS
 
     kind = one_of(format, "format", KINDS) if format is not None else None
-    found = import_recipe(source, kind)
+    if out.exists() and not force:
+        raise InputError("is there already and is not overwritten.", where=out, do="Give another --out, or --force.")
+    found = import_recipe(source, kind, devices)
     write_text(out, yaml.safe_dump(found.recipe, sort_keys=False))
     typer.echo("\n".join([f"wrote {out}", *(f"note: {note}" for note in found.notes)]))

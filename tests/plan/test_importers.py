@@ -186,7 +186,7 @@ def test_a_mindspeed_script(tmp_path: Path) -> None:
     }  # fmt: skip
     assert recipe["training"]["global_batch_size"] == 64 and recipe["training"]["recompute"] == "full"
     assert recipe["parallel"] == {"tensor_parallel": 8, "pipeline_parallel": 8, "virtual_pipeline": 3,
-                                  "pipeline_schedule": "interleaved"}  # fmt: skip
+                                  "pipeline_schedule": "interleaved", "data_parallel_shard": 8}  # fmt: skip
     assert recipe["optimizer"]["lr"] == 1.5e-4
 
 
@@ -197,7 +197,7 @@ def test_a_vocabulary_is_padded_as_megatron_pads(tmp_path: Path) -> None:
 
 def test_a_mindformers_file(tmp_path: Path) -> None:
     recipe = recipe_of(write(tmp_path, "telechat.yaml", MINDFORMERS))
-    assert recipe["parallel"] == {"data_parallel_replicate": 8, "tensor_parallel": 8, "pipeline_parallel": 8,
+    assert recipe["parallel"] == {"data_parallel_shard": 8, "tensor_parallel": 8, "pipeline_parallel": 8,
                                   "virtual_pipeline": 3, "pipeline_schedule": "interleaved"}  # fmt: skip
     assert recipe["training"]["global_batch_size"] == 64 and recipe["training"]["recompute"] == "full"
     assert recipe["model"]["num_key_value_heads"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -82,7 +83,9 @@ def whole_number(value: Any, name: str) -> int | None:
             raise ValueError
         return int(number)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} is {value!r}, which is no whole number.", do="Correct it in the source.") from None
+        raise InputError(
+            f"{name} is {reprlib.repr(value)}, which is no whole number.", do="Correct it in the source."
+        ) from None
 
 
 def real_number(value: Any, name: str) -> float | None:
@@ -90,5 +93,7 @@ def real_number(value: Any, name: str) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} is {value!r}, which is no number.", do="Correct it in the source.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"{name} is {reprlib.repr(value)}, which is no number.", do="Correct it in the source."
+        ) from None

@@ -4,46 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+from anychip.plan.importers.arguments import Arguments
 from anychip.plan.importers.found import Found
-from anychip.plan.importers.megatron_parts import Arguments, experts_of, latent_of, yarn_of
-from anychip.plan.importers.parts import expert_parallel, without_biases
-from anychip.plan.importers.shell import arguments_of
+from anychip.plan.importers.megatron_layout import parallel_of, recompute_of
+from anychip.plan.importers.megatron_notes import note_what_is_left
+from anychip.plan.importers.megatron_parts import experts_of, latent_of, yarn_of
+from anychip.plan.importers.parts import without_biases
+from anychip.plan.importers.shell import read_script
 
 
-def from_script(text: str, name: str) -> Found:
-    """The arguments of a script or of a bare list. Raises InputError for a variable that nothing sets."""
-    arguments = Arguments(arguments_of(text))
-    found = Found(name)
+def from_script(text: str, name: str, devices: int | None = None) -> Found:
+    """The arguments of a script or of a bare list; `devices`: processes of the run, where the script does not say.
+
+    Raises InputError for a variable that nothing sets where a number is needed.
+    """
+    script = read_script(text, "--num-layers")
+    arguments = Arguments(script.words)
+    found = Found(name, notes=list(script.notes))
     _refuse_others(found, arguments)
-    tensor = arguments.number("tensor-model-parallel-size") or 1
-    pipeline = arguments.number("pipeline-model-parallel-size") or 1
-    found.model = _model(found, arguments, tensor)
+    found.model = _model(found, arguments, arguments.number("tensor-model-parallel-size") or 1)
+    layers = found.model["num_hidden_layers"]
+    found.parallel = parallel_of(found, arguments, script.variables, layers, devices)
+    stages, chunks = found.parallel["pipeline_parallel"], found.parallel.get("virtual_pipeline", 1)
+    batch = arguments.number("global-batch-size")
     found.training = {
         "seq_length": arguments.number("seq-length"),
         "micro_batch_size": arguments.number("micro-batch-size"),
-        "global_batch_size": arguments.number("global-batch-size"),
-        "steps": arguments.number("train-iters"),
+        "global_batch_size": batch,
+        "steps": _steps(arguments, batch),
         "compute_dtype": "bf16" if "bf16" in arguments else None,
-        "recompute": _recompute(arguments),
+        "recompute": recompute_of(found, arguments, layers, stages, chunks),
+        "document_mask": True if "reset-attention-mask" in arguments else None,
     }
-    if "fp16" in arguments:
-        found.notes.append("--fp16: anychip trains in bf16")
-    found.parallel = {
-        "tensor_parallel": tensor,
-        "pipeline_parallel": pipeline,
-        "context_parallel": arguments.number("context-parallel-size"),
-        **expert_parallel(found, arguments.number("expert-model-parallel-size")),
-        **_interleaved(arguments, found.model["num_hidden_layers"], pipeline),
-    }
-    if "use-distributed-optimizer" in arguments and "data_parallel_shard" not in found.parallel:
-        found.notes.append("--use-distributed-optimizer: set parallel.data_parallel_shard to share states (FSDP2)")
-    found.optimizer = {
+    found.optimizer = _optimizer(found, arguments)
+    note_what_is_left(found, arguments)
+    return found
+
+
+def _steps(arguments: Arguments, batch: int | None) -> int | None:
+    samples = arguments.number("train-samples")
+    return max(1, samples // batch) if samples and batch and batch > 0 else arguments.number("train-iters")
+
+
+def _optimizer(found: Found, arguments: Arguments) -> dict[str, Any]:
+    kind = arguments.text("optimizer", "adam").lower()
+    if kind not in ("adam", "adamw", "muon", "dist_muon"):
+        found.notes.append(f"--optimizer {kind[:20]}: ours is AdamW, with two states a weight")
+    first, second = arguments.real("adam-beta1"), arguments.real("adam-beta2")
+    return {
+        "name": "muon" if "muon" in kind else None,
         "lr": arguments.real("lr"),
         "weight_decay": arguments.real("weight-decay"),
         "grad_clip": arguments.real("clip-grad"),
+        "betas": None if first is None and second is None else [first or 0.9, second or 0.999],
+        "eps": arguments.real("adam-eps"),
         "router_bias_update_rate": arguments.real("moe-router-bias-update-rate"),
     }
-    return found
 
 
 def _refuse_others(found: Found, arguments: Arguments) -> None:
@@ -75,6 +91,7 @@ def _model(found: Found, arguments: Arguments, tensor: int) -> dict[str, Any]:
         "rope_theta": arguments.real("rotary-base"),
         "max_position_embeddings": arguments.number("max-position-embeddings"),
         "tie_word_embeddings": None if "untie-embeddings-and-output-weights" in arguments else True,
+        "hidden_dropout": _dropout(found, arguments),
         "num_nextn_predict_layers": arguments.number("mtp-num-layers"),
         "mtp_loss_scaling_factor": arguments.real("mtp-loss-scaling-factor"),
         **latent_of(arguments),
@@ -89,6 +106,14 @@ def _model(found: Found, arguments: Arguments, tensor: int) -> dict[str, Any]:
     return model
 
 
+def _dropout(found: Found, arguments: Arguments) -> float | None:
+    if "hidden-dropout" not in arguments:
+        found.notes.append(
+            "--hidden-dropout and --attention-dropout are not given: Megatron's default of 0.1 is left out"
+        )
+    return arguments.real("hidden-dropout") or None
+
+
 def _vocabulary(found: Found, arguments: Arguments, tensor: int) -> int | None:
     """The size that Megatron pads to: a multiple of --make-vocab-size-divisible-by x tensor parallel."""
     if padded := arguments.number("padded-vocab-size"):
@@ -100,23 +125,3 @@ def _vocabulary(found: Found, arguments: Arguments, tensor: int) -> int | None:
     divisor = arguments.number("make-vocab-size-divisible-by")
     unit = max(1, tensor) * max(1, 128 if divisor is None else divisor)
     return -(-size // unit) * unit
-
-
-def _recompute(arguments: Arguments) -> str | None:
-    kind = arguments.text("recompute-granularity")
-    if kind in ("full", "selective"):
-        return kind
-    return "selective" if "recompute-activations" in arguments else "none"
-
-
-def _interleaved(arguments: Arguments, layers: int | None, pipeline: int) -> dict[str, Any]:
-    """Virtual stages, and MindSpeed's and Megatron's other schedules."""
-    if arguments.text("schedules-method") == "dualpipev":
-        return {"pipeline_schedule": "dualpipe_v"}
-    each = arguments.number("num-layers-per-virtual-pipeline-stage")
-    stages = arguments.number("num-virtual-stages-per-pipeline-rank")
-    if each and layers and pipeline > 1:
-        stages = layers // (pipeline * each)
-    if stages and stages > 1 and pipeline > 1:
-        return {"virtual_pipeline": stages, "pipeline_schedule": "interleaved"}
-    return {}

@@ -6,34 +6,14 @@ Where the two have different names for one thing both are read, Megatron's first
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from anychip.errors import InputError
-from anychip.plan.importers.found import Found, real_number, whole_number
+from anychip.plan.importers.arguments import Arguments
+from anychip.plan.importers.found import Found
 from anychip.plan.importers.parts import MOST_LAYERS, dense_first, experts, from_on, latent_attention
 
 _PATTERN = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d+))?")
-
-
-class Arguments:
-    """Values by name, read as numbers."""
-
-    def __init__(self, values: Mapping[str, str]) -> None:
-        self._values = values
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._values
-
-    def text(self, name: str, default: str = "") -> str:
-        return self._values.get(name, default)
-
-    def number(self, *names: str) -> int | None:
-        """The first that is given."""
-        return next((whole_number(self._values[name], f"--{name}") for name in names if name in self._values), None)
-
-    def real(self, *names: str) -> float | None:
-        return next((real_number(self._values[name], f"--{name}") for name in names if name in self._values), None)
 
 
 def experts_of(found: Found, arguments: Arguments, layers: int | None) -> dict[str, Any]:
@@ -69,14 +49,16 @@ def experts_of(found: Found, arguments: Arguments, layers: int | None) -> dict[s
 def _which_have_experts(arguments: Arguments, layers: int) -> list[bool]:
     """`--moe-layer-freq` is a step, or a list such as [0]*3+[1]*58; `--first-k-dense-replace` is MindSpeed's."""
     frequency = re.sub(r"[\s'\"()]", "", arguments.text("moe-layer-freq", "1"))
-    if frequency.isdigit() and int(frequency) > 0:
+    if frequency.isdecimal() and len(frequency) < 9 and int(frequency) > 0:
         first = arguments.number("first-k-dense-replace") or 0
         return from_on(first, int(frequency), layers)
     parts = [_PATTERN.fullmatch(part) for part in frequency.split("+")]
     listed: list[bool] = []
     for part in parts:
-        if part is None or len(listed) > MOST_LAYERS or int(part[2] or 1) > MOST_LAYERS:
-            raise InputError(f"--moe-layer-freq is {frequency!r}, which is no list of 0 and 1.", do="Write it out.")
+        if part is None or len(part[2] or "") > 5 or len(part[1]) * int(part[2] or 1) > 2 * MOST_LAYERS:
+            raise InputError(
+                f"--moe-layer-freq is {frequency[:80]!r}, which is no list of 0 and 1.", do="Write it out."
+            )
         listed += [digit == "1" for digit in part[1].split(",")] * int(part[2] or 1)
     return listed
 

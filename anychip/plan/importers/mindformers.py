@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from anychip.errors import InputError
 from anychip.plan.importers.found import Found, real_number, whole_number
-from anychip.plan.importers.parts import expert_parallel, experts, latent_attention, without_biases
+from anychip.plan.importers.mindformers_layout import note_what_is_left, parallel_of, recompute_of, section
+from anychip.plan.importers.parts import experts, latent_attention, without_biases
 
 
 def from_yaml(raw: dict[str, Any], name: str) -> Found:
     """Raises InputError for models that recipes cannot describe."""
     found = Found(name)
-    model = _section(_section(raw, "model"), "model_config")
-    parallel, runner = _section(raw, "parallel_config"), _section(raw, "runner_config")
+    model = section(section(raw, "model"), "model_config")
+    parallel, runner = section(raw, "parallel_config"), section(raw, "runner_config")
 
     def number(section: dict[str, Any], key: str) -> int | None:
         return whole_number(section.get(key), key)
@@ -31,7 +33,7 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
         "num_nextn_predict_layers": number(model, "mtp_depth"),
         "mtp_loss_scaling_factor": real_number(model.get("mtp_loss_factor"), "mtp_loss_factor"),
         **_latent(model, heads),
-        **_experts(found, _section(raw, "moe_config")),
+        **_experts(found, section(raw, "moe_config")),
         **_yarn(model),
     }
     if "kv_lora_rank" in found.model or "n_routed_experts" in found.model:
@@ -39,29 +41,23 @@ def from_yaml(raw: dict[str, Any], name: str) -> Found:
     data, micro_batches = number(parallel, "data_parallel") or 1, number(parallel, "micro_batch_num") or 1
     rows = number(runner, "batch_size") or 1
     stages = number(parallel, "pipeline_stage") or 1
+    for key, degree in (("data_parallel", data), ("pipeline_stage", stages), ("batch_size", rows)):
+        if degree < 1:
+            raise InputError(f"{key} is {degree}.", do="Give a number from 1 on.")
     found.training = {
         "seq_length": number(model, "seq_length"),
         "micro_batch_size": rows,
         "global_batch_size": rows * data * (micro_batches if stages > 1 else 1),
-        "recompute": "full" if _section(raw, "recompute_config").get("recompute") is True else "none",
+        "recompute": recompute_of(found, raw, found.model["num_hidden_layers"], stages),
     }
-    found.parallel = {
-        "data_parallel_replicate": data,
-        "tensor_parallel": number(parallel, "model_parallel"),
-        "pipeline_parallel": stages,
-        "context_parallel": number(parallel, "context_parallel"),
+    found.parallel = parallel_of(found, raw, stages, data)
+    rate = section(raw, "lr_schedule").get("learning_rate")
+    decay = section(raw, "optimizer").get("weight_decay")
+    found.optimizer = {
+        "lr": real_number(rate, "lr_schedule.learning_rate"),
+        "weight_decay": real_number(decay, "optimizer.weight_decay"),
     }
-    if shared := expert_parallel(found, number(parallel, "expert_parallel"), data):
-        found.parallel |= shared | {"data_parallel_replicate": None}
-    interleave = number(model, "pp_interleave_num")
-    if interleave and interleave > 1 and stages > 1:
-        found.parallel |= {"virtual_pipeline": interleave, "pipeline_schedule": "interleaved"}
-    rate = _section(raw, "lr_schedule").get("learning_rate")
-    found.optimizer = {"lr": real_number(rate, "lr_schedule.learning_rate")}
-    if _section(raw, "parallel").get("enable_parallel_optimizer") is True:
-        found.notes.append("enable_parallel_optimizer: set parallel.data_parallel_shard to share states (FSDP2)")
-    if model.get("offset"):
-        found.notes.append("model_config.offset shifts layers between stages; set parallel.pipeline_layers for that")
+    note_what_is_left(found, raw)
     return found
 
 
@@ -118,7 +114,7 @@ def _experts(found: Found, moe: dict[str, Any]) -> dict[str, Any]:
 
 def _yarn(model: dict[str, Any]) -> dict[str, Any]:
     """The field `yarn` of `model`."""
-    scaling = _section(model, "scaling_factor")
+    scaling = section(model, "scaling_factor")
     factor = real_number(scaling.get("factor"), "scaling_factor.factor")
     original = whole_number(scaling.get("original_max_position_embeddings"), "original_max_position_embeddings")
     if str(model.get("extend_method", "")).upper() != "YARN" or not factor or not original:
@@ -131,11 +127,6 @@ def _yarn(model: dict[str, Any]) -> dict[str, Any]:
     values["mscale"] = None if scale is None else 0.1 * scale
     given = {name: value for name, value in values.items() if value is not None}
     return {"yarn": {"factor": factor, "original_max_position_embeddings": original, **given}}
-
-
-def _section(raw: Any, key: str) -> dict[str, Any]:
-    value = raw.get(key) if isinstance(raw, dict) else None
-    return value if isinstance(value, dict) else {}
 
 
 def _derived_ffn(model: dict[str, Any], hidden: int | None) -> int | None:

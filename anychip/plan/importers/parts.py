@@ -90,6 +90,32 @@ def expert_parallel(found: Found, degree: int | None, shard: int | None = None) 
     return {"expert_parallel": degree, "data_parallel_shard": shard}
 
 
+def shared_states(found: Found, setting: str, shard: int | None, stages: int, experts: int = 1) -> None:
+    """Say what became of a setting that shares optimizer states among copies; None: the degree is not known."""
+    if shard is None:
+        instead = f"as many as share the experts ({experts})" if experts > 1 else "none"
+        found.notes.append(
+            f"{setting}: how many processes share states is not in the source; in the recipe {instead} do. "
+            "Give --devices, or set parallel.data_parallel_shard"
+        )
+    elif shard > 1:
+        more = "" if stages > 1 else "; without a pipeline ours shares weights and gradients too (ZeRO 3)"
+        found.notes.append(f"{setting}: parallel.data_parallel_shard is {shard}, as many as share states{more}")
+
+
+def nearest_recompute(found: Found, setting: str, count: int, of: int, where: str = "a stage") -> str:
+    """`training.recompute` for a setting that computes `count` of `of` layers again: recipes say all or none."""
+    if count >= of:
+        return "full"
+    taken = "full" if 2 * count >= of else "none"
+    than = "less memory and more time" if taken == "full" else "more memory and less time"
+    found.notes.append(
+        f"{setting}: {count} of {of} layers of {where} are computed again; recipes say all or none, "
+        f"and recompute {taken} was taken ({than} than in the source)"
+    )
+    return taken
+
+
 def from_on(first: int, step: int, layers: int) -> list[bool]:
     """By layer: experts in every `step`-th one, counted from 0, but not before `first`."""
     return [layer >= first and layer % step == 0 for layer in range(min(layers, MOST_LAYERS))]

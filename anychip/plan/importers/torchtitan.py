@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anychip.plan.importers.found import Found, real_number, whole_number
-from anychip.plan.importers.parts import expert_parallel
+from anychip.plan.importers.parts import expert_parallel, shared_states
 
 _LLAMA3 = {
     "family": "llama",
@@ -62,8 +62,11 @@ _SCHEDULES = {
 }
 
 
-def from_toml(raw: dict[str, Any], name: str) -> Found:
-    """Raises InputError for flavours whose shapes are not published under that name."""
+def from_toml(raw: dict[str, Any], name: str, devices: int | None = None) -> Found:
+    """`devices`: processes of the run, which the file does not say.
+
+    Raises InputError for flavours whose shapes are not published under that name.
+    """
     found = Found(name)
     model, training = _section(raw, "model"), _section(raw, "training")
     parallel = _section(raw, "parallelism") or training  # the first releases kept degrees in [training]
@@ -81,9 +84,6 @@ def from_toml(raw: dict[str, Any], name: str) -> Found:
         value = whole_number(parallel.get(key), key)
         return None if value is None or value < 1 else value
 
-    shard = degree("data_parallel_shard_degree")
-    if shard is None:
-        found.notes.append("data_parallel_shard_degree is -1 (what is left): set parallel.data_parallel_shard")
     rows = whole_number(training.get("local_batch_size", training.get("batch_size")), "local_batch_size") or 1
     batch = whole_number(training.get("global_batch_size"), "global_batch_size")
     found.training = {
@@ -92,26 +92,88 @@ def from_toml(raw: dict[str, Any], name: str) -> Found:
         "global_batch_size": batch if batch and batch > 0 else None,
         "steps": whole_number(training.get("steps"), "steps"),
         "compute_dtype": "bf16",
-        "recompute": {"full": "full", "selective": "selective"}.get(
-            str(_section(raw, "activation_checkpoint").get("mode")), "none"
-        ),
+        "recompute": _recompute(found, _section(raw, "activation_checkpoint")),
     }
     found.parallel = {
         "data_parallel_replicate": degree("data_parallel_replicate_degree"),
-        "data_parallel_shard": shard,
         "tensor_parallel": degree("tensor_parallel_degree"),
         "pipeline_parallel": degree("pipeline_parallel_degree"),
         "context_parallel": degree("context_parallel_degree"),
     }
-    found.parallel |= expert_parallel(found, degree("expert_parallel_degree"), shard)
+    experts = degree("expert_parallel_degree") or 1
+    shard = degree("data_parallel_shard_degree") or _what_is_left(found, devices, experts)
+    found.parallel |= {"data_parallel_shard": shard} | expert_parallel(found, experts, shard)
     schedule = str(parallel.get("pipeline_parallel_schedule", "")).lower()
     if schedule in _SCHEDULES and (found.parallel["pipeline_parallel"] or 1) > 1:
         found.parallel["pipeline_schedule"] = _SCHEDULES[schedule]
         if _SCHEDULES[schedule] == "interleaved":
             found.parallel["virtual_pipeline"] = 2
             found.notes.append("interleaved with two stages a process; set parallel.virtual_pipeline for more")
+    _note_what_is_left(found, raw)
     found.optimizer = {"lr": real_number(_section(raw, "optimizer").get("lr"), "optimizer.lr")}
     return found
+
+
+def _what_is_left(found: Found, devices: int | None, experts: int) -> int | None:
+    """Shards where the degree is -1: what the other degrees leave of `devices`."""
+    others = 1
+    for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel", "context_parallel"):
+        others *= found.parallel[name] or 1
+    shard = devices // others if devices and devices % others == 0 else None
+    if devices and shard is None:
+        found.notes.append(f"{devices} devices are no multiple of the other degrees ({others})")
+    stages = found.parallel["pipeline_parallel"] or 1
+    shared_states(found, "data_parallel_shard_degree -1 (what is left)", shard, stages, experts)
+    return shard
+
+
+def _recompute(found: Found, config: dict[str, Any]) -> str:
+    mode, option = str(config.get("mode", "none")), str(config.get("selective_ac_option", ""))
+    if mode == "selective" and option.isdecimal() and option != "1":
+        taken = "full" if option == "2" else "none"
+        found.notes.append(f"selective_ac_option {option[:9]}: every such layer is computed again; {taken} was taken")
+        return taken
+    if mode == "selective" and option != "1":
+        found.notes.append(
+            "activation_checkpoint selective (by operator): ours computes norms and SwiGLU again, and keeps the rest"
+        )
+        return "selective"
+    if mode not in ("none", "full", "selective"):
+        found.notes.append(f"activation_checkpoint {mode[:20]}: recompute none was taken")
+    return "none" if mode not in ("full", "selective") else "full"
+
+
+def _note_what_is_left(found: Found, raw: dict[str, Any]) -> None:
+    """Settings that change memory or time and that recipes have no word for."""
+    training, parallel = _section(raw, "training"), _section(raw, "parallelism")
+    optimizer = str(_section(raw, "optimizer").get("name", "AdamW"))
+    changed = (
+        (_section(raw, "compile").get("enable") or training.get("compile"), "compile: set training.compile for that"),
+        (_float8(raw), "float8 or mx: computes in 8 bits; ours computes in bf16, with more time and memory"),
+        (training.get("enable_cpu_offload"), "enable_cpu_offload: ours keeps states on the device, with more memory"),
+        (
+            parallel.get("enable_async_tensor_parallel"),
+            "enable_async_tensor_parallel: ours decides itself what to hide",
+        ),
+        (parallel.get("fsdp_reshard_after_forward") in ("never", False), "fsdp_reshard_after_forward is left out"),
+        (parallel.get("disable_loss_parallel"), "disable_loss_parallel is left out"),
+        (str(parallel.get("expert_tensor_parallel_degree", 1)) != "1", "expert_tensor_parallel_degree is left out"),
+        (
+            parallel.get("pipeline_parallel_split_points"),
+            "pipeline_parallel_split_points: see parallel.pipeline_layers",
+        ),
+        (training.get("mixed_precision_param", "bfloat16") != "bfloat16", "mixed_precision_param: ours trains in bf16"),
+        (
+            optimizer.lower() not in ("adam", "adamw"),
+            f"optimizer {optimizer[:20]}: ours is AdamW, with two states a weight",
+        ),
+    )
+    found.notes += [sentence for given, sentence in changed if given]
+
+
+def _float8(raw: dict[str, Any]) -> bool:
+    converters = _section(raw, "model").get("converters") or []
+    return any(str(word).startswith(("float8", "mx")) for word in converters) if isinstance(converters, list) else False
 
 
 def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:
