@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,86 @@ def test_what_cannot_be_taken_over_is_refused(tmp_path: Path, name: str, text: s
     assert message in str(refused.value) and str(path) in str(refused.value)
 
 
+MINDFORMERS_SHARED = MINDFORMERS.replace("recompute: True", "recompute: False, select_recompute: True")
+SIXTEEN_NODES = MINDSPEED.replace("NNODES:-64", "NNODES:-16")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "devices", "section", "values", "noted"),
+    [
+        ("a.sh", SIXTEEN_NODES, None, "parallel", {"data_parallel_shard": 2}, "data_parallel_shard is 2"),
+        ("a.sh", SIXTEEN_NODES, 512, "parallel", {"data_parallel_shard": 8}, "data_parallel_shard is 8"),
+        ("a.sh", SIXTEEN_NODES.replace("--nnodes $NNODES", "--nnodes 3"), None, "parallel", {}, "Give --devices"),
+        ("a.sh", MINDSPEED.replace("--use-distributed", "--context-parallel-size 2 --context-parallel-algo "
+         "ulysses_cp_algo --use-distributed"), None, "parallel", {"context_method": "ring"}, "ulysses_cp_algo"),
+        ("a.sh", MINDSPEED.replace("--use-distributed", "--context-parallel-size 2 --cp-comm-type all_gather "
+         "--use-distributed"), None, "parallel", {"context_method": "all_gather"}, ""),
+        ("a.sh", MINDSPEED.replace("method block", "method block --recompute-num-layers 4"), None, "training",
+         {"recompute": "full"}, ""),
+        ("a.sh", MINDSPEED.replace("method block", "method block --recompute-num-layers 2"), None, "training",
+         {"recompute": "full"}, "2 of 4 layers"),
+        ("a.sh", MINDSPEED.replace("method block", "method block --recompute-num-layers 1"), None, "training",
+         {"recompute": "none"}, "1 of 4 layers"),
+        ("a.sh", MINDSPEED.replace("--bf16", "--odd-thing 3"), None, "training", {}, "left out: --odd-thing"),
+        ("a.sh", MINDSPEED.replace("--bf16", "--fp8-format hybrid"), None, "training", {}, "computes in 8 bits"),
+        ("a.sh", MINDSPEED.replace("--bf16", "--optimizer-cpu-offload"), None, "training", {}, "moves states"),
+        ("a.sh", MINDSPEED.replace("--bf16", "--adam-beta2 0.99"), None, "optimizer", {"betas": [0.9, 0.99]}, ""),
+        ("a.yaml", MINDFORMERS, None, "parallel", {"data_parallel_shard": 8}, "enable_parallel_optimizer"),
+        ("a.yaml", MINDFORMERS.replace("optimizer: True", "optimizer: True, parallel_optimizer_config: "
+         "{optimizer_weight_shard_size: 4}"), None, "parallel",
+         {"data_parallel_shard": 4, "data_parallel_replicate": 2}, "is 4"),
+        ("a.yaml", MINDFORMERS_SHARED, None, "training", {"recompute": "selective"}, "select_recompute True"),
+        ("a.yaml", MINDFORMERS.replace("recompute: True", "recompute: [1, 2, 0, 0, 0, 0, 0, 0]"), None, "training",
+         {"recompute": "none"}, "3 of 96 layers"),
+        ("a.yaml", MINDFORMERS.replace("recompute: True", "recompute: True, mp_comm_recompute: True"), None, "training",
+         {"recompute": "full"}, "mp_comm_recompute"),
+        ("a.toml", TORCHTITAN.replace("degree = 8", "degree = -1"), 64, "parallel", {"data_parallel_shard": 4}, "is 4"),
+        ("a.toml", TORCHTITAN.replace("degree = 8", "degree = -1"), None, "parallel", {}, "Give --devices"),
+        ("a.toml", TORCHTITAN.replace("degree = 8", "degree = -1"), 17, "parallel", {}, "17 devices are no multiple"),
+        ("a.toml", TORCHTITAN.replace('"full"', '"selective"\nselective_ac_option = "2"'), None, "training",
+         {"recompute": "full"}, "selective_ac_option 2"),
+    ],
+)  # fmt: skip
+def test_settings_are_taken_over_or_named(
+    tmp_path: Path, name: str, text: str, devices: int | None, section: str, values: dict[str, Any], noted: str
+) -> None:
+    found = import_recipe(write(tmp_path, name, text), devices=devices)
+    got = found.recipe[section]
+    assert got | values == got and noted in "\n".join(found.notes)
+    assert values or "data_parallel_shard" not in got or section != "parallel"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("huggingface", "[" * 900_000),
+        ("huggingface", '{"a":' * 100_000),
+        ("huggingface", '{"model_type": "llama", "hidden_size": ' + "9" * 5000 + "}"),
+        ("huggingface", '"' + "x" * 900_000),
+        ("mindformers", "[" * 190_000),
+        ("mindformers", "a: " + "x" * 190_000),
+        ("mindformers", "model: &a {model_config: *a}"),
+        ("mindformers", "model: &a {model_config: {num_layers: *a}}"),
+        ("mindformers", "m0: &m0 [1]\n" + "".join(f"m{n + 1}: &m{n + 1} [*m{n}, *m{n}]\n" for n in range(40))
+         + "model: {model_config: {num_layers: *m40}}"),
+        ("mindformers", "m0: &m0 {a: 1, b: 2}\n"
+         + "".join(f"m{n + 1}: &m{n + 1} {{<<: [*m{n}, *m{n}]}}\n" for n in range(60))),
+        ("mindformers", "a: !!bool x"), ("mindformers", "a: !!int ''"), ("mindformers", "a: !!timestamp x"),
+        ("mindformers", "model: {model_config: {num_layers: .inf, hidden_size: .nan}}"),
+        ("torchtitan", "a." * 90_000 + "b = 1"),
+        ("torchtitan", "a = " + "[" * 190_000),
+        ("torchtitan", "a = " + "9" * 5000),
+        ("torchtitan", 'a = "' + "x" * 190_000),
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_hostile_files_are_refused_soon(tmp_path: Path, kind: Any, text: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(InputError):
+        import_recipe(write(tmp_path, "file", text), kind)
+    assert time.process_time() - begun < 10
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None)
 @given(data=st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda text: text.encode())))
@@ -346,10 +427,18 @@ def test_odd_values_are_refused(
         import_recipe(path)
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_replaces_a_recipe_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, out = write(tmp_path, "pretrain.sh", MINDSPEED), tmp_path / "mine.yaml"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr("sys.argv", ["anychip", "plan", "import", str(script), "--out", str(out)])
-        main()
-    assert ended.value.code in (0, None) and out.is_file()
+
+    def run(*more: str) -> object:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr("sys.argv", ["anychip", "plan", "import", str(script), "--out", str(out), *more])
+            main()
+        return ended.value.code or 0
+
+    assert run() == 0 and out.is_file()
     assert "note: --use-distributed-optimizer" in capsys.readouterr().out
+    out.write_text("mine")
+    assert run() == 2 and out.read_text() == "mine"
+    assert "is not overwritten" in capsys.readouterr().err
+    assert run("--force", "--devices", "128") == 0 and "data_parallel_shard: 2" in out.read_text()

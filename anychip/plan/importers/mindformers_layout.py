@@ -99,7 +99,8 @@ def note_what_is_left(found: Found, raw: dict[str, Any]) -> None:
         config = section(raw, name)
         for key, (odd, sentence) in settings.items():
             value = config.get(key)
-            if value is odd if odd is not None else value not in (None, False, 1, 0, []):
+            given = value is odd if odd is not None else bool(value) and (value is True or value != 1)
+            if given:
                 found.notes.append(f"{name}.{key} {_short(value)}: {sentence}")
     model = section(section(raw, "model"), "model_config")
     kind = str(model.get("compute_dtype", "bfloat16"))
