@@ -92,7 +92,11 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"is no YAML: {str(error).splitlines()[0][:200] if str(error) else 'unreadable'}.") from None
 
