@@ -19,7 +19,7 @@ from anychip.plan.machine import machine_of_chip
 from anychip.plan.rows import Run, Skipped, Software
 from anychip.plan.shapes import Work, work_of
 from anychip.plan.table import Hardware, Table, hardware_of, table_of
-from anychip.plan.types import Floats, Site
+from anychip.plan.types import Floats, Machine, Site
 
 FACTS = (
     "fused_attention", "causal_skip", "fused_pointwise", "dropout", "loss_bytes", "reduce_bytes", "gradient_bytes",
@@ -92,15 +92,7 @@ class Sample:
         twice = [*runs, runs[0]]  # arrays even for one run
         work = work_of(*[run.workload for run in twice]).take(slice(0, len(runs)))
         table = table_of([run.layout for run in runs], work.layers)
-        machines = [
-            machine_of_chip(
-                run.chip,
-                run.devices,
-                devices_per_node=run.devices_per_node,
-                inter_node_gbit_per_s=run.inter_node_gbit_per_s,
-            )
-            for run in twice
-        ]
+        machines = [_machine_of(run) for run in twice]
         hardware = hardware_of(machines, [run.workload.dtype for run in twice])
         cut: dict[str, Any] = {
             name: [value[:-1] for value in column] if isinstance(column, list) else column[:-1]
@@ -112,9 +104,30 @@ class Sample:
         return cls(tuple(runs), work, table, Hardware(**cut), seconds, facts)
 
     def predict(self, site: Site) -> Floats:
-        """Seconds a step, [n]."""
-        terms = step_terms(self.work, self.table, self.hardware, replace(site, **self.facts))
+        """Seconds a step, [n]; nan where neither the catalogue nor the site knows the chip's peak or bandwidth."""
+        hardware = self.hardware
+        if site.peak_tflops:
+            peak = np.full(len(self.runs), site.peak_tflops * 1e12)
+            hardware = replace(hardware, peak=peak, half_peak=peak)
+        if site.memory_gb_per_s:
+            hardware = replace(hardware, bandwidth=np.full(len(self.runs), site.memory_gb_per_s * 1e9))
+        terms = step_terms(self.work, self.table, hardware, replace(site, **self.facts))
         return np.asarray(sum(terms.values()))
+
+
+def _machine_of(run: Run) -> Machine:
+    """A run's devices; what nobody has published of the chip, and only a site can know, is nan."""
+    machine = machine_of_chip(
+        run.chip,
+        run.devices,
+        devices_per_node=run.devices_per_node,
+        inter_node_gbit_per_s=run.inter_node_gbit_per_s,
+    )
+    return replace(
+        machine,
+        peak_flops=machine.peak_flops or {"bf16": np.nan},
+        memory_bytes_per_s=machine.memory_bytes_per_s or np.nan,
+    )
 
 
 def fit_site(sample: Sample, prior: Site, knobs: Sequence[str], name: str = "", weights: Floats | None = None) -> Site:
