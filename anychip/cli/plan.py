@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from anychip.cli.options import RUNS, JsonOption, RecipeArgument, RunsOption, Se
 
 if TYPE_CHECKING:
     from anychip.plan.question import Question
+    from anychip.plan.types import Site
 
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="A cluster file, such as clusters/ascend-910b-8192.yaml.")
@@ -61,6 +63,7 @@ def layouts(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
         bench=bench, model_stage=model_stage, tokens=tokens,
     )  # fmt: skip
+    _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
     if len(question.machines) > 1:
         if fixed or save or html is not None:
             raise InputError(
@@ -104,6 +107,7 @@ def explain(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
         bench=bench, model_stage=model_stage,
     )  # fmt: skip
+    _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
     if len(question.machines) > 1:
         raise InputError(
             "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."
@@ -138,7 +142,10 @@ def validate(
     from anychip.plan.text import validation_as_text
     from anychip.plan.validate import validate as validate_runs
 
-    report = validate_runs(runs, load_site(site) if site else None)
+    given = load_site(site) if site else None
+    report = validate_runs(runs, given)
+    if given is not None:
+        _doubt([(given, row.run.chip) for row in report.rows])
     if json_file is not None:
         write_json(json_file, report.as_json())
     typer.echo(validation_as_text(report))
@@ -148,9 +155,15 @@ def calibrate(
     runs: RunsCsvOption,
     out: Annotated[Path, typer.Option(help="Site file to write.")],
     start: Annotated[str | None, typer.Option(help="Site to start from; default: the shipped one of the runs.")] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="JSON of `anychip bench chip`: products and attention come from it, the rest is fitted."),
+    ] = None,
 ) -> None:
     """Fit a site's few scalars to measured runs; print its error on runs that it was not fitted to."""
     from anychip.plan.calibrate import calibrate as fit
+    from anychip.plan.local import read_bench
+    from anychip.plan.measured_products import with_measured_products
     from anychip.plan.rows import read_files
     from anychip.plan.sites import load_site, write_site
     from anychip.plan.text import calibration_as_text
@@ -158,9 +171,21 @@ def calibrate(
 
     found, skipped = read_files(runs)
     begin = load_site(start) if start else default_site_of(found[0])
-    calibration = fit(found, begin, out.stem, skipped)
+    measured: tuple[str, ...] = ()
+    if bench is not None:
+        begin, measured = with_measured_products(begin, read_bench(bench), found)
+    calibration = fit(found, begin, out.stem, skipped, measured)
     write_site(calibration.site, out)
     typer.echo(f"{calibration_as_text(calibration, begin)}\nwrote {out}")
+
+
+def _doubt(used: Iterable[tuple[Site, str]]) -> None:
+    """Say on stderr, once each, where a site is used for chips of another family."""
+    from anychip.plan.sites import foreign_site
+
+    for words in dict.fromkeys(foreign_site(site, chip) for site, chip in used):
+        if words is not None:
+            typer.echo(f"note: {words}", err=True)
 
 
 def _mixed(question: Question, as_json: bool) -> None:

@@ -7,7 +7,8 @@ modern software on all chips, one family of chips, one software on that family; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from anychip.plan.machine import machine_of_chip
 from anychip.plan.rows import Run, Skipped, Software
 from anychip.plan.shapes import Work, work_of
 from anychip.plan.table import Hardware, Table, hardware_of, table_of
-from anychip.plan.types import Floats, Site
+from anychip.plan.types import Floats, Machine, Site
 
 FACTS = (
     "fused_attention", "causal_skip", "fused_pointwise", "dropout", "loss_bytes", "reduce_bytes", "gradient_bytes",
@@ -72,6 +73,11 @@ KNOBS = {
 OLD_KNOBS = ("matmul_efficiency", "matmul_half_area", "memory_efficiency", "intra_node_efficiency",
              "inter_node_efficiency", "layer_overhead_s", "step_overhead_s")  # fmt: skip
 KNOBS["step_overhead_s"] = Knob("step_overhead_s", 1e-4, 1.0, logarithmic=True)
+_OVERHEADS = ("layer_overhead_s", "step_overhead_s")
+_RATES = ("matmul_efficiency", "attention_efficiency", "memory_efficiency", "intra_node_efficiency",
+          "inter_node_efficiency")  # fmt: skip
+_STARTS_RUNS = 4  # runs that the spread of a calibration's start counts as
+TENTH_PERCENTILE = 1.2816  # of a standard normal distribution
 MODERN_KNOBS = tuple(name for name in KNOBS if name != "step_overhead_s")
 
 
@@ -92,15 +98,7 @@ class Sample:
         twice = [*runs, runs[0]]  # arrays even for one run
         work = work_of(*[run.workload for run in twice]).take(slice(0, len(runs)))
         table = table_of([run.layout for run in runs], work.layers)
-        machines = [
-            machine_of_chip(
-                run.chip,
-                run.devices,
-                devices_per_node=run.devices_per_node,
-                inter_node_gbit_per_s=run.inter_node_gbit_per_s,
-            )
-            for run in twice
-        ]
+        machines = [_machine_of(run) for run in twice]
         hardware = hardware_of(machines, [run.workload.dtype for run in twice])
         cut: dict[str, Any] = {
             name: [value[:-1] for value in column] if isinstance(column, list) else column[:-1]
@@ -112,9 +110,30 @@ class Sample:
         return cls(tuple(runs), work, table, Hardware(**cut), seconds, facts)
 
     def predict(self, site: Site) -> Floats:
-        """Seconds a step, [n]."""
-        terms = step_terms(self.work, self.table, self.hardware, replace(site, **self.facts))
+        """Seconds a step, [n]; nan where neither the catalogue nor the site knows the chip's peak or bandwidth."""
+        hardware = self.hardware
+        if site.peak_tflops:
+            peak = np.full(len(self.runs), site.peak_tflops * 1e12)
+            hardware = replace(hardware, peak=peak, half_peak=peak)
+        if site.memory_gb_per_s:
+            hardware = replace(hardware, bandwidth=np.full(len(self.runs), site.memory_gb_per_s * 1e9))
+        terms = step_terms(self.work, self.table, hardware, replace(site, **self.facts))
         return np.asarray(sum(terms.values()))
+
+
+def _machine_of(run: Run) -> Machine:
+    """A run's devices; what nobody has published of the chip, and only a site can know, is nan."""
+    machine = machine_of_chip(
+        run.chip,
+        run.devices,
+        devices_per_node=run.devices_per_node,
+        inter_node_gbit_per_s=run.inter_node_gbit_per_s,
+    )
+    return replace(
+        machine,
+        peak_flops=machine.peak_flops or {"bf16": np.nan},
+        memory_bytes_per_s=machine.memory_bytes_per_s or np.nan,
+    )
 
 
 def fit_site(sample: Sample, prior: Site, knobs: Sequence[str], name: str = "", weights: Floats | None = None) -> Site:
@@ -341,43 +360,124 @@ class Calibration:
     runs: int
     before: float  # mean absolute error of the site it started from
     fitted: float  # of the new site on the runs it was fitted to
-    held_out: float | None  # of sites fitted without the run's model (or run, where there is one model only)
+    held_out: float | None  # of sites fitted without the run's model (or configuration, of one model); None of only one
     held_out_by: str
+    inside: int | None  # held-out runs whose time lies inside the site's interval
     skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of predicted time: what 8 of 10 measured ones lie between, by the site's spread."""
+        spread = math.exp(TENTH_PERCENTILE * self.site.relative_sigma)
+        return 1 / spread, spread
 
 
-def calibrate(runs: Sequence[Run], start: Site, name: str, skipped: Sequence[Skipped] = ()) -> Calibration:
-    """Fit at most ten scalars of `start` to measured runs. Raises InputError when no run has a time."""
-    timed = [run for run in runs if run.seconds]
-    if not timed:
-        raise InputError(
-            "no run has a measured time.", do="Fill in step_time_s or tokens_per_s_per_device for at least one run."
-        )
-    knobs = knobs_for(timed)
+def calibrate(
+    runs: Sequence[Run], start: Site, name: str, skipped: Sequence[Skipped] = (), measured: Sequence[str] = ()
+) -> Calibration:
+    """Fit at most ten scalars of `start` to measured runs, those named in `measured` excepted.
+
+    Raises InputError when no run has a time that the site can predict.
+    """
+    timed = _predictable(runs, start)
+    knobs = tuple(knob for knob in knobs_for(timed) if knob not in measured)
     sample = Sample.of(timed)
-    site = fit_site(sample, start, knobs, name)
+    site = _fit_own(sample, start, knobs, name)
     models = {run.model for run in timed}
-    by = "model" if len(models) > 1 else "run"
-    held: Floats | None = None
-    if len(timed) > 1:
-        held = np.empty(len(timed))
-        keys = [run.model if by == "model" else run.id for run in timed]
-        for one in dict.fromkeys(keys):
-            rest = [run for run, key in zip(timed, keys, strict=True) if key != one]
-            chosen = [index for index, key in enumerate(keys) if key == one]
-            other = fit_site(Sample.of(rest), start, knobs)
-            held[chosen] = Sample.of([timed[index] for index in chosen]).predict(other)
-    sigma = max(0.02, spread(held, sample.seconds)) if held is not None else start.relative_sigma
-    source = f"fitted on {len(timed)} runs of {len(models)} models, from {start.name}"
-    return Calibration(
-        site=replace(site, relative_sigma=sigma, source=source),
+    by = "model" if len(models) > 1 else "configuration"
+    keys: list[Hashable] = [run.model if by == "model" else _configuration(run) for run in timed]
+    held = _held_out(timed, keys, start, knobs) if len(set(keys)) > 1 else None
+    families = list(dict.fromkeys(chip_family(run.chip) for run in timed))
+    site = replace(
+        site,
+        relative_sigma=_own_sigma(held, sample.seconds, start),
+        source=f"fitted on {len(timed)} runs of {len(models)} models, from {start.name}",
+        chip_family=families[0] if len(families) == 1 else "",
+    )
+    result = Calibration(
+        site=site,
         runs=len(timed),
         before=_mean_error(sample.predict(start), sample.seconds),
         fitted=_mean_error(sample.predict(site), sample.seconds),
         held_out=_mean_error(held, sample.seconds) if held is not None else None,
         held_out_by=by,
+        inside=None,
         skipped=tuple(skipped),
+        warnings=tuple(_doubts(families, start)),
     )
+    if held is None:
+        return result
+    low, high = result.interval
+    ratio = sample.seconds / held
+    return replace(result, inside=int(((low <= ratio) & (ratio <= high)).sum()))
+
+
+def _predictable(runs: Sequence[Run], start: Site) -> list[Run]:
+    timed = [run for run in runs if run.seconds]
+    if not timed:
+        raise InputError(
+            "no run has a measured time.", do="Fill in step_time_s or tokens_per_s_per_device for at least one run."
+        )
+    known = np.isfinite(Sample.of(timed).predict(start))
+    if not known.any():
+        raise InputError(
+            f"neither the catalogue nor the site {start.name} knows the peak of {timed[0].chip}.",
+            do="Start from a site that states peak_tflops and memory_gb_per_s.",
+        )
+    return [run for run, one in zip(timed, known, strict=True) if one]
+
+
+def _doubts(families: Sequence[str], start: Site) -> Iterator[str]:
+    if len(families) > 1:
+        yield f"the runs are of {' and '.join(families)}: one site for several kinds of chips; calibrate each by itself"
+    elif start.chip_family and start.chip_family != families[0]:
+        yield f"the runs are of {families[0]}, and the site {start.name} they start from is of {start.chip_family}"
+
+
+def _fit_own(sample: Sample, start: Site, knobs: Sequence[str], name: str = "") -> Site:
+    """The fit from the start moved by what all runs share.
+
+    A cluster that is slower or faster throughout is no outlier, which is what the robust loss and the narrow prior
+    around the start, made for runs of many publishers, would take it for.
+    """
+    share = float(np.median(sample.predict(start) / sample.seconds))
+    return fit_site(sample, moved(start, share, knobs), knobs, name or start.name)
+
+
+def moved(site: Site, speed: float, knobs: Sequence[str]) -> Site:
+    """The site with every rate among its knobs `speed` times as high and every overhead as much shorter."""
+    values = {}
+    for knob in (KNOBS[name] for name in knobs if name in _RATES + _OVERHEADS):
+        value = getattr(site, knob.name) * (speed if knob.name in _RATES else 1 / speed)
+        values[knob.name] = min(max(value, knob.low), knob.high)
+    return replace(site, **values)
+
+
+def _configuration(run: Run) -> Hashable:
+    """What repetitions of a run have in common: a prediction of one of them is no test where another was fitted to."""
+    return replace(run.workload, name=""), run.layout, run.chip, run.devices
+
+
+def _held_out(runs: Sequence[Run], keys: Sequence[Hashable], start: Site, knobs: Sequence[str]) -> Floats:
+    """Seconds of each run by a site fitted without the runs of its key, [n]."""
+    held = np.empty(len(runs))
+    for one in dict.fromkeys(keys):
+        rest = [run for run, key in zip(runs, keys, strict=True) if key != one]
+        chosen = [index for index, key in enumerate(keys) if key == one]
+        site = _fit_own(Sample.of(rest), start, knobs)
+        held[chosen] = Sample.of([runs[index] for index in chosen]).predict(site)
+    return held
+
+
+def _own_sigma(held: Floats | None, measured: Floats, start: Site) -> float:
+    """Spread of the held-out runs; what the start knows of it counts as a few runs more, so that two runs which happen
+    to agree promise nothing."""
+    if held is None:
+        return start.relative_sigma
+    count = len(measured)
+    variance = (count * spread(held, measured) ** 2 + _STARTS_RUNS * start.relative_sigma**2) / (count + _STARTS_RUNS)
+    return max(0.02, math.sqrt(variance))
 
 
 def knobs_for(runs: Sequence[Run]) -> tuple[str, ...]:

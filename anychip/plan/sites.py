@@ -83,7 +83,15 @@ def write_site(site: Site, path: Path) -> None:
 def shipped_sites(folder: Path = FOLDER) -> SiteTree:
     """The sites that ship with anychip, by family of chips and software."""
     sites = [read_site(path) for path in sorted(folder.glob("*.yaml"))]
-    return SiteTree({site.name: site for site in sites})
+    families = {site.name: site.name.split("/")[0].removeprefix("all") for site in sites}
+    return SiteTree({site.name: replace(site, chip_family=families[site.name]) for site in sites})
+
+
+def foreign_site(site: Site, chip: str) -> str | None:
+    """What to say of a site that was fitted on chips of another family; None where it was not."""
+    if not site.chip_family or chip == "local" or chip_family(chip) == site.chip_family:
+        return None
+    return f"the site {site.name} is of {site.chip_family}, not of {chip}: what it says of efficiencies may not hold"
 
 
 def default_site(chip: str, software: Software | None = None) -> Site:

@@ -183,13 +183,22 @@ def _metrics(metrics: Metrics) -> list[str]:
 
 
 def calibration_as_text(calibration: Calibration, start: Site) -> str:
-    held = "one run cannot be held out" if calibration.held_out is None else f"{calibration.held_out:.1%}"
+    low, high = calibration.interval
+    if calibration.held_out is None:
+        held = "no held-out error: the runs are of one configuration; the spread is that of the start"
+    else:
+        held = (
+            f"held out by {calibration.held_out_by}: {calibration.held_out:.1%}; {calibration.inside} of "
+            f"{calibration.runs} runs inside the interval"
+        )
     return "\n".join(
         [
             f"{calibration.runs} runs; mean error of {start.name}: {calibration.before:.1%}, of the new site: "
             f"{calibration.fitted:.1%}",
-            f"held out by {calibration.held_out_by}: {held}",
-            f"a prediction's spread: {calibration.site.relative_sigma:.1%} (one standard deviation of log time)",
+            held,
+            f"interval: 8 of 10 steps take from {1 - low:.1%} less to {high - 1:.1%} more than is predicted "
+            f"(spread {calibration.site.relative_sigma:.1%}, one standard deviation of log time)",
+            *(f"note: {warning}" for warning in calibration.warnings),
             *(f"skipped {one.id}: {one.reason}" for one in calibration.skipped),
         ]
     )

@@ -202,6 +202,7 @@ class Site:
     # How it was obtained.
     relative_sigma: float = 0.1  # spread of log(measured / predicted) held out
     source: str = ""
+    chip_family: str = ""  # of the chips it was fitted on; "": of several, or of none in particular
 
 
 @dataclass(frozen=True)

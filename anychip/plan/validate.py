@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from anychip.errors import InputError
 from anychip.plan.calibrate import Sample, chip_family, facts_of, predict_runs
 from anychip.plan.memory import allocated_bytes
 from anychip.plan.predict import memory_by_rank
@@ -114,12 +115,24 @@ def validate_runs(runs: Sequence[Run], skipped: Sequence[Skipped], site: Site | 
 
     timed = [run for run in runs if run.seconds]
     seconds = dict(zip(map(id, timed), predict_runs(timed, site_for), strict=True)) if timed else {}
+    unknown = {id(run) for run in timed if not np.isfinite(seconds[id(run)])}
+    skipped = [
+        *skipped,
+        *(
+            Skipped(run.id, f"neither the catalogue nor the site {site_for(run).name} knows the peak of {run.chip}")
+            for run in timed
+            if id(run) in unknown
+        ),
+    ]
+    runs = [run for run in runs if id(run) not in unknown]
+    if not runs:
+        raise InputError("no row can be predicted.", do=f"The first reason: {skipped[0].reason}.")
     rows = [
         Row(
             run=run,
             site=site_for(run).name,
             predicted_seconds=float(seconds[id(run)]) if id(run) in seconds else None,
-            baseline_seconds=baseline_seconds(run) if run.seconds else None,
+            baseline_seconds=baseline_seconds(run, site_for(run)) if run.seconds else None,
             predicted_memory=predicted_memory(run, facts_of(run, site)) if run.memory_bytes else None,
         )
         for run in runs
@@ -185,14 +198,18 @@ def metrics(predicted: Floats, measured: Floats, groups: Sequence[str]) -> Metri
     )
 
 
-def baseline_seconds(run: Run) -> float:
-    """Half the peak, recomputation counted, attention in full, and 1 + (p - 1) / (v m) for the bubble."""
+def baseline_seconds(run: Run, site: Site | None = None) -> float:
+    """Half the peak, recomputation counted, attention in full, and 1 + (p - 1) / (v m) for the bubble.
+
+    A peak that `site` has measured comes before the catalogue's.
+    """
     sample = Sample.of([run])
+    peak = site.peak_tflops * 1e12 if site and site.peak_tflops else float(sample.hardware.half_peak[0])
     w, layout = work_of(run.workload), run.layout
     flops = float(flops_per_token(w, halve_attention=False)) * run.workload.tokens
     flops *= 4 / 3 if layout.recompute == "full" else 1.0
     bubble = 1 + (layout.pp - 1) / (layout.vpp * layout.micro_batches(run.workload))
-    return flops / (0.5 * float(sample.hardware.half_peak[0]) * run.devices) * bubble
+    return flops / (0.5 * peak * run.devices) * bubble
 
 
 def predicted_memory(run: Run, site: Site) -> float:

@@ -162,7 +162,7 @@ def test_the_verb_explains_one_layout(capsys: pytest.CaptureFixture[str]) -> Non
         ([str(LARGE), "--chip", "nochip", "--devices", "8"], "is not a chip of the catalogue"),
         ([str(LARGE), "--chip", "ascend-910b3", "--devices", "-8"], "--devices is -8"),
         ([str(LARGE), "--chip", "ascend-910b3", "--devices", "8192", "--site", "nowhere"], "is no site"),
-        (["validate", "--runs", "missing.csv"], "cannot be read"),
+        (["validate", "--runs", "missing.csv"], "there is no such file"),
         ([str(LARGE), "--cluster", MIXED, "--fixed"], "are for one kind of chips"),
         ([str(LARGE), "--cluster", MIXED, "--site", "a100/fsdp"], "--site names one"),
         (["explain", str(LARGE), "tp8", "--cluster", MIXED], "explained on one kind of chips"),

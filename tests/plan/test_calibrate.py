@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plan.published import b200, table_1, write_runs, write_vtrain
+from typer.testing import CliRunner
 
+from anychip.cli import app
 from anychip.errors import InputError
 from anychip.plan.calibrate import (
     KNOBS,
@@ -19,8 +23,14 @@ from anychip.plan.calibrate import (
     knobs_for,
     predict_runs,
 )  # fmt: skip
+from anychip.plan.gemm import product_seconds
+from anychip.plan.machine import machine_of_chip
+from anychip.plan.measured_products import with_measured_products
 from anychip.plan.rows import Run, read_rows
-from anychip.plan.sites import default_site, load_site, read_site, shipped_sites, write_site
+from anychip.plan.sites import default_site, foreign_site, load_site, read_site, shipped_sites, write_site
+from anychip.plan.table import hardware_of
+from anychip.plan.text import calibration_as_text
+from anychip.plan.types import Site
 
 OLD = load_site("a100/megatron-2021")
 
@@ -120,3 +130,107 @@ def test_every_chip_has_a_site() -> None:
     assert default_site("metax-c500").name == "all/modern/all"
     with pytest.raises(InputError, match="is no site"):
         load_site("nowhere")
+
+
+# --- a team's own site ------------------------------------------------------------------------------------------
+
+
+def slowed(runs: list[Run], factor: float) -> list[Run]:
+    return [replace(run, seconds=run.seconds * factor) for run in runs if run.seconds]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2, 1.5, 2.0, 3.0])
+def test_a_site_that_is_slower_throughout_is_followed(tmp_path: Path, factor: float) -> None:
+    """A shift that all runs share is what a team's site is for, and no outlier."""
+    runs = read_rows(write_runs(tmp_path / "t1.csv", table_1()))[0]
+    result = calibrate(slowed(runs, factor), OLD, "slow")
+    assert result.fitted <= 0.06
+    assert result.held_out is not None and result.held_out <= 0.08
+    assert result.inside is not None and result.inside >= 7
+
+
+def test_repetitions_of_one_run_cannot_be_held_out(tmp_path: Path) -> None:
+    run = vtrain(tmp_path)[0]
+    result = calibrate([run, replace(run, seconds=3.6)], OLD, "twice")
+    assert result.held_out is None and result.inside is None
+    assert result.site.relative_sigma == OLD.relative_sigma
+    assert "no held-out error" in calibration_as_text(result, OLD)
+
+
+def test_rows_of_one_id_and_one_model_are_held_out_one_by_one(tmp_path: Path) -> None:
+    first = next(run for run in vtrain(tmp_path) if run.layout.tp == 1)
+    second = next(run for run in vtrain(tmp_path) if run.model == first.model and run.layout.tp == 2)
+    result = calibrate([first, replace(second, id=first.id)], OLD, "two")
+    assert result.held_out_by == "configuration"
+    assert result.held_out is not None and result.held_out > 0
+
+
+def test_the_interval_is_printed_and_two_agreeing_runs_do_not_make_it_narrow(tmp_path: Path) -> None:
+    runs = pretend(vtrain(tmp_path)[:2], OLD.name)
+    result = calibrate(runs, OLD, "two")
+    low, high = result.interval
+    assert low < 0.95 and high == pytest.approx(1 / low)
+    assert "interval: 8 of 10 steps take from " in calibration_as_text(result, OLD)
+
+
+def test_a_site_keeps_the_family_of_its_chips(tmp_path: Path) -> None:
+    result = calibrate(vtrain(tmp_path), OLD, "ours")
+    assert result.site.chip_family == "a100" and not result.warnings
+    write_site(result.site, tmp_path / "ours.yaml")
+    kept = read_site(tmp_path / "ours.yaml")
+    assert foreign_site(kept, "a800-80g") is None
+    assert "is of a100, not of ascend-910b3" in str(foreign_site(kept, "ascend-910b3"))
+    assert foreign_site(load_site("all/modern/all"), "ascend-910b3") is None
+    started = calibrate(vtrain(tmp_path), load_site("ascend-910b/mindspeed"), "ours")
+    assert "from is of ascend-910b" in started.warnings[0]
+
+
+def bench_of(truth: Site, chip: str, dtype: str = "fp16") -> dict[str, object]:
+    """What `anychip bench chip` would have measured of a chip that this site describes."""
+    hardware = hardware_of([machine_of_chip(chip, 1)], [dtype])
+    shapes = [(m, n, k) for m in (512, 2048, 8192) for n in (1024, 8192) for k in (1024, 4096)]
+    gemm = [
+        {"m": m, "n": n, "k": k, "dtype": dtype, "flops_per_second": 2 * m * n * k / seconds}
+        for m, n, k in shapes
+        if (seconds := float(product_seconds(*(np.array(float(x)) for x in (m, n, k)), hardware, truth)))  # type: ignore[arg-type]
+    ]
+    bandwidth = float(hardware.bandwidth) / 1e9
+    return {"gemm": gemm, "memory_gb_per_s": bandwidth, "device": "A chip", "chip": chip, "vendor": "nvidia"}
+
+
+def test_products_come_from_a_bench_and_the_rest_is_fitted(tmp_path: Path) -> None:
+    truth = replace(OLD, matmul_efficiency=0.5, matmul_half_area=2e5, memory_efficiency=1.0)
+    runs = pretend(
+        vtrain(tmp_path) * 2, OLD.name, matmul_efficiency=0.5, matmul_half_area=2e5, intra_node_efficiency=0.5
+    )
+    start, measured = with_measured_products(OLD, bench_of(truth, "a100-80g"), runs)
+    assert set(measured) == {"matmul_efficiency", "matmul_half_area", "matmul_fill_length"}
+    assert start.matmul_efficiency == pytest.approx(0.5, rel=0.15)
+    site = calibrate(runs, start, "ours", measured=measured).site
+    assert site.matmul_efficiency == start.matmul_efficiency
+    assert site.matmul_half_area == start.matmul_half_area
+    assert site.intra_node_efficiency < OLD.intra_node_efficiency
+    assert "products of A chip" in site.source
+
+
+def test_a_bench_of_another_chip_is_refused(tmp_path: Path) -> None:
+    bench = bench_of(OLD, "a100-80g")
+    with pytest.raises(InputError, match="measured on h100-sxm, and the runs are of a100-80g"):
+        with_measured_products(OLD, {**bench, "chip": "h100-sxm"}, vtrain(tmp_path))
+    faster = [{**case, "flops_per_second": 1e15} for case in bench["gemm"]]  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="times as fast as the peak of a100-80g"):
+        with_measured_products(OLD, {**bench, "chip": None, "gemm": faster}, vtrain(tmp_path))
+
+
+def test_calibrate_on_the_command_line(tmp_path: Path) -> None:
+    bench, out = tmp_path / "chip.json", tmp_path / "ours.yaml"
+    bench.write_text(json.dumps(bench_of(OLD, "a100-80g")))
+    arguments = ["plan", "calibrate", "--runs", str(write_vtrain(tmp_path / "v.csv")), "--out", str(out)]
+    told = CliRunner().invoke(app, [*arguments, "--bench", str(bench)])
+    assert told.exit_code == 0, told.output
+    assert "held out by model" in told.output and "interval" in told.output
+    assert read_site(out).chip_family == "a100"
+    told = CliRunner().invoke(
+        app, ["plan", "validate", "--runs", str(tmp_path / "v.csv"), "--site", "ascend-910b/mindspeed"]
+    )
+    assert "note: the site ascend-910b/mindspeed is of ascend-910b, not of a100-80g" in told.output

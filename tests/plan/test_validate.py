@@ -85,12 +85,6 @@ def test_a_missing_vtrain_column_is_named_too(tmp_path: Path) -> None:
         read_rows(path)
 
 
-def test_words_where_numbers_belong_are_bad_input(tmp_path: Path) -> None:
-    path = write_runs(tmp_path / "bad.csv", [{**table_1()[0], "layers": "many"}])
-    with pytest.raises(InputError, match=r"row 1 \(mlm-sc21-t1-1.7B\).*many"):
-        read_rows(path)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -1,10 +1,11 @@
-"""One row of runs.csv with typed access to its cells; notes are searched by pattern."""
+"""One row of a table with typed access to its cells; notes are searched by pattern."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+from anychip.plan.rows.numbers import number_of
 from anychip.plan.rows.run import Incomplete
 
 _SUSPECT_CARDS = {
@@ -13,31 +14,61 @@ _SUSPECT_CARDS = {
     "deepseek_coder1_5_7b": "340 tokens/s/device is an order below its neighbours",
     "qwen2_57b": "listed as suspect by the collection's README",
 }
+# Rates of whole tokens and milliseconds: a comma in them parts thousands, no thousandths.
+_READ_AS_WHOLE = ("tokens_per_s_per_device", "iteration time (ms)")
+_MAY_BE_ZERO = ("moe_experts", "moe_topk", "moe_ffn", "shared_experts", "vpp", "cp", "ep")  # which says: not used
+_YES = ("1", "1.0", "true", "yes", "y", "on")
+_NO = ("0", "0.0", "false", "no", "n", "off")
 
 
 class Cells:
-    """A row with typed access to its cells; notes are searched by pattern."""
+    """A row, `number` counted from 1, with typed access to its cells. Raises Incomplete for what cannot be read."""
 
-    def __init__(self, row: Mapping[str, str]) -> None:
+    def __init__(self, row: Mapping[str, str | None], number: int) -> None:
         self.row = row
-        self.notes = row["notes"] or ""
-        self.name = f"{row['id']} {row['model_name']}".lower()
+        self.place = f"row {number}"
+        self.notes = row.get("notes") or ""
+        self.name = f"{self.cell('id')} {self.cell('model_name')}".lower()
 
     def cell(self, name: str) -> str:
-        return (self.row[name] or "").strip()
+        return (self.row.get(name) or "").strip()
 
     def number(self, name: str) -> float | None:
-        return float(self.cell(name)) if self.cell(name) else None
+        """A finite number above 0, or None where none is printed."""
+        text = self.cell(name)
+        if name in _READ_AS_WHOLE and re.fullmatch(r"\d{1,3},\d{3}", text):
+            text = text.replace(",", "")
+        return self._read(name, text, whole=False)
 
     def integer(self, name: str) -> int | None:
-        value = self.number(name)
+        """A whole number above 0, or None where none is printed."""
+        value = self._read(name, self.cell(name), whole=True)
         return None if value is None else round(value)
+
+    def _read(self, name: str, text: str, whole: bool) -> float | None:
+        try:
+            return number_of(text, whole=whole, zero=name in _MAY_BE_ZERO)
+        except ValueError as reason:
+            raise self.unreadable(name, str(reason)) from None
 
     def needed(self, name: str) -> int:
         value = self.integer(name)
         if value is None:
             raise Incomplete(f"{name} is not printed")
         return value
+
+    def truth(self, name: str) -> bool | None:
+        """Yes or no, or None where nothing is printed."""
+        text = self.cell(name).lower()
+        if not text:
+            return None
+        if text not in _YES + _NO:
+            raise self.unreadable(name, "is neither 1 nor 0")
+        return text in _YES
+
+    def unreadable(self, name: str, why: str) -> Incomplete:
+        text = self.cell(name)
+        return Incomplete(f"{self.place}, {name}: {text if len(text) <= 40 else text[:40] + '...'!r} {why}")
 
     def note(self, pattern: str) -> str | None:
         found = re.search(pattern, self.notes)
@@ -48,7 +79,7 @@ class Cells:
         if "disagree" in self.notes or re.search(r"says device num = \d+ but", self.notes):
             raise Incomplete("table and script disagree on the cluster's size")
         for card, why in _SUSPECT_CARDS.items():
-            if self.cell("framework") == "MindFormers" and card in self.row["id"]:
+            if self.cell("framework") == "MindFormers" and card in self.cell("id"):
                 raise Incomplete(f"suspect card: {why}")
         if self.cell("chip") == "Ascend-unreleased":
             raise Incomplete("the chip is not named")

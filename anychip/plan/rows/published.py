@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from anychip.chips.catalog import load_catalog
 from anychip.plan.rows.cells import Cells
+from anychip.plan.rows.chips import catalogue_chip
 from anychip.plan.rows.run import Incomplete, Run, Software
 from anychip.plan.shapes import flops_per_token, num_parameters, work_of
 from anychip.plan.types import Experts, LatentAttention, Layout, Workload
@@ -21,27 +21,6 @@ RUN_COLUMNS = (
     "mfu", "peak_mem_gb", "flops_convention", "notes",
 )  # fmt: skip
 
-_CHIPS = {
-    "A100-80G-SXM": "a100-80g",
-    "A100-40G-SXM": "a100-40g",
-    "A100-40G": "a100-40g",
-    "A100-80G-PCIe": "a100-80g-pcie",
-    "V100-32G-SXM": "v100-32g",
-    "H100-80G-SXM": "h100-sxm",
-    "H800-SXM": "h800-sxm",
-    "B200-SXM": "b200-sxm",
-    "B300-SXM": "b300-sxm",
-    "GB200": "gb200",
-    "GB300": "gb300",
-    "TPUv4": "tpu-v4",
-    "TPUv5e": "tpu-v5e",
-    "TPUv5p": "tpu-v5p",
-    "TPUv6e-Trillium": "tpu-v6e",
-    "Ascend-910A": "ascend-910a",
-    "Ascend-910B": "ascend-910b3",
-    "Ascend-unspecified": "ascend-910b3",
-    "Ascend-910C": "ascend-910c-die",
-}
 # Micro-batch and model chunks of arXiv 2104.04473's Table 1, from the scripts published with it.
 _TABLE_1 = {
     "1.7B": (16, 1), "3.6B": (16, 1), "7.5B": (16, 1), "18.4B": (8, 1), "39.1B": (4, 1), "76.1B": (2, 3),
@@ -59,13 +38,11 @@ _UNGATED = ("gpt", "bloom", "mpt", "megatron", "meg", "ds3d", "opt")
 
 def published_run(row: dict[str, str], number: int) -> Run:
     """One row of runs.csv. Raises Incomplete with what it does not say."""
-    text = Cells(row)
+    text = Cells(row, number)
     text.refuse()
     workload, assumed = _workload(text)
     layout = _layout(text, workload, assumed)
-    devices = text.integer("chip_count")
-    if devices is None:
-        devices = layout.devices
+    devices = text.integer("chip_count") or layout.devices
     if layout.devices != devices:
         raise Incomplete(f"its degrees multiply to {layout.devices}, not to chip_count {devices}")
     software = _software(text)
@@ -73,18 +50,21 @@ def published_run(row: dict[str, str], number: int) -> Run:
     memory = text.number("peak_mem_gb")
     if seconds is None and memory is None:
         raise Incomplete("prints neither a time nor a memory")
-    if "--swap-" in text.notes or "-tune_" in row["id"]:
+    if "--swap-" in text.notes or "-tune_" in text.cell("id"):
         memory = None  # tensors go to the host, or sequences vary in length
     if seconds is None and memory is None:
         raise Incomplete("its memory is that of swapped tensors or of sequences of varying length")
     used = "nvidia-smi" in text.notes
+    chip, plain = catalogue_chip(text.cell("chip"), text.notes)
+    if not plain:
+        assumed.append(f"chip {text.cell('chip')} is {chip}")
     return Run(
-        id=row["id"],
+        id=text.cell("id") or f"row-{number}",
         source=text.cell("source"),
         publisher=_publisher(text),
         model=_model(text, workload),
         software=software,
-        chip=_chip(text),
+        chip=chip,
         named_chip="unspecified" not in text.cell("chip"),
         devices=devices,
         devices_per_node=text.integer("devices_per_node"),
@@ -167,16 +147,21 @@ def _noted_batch(text: Cells) -> int:
 
 def _precision(text: Cells) -> Any:
     printed = text.cell("precision").lower()
-    if "nvfp4" in printed:
+    if "fp4" in printed:
         raise Incomplete("4-bit products, whose peak the catalogue does not hold")
     if "fp8" in printed:
         return "fp8"
-    return "fp16" if "fp16" in printed else "bf16"
+    if not printed or "bf16" in printed or "bfloat16" in printed or printed in ("amp", "mixed"):
+        return "bf16"
+    if "fp16" in printed or "float16" in printed or printed == "half":
+        return "fp16"
+    raise text.unreadable("precision", "is none of bf16, fp16 and fp8")
 
 
 def _gated(text: Cells, assumed: list[str]) -> bool:
-    if text.cell("gated_mlp") and "gemma" not in text.name:  # scripts say geglu, not swiglu
-        return text.cell("gated_mlp") not in ("0", "False", "false")
+    printed = text.truth("gated_mlp")
+    if printed is not None and "gemma" not in text.name:  # scripts say geglu, not swiglu
+        return printed
     name = text.cell("model_name").lower() + text.cell("source").lower() + text.name
     gated = not any(word in name for word in ("gpt2", "gpt3", "gpt-", "bloom", "megatron", "bigscience", "arxiv 2104"))
     assumed.append(f"{'gated' if gated else 'plain'} feed-forward")
@@ -274,7 +259,7 @@ def _layout(text: Cells, workload: Workload, assumed: list[str]) -> Layout:
     if stages and (sum(stages) != workload.layers or len(stages) != pp):
         stages = ()
     method: Any = "ulysses" if re.search("ulysses|a2a|hybrid_cp", text.notes) else "ring"
-    printed_sp = text.cell("sequence_parallel")
+    printed_sp = text.truth("sequence_parallel")
     modern = _software(text) not in ("megatron-2021", "deepspeed", "fsdp", "jax")
     ep = min(text.integer("ep") or 1, dp * cp * tp)
     return Layout(
@@ -287,7 +272,7 @@ def _layout(text: Cells, workload: Workload, assumed: list[str]) -> Layout:
         expert_tp=1 if _software(text) == "megatron" else tp,
         zero=zero,
         shard=shard,
-        sequence_parallel=tp > 1 and (printed_sp in ("1", "True", "true") if printed_sp else modern),
+        sequence_parallel=tp > 1 and (modern if printed_sp is None else printed_sp),
         micro_batch=micro,
         recompute=recompute,
         recompute_layers=deep,
@@ -334,6 +319,8 @@ def _recompute(text: Cells, assumed: list[str]) -> tuple[Any, int]:
     printed = text.cell("recompute").lower()
     flags = text.note(r"recompute flags: ([^;]*)") or ""
     blocks = re.search(r"recompute-method=block recompute-num-layers=(\d+)", flags)
+    if printed not in ("", "none", "selective", "full"):
+        raise text.unreadable("recompute", "is none of none, selective and full")
     if printed:
         return printed, int(blocks.group(1)) if blocks and printed == "full" else 0
     if "mlm-2020" in text.cell("id") or "inferred: full recompute" in text.notes:
@@ -378,6 +365,8 @@ def _step_seconds(text: Cells, workload: Workload, devices: int) -> float | None
         halve = "halved" in convention and "not causal-halved" not in convention and "probably full" not in convention
         return float(flops_per_token(w, halve_attention=halve)) * tokens / (achieved * 1e12 * devices)
     if utilisation := text.number("mfu"):
+        if utilisation > 1:
+            raise text.unreadable("mfu", "is above 1")
         if "mindspeed" in convention:
             per_token = 6 * (num_parameters(workload) - workload.vocab * workload.hidden)
             per_token += 12 * workload.layers * workload.hidden * workload.seq_length
@@ -392,16 +381,6 @@ def _megatron_hardware_flops(workload: Workload) -> float:
     """arXiv 2104.04473, equation 3: forward, backward and full recomputation, attention counted in full."""
     b, s, layers, h = workload.global_batch, workload.seq_length, workload.layers, workload.hidden
     return 96.0 * b * s * layers * h**2 * (1 + s / (6 * h) + workload.vocab / (16 * layers * h))
-
-
-def _chip(text: Cells) -> str:
-    chip = text.cell("chip")
-    if _CHIPS.get(chip) not in load_catalog():
-        raise Incomplete(f"chip {chip!r} is not in the catalogue")
-    # Sources name the server and not the bin; the same jobs run 12 to 20 % faster in one than in the other.
-    if chip == "Ascend-910B" and re.search("900 A2 POD", text.notes, re.IGNORECASE):
-        return "ascend-910b2"
-    return _CHIPS[chip]
 
 
 def _network_speed(text: Cells) -> float | None:

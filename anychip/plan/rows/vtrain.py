@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anychip.plan.rows.cells import Cells
 from anychip.plan.rows.run import Incomplete, Run
 from anychip.plan.types import Layout, Workload
 
@@ -14,10 +15,14 @@ VTRAIN_SINGLE_COLUMNS = ("# GPUs", *_VTRAIN_SHARED)
 
 
 def vtrain_run(row: dict[str, str], number: int) -> Run:
-    """One row of either of its files. Raises Incomplete when its degrees contradict each other."""
-    get = lambda name: int(float(row[name]))  # noqa: E731
+    """One row of either of its files. Raises Incomplete when its cells cannot be read or contradict each other."""
+    text = Cells(row, number)
+    get = text.needed
     hidden, seq, layers = get("hidden size"), get("sequence length"), get("# layers")
-    multi = bool(row.get("Parameters (billion)"))
+    multi = bool(text.cell("Parameters (billion)"))
+    milliseconds = text.number("iteration time (ms)")
+    if milliseconds is None:
+        raise Incomplete("iteration time (ms) is not printed")
     workload = Workload(
         name=f"gpt-h{hidden}-l{layers}",
         layers=layers,
@@ -62,7 +67,7 @@ def vtrain_run(row: dict[str, str], number: int) -> Run:
         network="",
         workload=workload,
         layout=layout,
-        seconds=float(row["iteration time (ms)"]) / 1e3,
+        seconds=milliseconds / 1e3,
         memory_bytes=None,
         group=f"{workload.name} {devices} {workload.global_batch}",
     )
