@@ -22,6 +22,7 @@ def answer_as_text(answer: PlanAnswer) -> str:
         f"{answer.workload.name}: {answer.workload.tokens:,} tokens a step, {answer.total_tokens:.3g} in all\n"
         f"{answer.machine.name}: {answer.machine.devices:,} x {answer.machine.chip}, "
         f"{answer.machine.memory_bytes / GIB:.0f} GiB each; site {answer.site.name}"
+        + (f"\n{answer.notes[0]}" if answer.idle_devices else "")
     ]
     if len(answer.search.best) > 1:
         parts.append(_layouts_table(answer))
@@ -34,7 +35,7 @@ def answer_as_text(answer: PlanAnswer) -> str:
             f"{answer.search.considered:,} layouts predicted in {answer.search.seconds:.2f} s; rejected:\n"
             + "\n".join(lines + ([f"  and {left} other reasons (--json lists all)"] if left > 0 else []))
         )
-    parts += answer.notes
+    parts += answer.notes[1:] if answer.idle_devices else answer.notes
     return "\n\n".join(parts)
 
 
