@@ -26,6 +26,10 @@ ModelStageOption = Annotated[
     int | None,
     typer.Option(help="Of a recipe that grows only the model after so many growths; 0: the one it starts with."),
 ]
+ImbalanceOption = Annotated[
+    float | None,
+    typer.Option("--expert-imbalance", help="Load of the busiest rank of experts over the mean, such as 1.3."),
+]
 RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
 
 
@@ -39,6 +43,7 @@ def layouts(
     site: SiteOption = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
     model_stage: ModelStageOption = None,
+    expert_imbalance: ImbalanceOption = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
     bench: BenchOption = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
@@ -50,7 +55,7 @@ def layouts(
     import json
 
     from anychip.errors import InputError
-    from anychip.plan.question import ask
+    from anychip.plan.question import ask, with_imbalance
     from anychip.plan.recipe_plan import as_json as plan_json
     from anychip.plan.recipe_plan import as_text, plan_recipe
     from anychip.plan.saved import save_plan
@@ -61,6 +66,7 @@ def layouts(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
         bench=bench, model_stage=model_stage, tokens=tokens,
     )  # fmt: skip
+    question = with_imbalance(question, expert_imbalance)
     if len(question.machines) > 1:
         if fixed or save or html is not None:
             raise InputError(
@@ -89,6 +95,7 @@ def explain(
     site: SiteOption = None,
     bench: BenchOption = None,
     model_stage: ModelStageOption = None,
+    expert_imbalance: ImbalanceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
@@ -97,13 +104,14 @@ def explain(
     from anychip.errors import InputError
     from anychip.plan.answer import answer_plan, prediction_json
     from anychip.plan.layouts import parse_layout
-    from anychip.plan.question import ask
+    from anychip.plan.question import ask, with_imbalance
     from anychip.plan.text import explanation
 
     question = ask(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
         bench=bench, model_stage=model_stage,
     )  # fmt: skip
+    question = with_imbalance(question, expert_imbalance)
     if len(question.machines) > 1:
         raise InputError(
             "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."

@@ -123,7 +123,7 @@ def _products(
     up = 1 + w.gated
     local = np.maximum(w.experts, 1) / t.ep
     # Tokens of one expert: it serves its ep ranks, and each tensor-parallel rank brings its own part of them.
-    routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp
+    routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp * _busiest(t, site)
     expert_share = share / site.expert_efficiency
     linears: list[tuple[Floats, Floats, Floats, Any, Any]] = [
         (tokens, a.up_q_out / t.tp, a.up_q_in, 1.0, 1.0),
@@ -244,7 +244,12 @@ def _expert_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
     nodes = np.maximum(1.0, t.ep / group.members)
     met = nodes * (1 - (1 - 1 / nodes) ** w.top_k)
     copies = np.where(site.routes_by_node, np.minimum(1.0, met / np.maximum(w.top_k, 1)), 1.0)
-    return 2 * all_to_all(group, sent, copies, hardware, site)
+    return 2 * all_to_all(group, sent * _busiest(t, site), copies, hardware, site)
+
+
+def _busiest(t: Table, site: Site) -> Floats:
+    """Load of the rank that all others of its expert-parallel group wait for, over the mean; one rank alone has all."""
+    return np.where(t.ep > 1, site.expert_imbalance, 1.0)
 
 
 @dataclass(frozen=True)
