@@ -70,7 +70,9 @@ def layouts(
     if len(question.machines) > 1:
         if fixed or save or html is not None:
             raise InputError(
-                "--fixed, --save and --html are for one kind of chips.", where=question.name, do="Leave them out."
+                "--fixed, --save and --html are for one kind of chips.",
+                where=question.name,
+                do="Take --json, which has time and memory of every stage, or plan one kind with --chip and --devices.",
             )
         _mixed(question, as_json)
         return
@@ -114,7 +116,9 @@ def explain(
     question = with_imbalance(question, expert_imbalance)
     if len(question.machines) > 1:
         raise InputError(
-            "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."
+            "a layout is explained on one kind of chips.",
+            where=question.name,
+            do="Leave out --cluster and name one with --chip and --devices; `plan` explains the best mixed one.",
         )
     (machine,), (constants,) = question.machines, question.sites
     answers = [
@@ -175,20 +179,16 @@ def _mixed(question: Question, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
-    from anychip.plan.mixed import mixed_json, search_mixed
-    from anychip.plan.text import mixed_as_text
+    from anychip.plan.mixed_answer import answer_mixed, mixed_json
+    from anychip.plan.mixed_text import mixed_as_text
 
-    results = [
-        search_mixed(model.workload, question.machines, question.sites, question.between_bytes_per_s)
-        for model in question.models
-    ]
+    answers = [answer_mixed(question, model) for model in question.models]
     if as_json:
-        found = [mixed_json(result) for result in results]
+        found = [mixed_json(answer) for answer in answers]
         typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))
         return
-    for model, result in zip(question.models, results, strict=True):
-        title = f"{model.workload.name} on {question.name}" + (f", {model.title}" if model.of > 1 else "")
-        typer.echo(mixed_as_text(title, result, model.tokens))
+    pairs = zip(question.models, answers, strict=True)
+    typer.echo("\n\n\n".join(mixed_as_text(answer, model.title if model.of > 1 else "") for model, answer in pairs))
 
 
 def import_(
