@@ -67,17 +67,17 @@ def layouts(
         bench=bench, model_stage=model_stage, tokens=tokens,
     )  # fmt: skip
     question = with_imbalance(question, expert_imbalance)
+    if html is not None and len(question.models) > 1:
+        raise InputError("--html shows one model, and this recipe grows.", do="Say which with --model-stage.")
     if len(question.machines) > 1:
-        if fixed or save or html is not None:
+        if fixed or save:
             raise InputError(
-                "--fixed, --save and --html are for one kind of chips.",
+                "--fixed and --save are for one kind of chips.",
                 where=question.name,
                 do="Take --json, which has time and memory of every stage, or plan one kind with --chip and --devices.",
             )
-        _mixed(question, as_json)
+        _mixed(question, html, as_json)
         return
-    if html is not None and len(question.models) > 1:
-        raise InputError("--html shows one model, and this recipe grows.", do="Say which with --model-stage.")
     plans = plan_recipe(question, fixed=fixed)
     if save:
         save_plan(plans, RunDirectory(runs / question.recipe.name).plan)
@@ -175,14 +175,17 @@ def calibrate(
     typer.echo(f"{calibration_as_text(calibration, begin)}\nwrote {out}")
 
 
-def _mixed(question: Question, as_json: bool) -> None:
+def _mixed(question: Question, html: Path | None, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
     from anychip.plan.mixed_answer import answer_mixed, mixed_json
     from anychip.plan.mixed_text import mixed_as_text
+    from anychip.report.mixed_page import write_mixed_page
 
     answers = [answer_mixed(question, model) for model in question.models]
+    if html is not None:
+        write_mixed_page(answers[0], html)
     if as_json:
         found = [mixed_json(answer) for answer in answers]
         typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))

@@ -23,7 +23,7 @@ def mixed_as_text(answer: MixedAnswer, title: str = "") -> str:
         parts += [_plans_table(answer), _explanation(answer, result.best[0])]
     if answer.goodput is not None:
         parts.append(goodput_text(answer.goodput))
-    parts.append("\n".join([*(_alone(name, part) for name, part in result.alone.items()), result.verdict]))
+    parts.append("\n".join([*(alone_text(name, part) for name, part in result.alone.items()), result.verdict]))
     if result.rejected:
         rows = [f"  {each.layout}: {each.reason}" for each in result.rejected[:_REJECTED_SHOWN]]
         more = len(result.rejected) - len(rows)
@@ -52,8 +52,8 @@ def _plans_table(answer: MixedAnswer) -> str:
             [
                 str(number),
                 str(plan.layout),
-                " then ".join(f"{count} on {group}" for group, count in _runs(plan.groups)),
-                " ".join(f"{count}x{layers}" if count > 1 else layers for layers, count in _runs(_layers(plan))),
+                stages_text(plan),
+                layers_text(plan),
                 f"{plan.step_seconds:.2f} s",
                 f"{plan.tokens_per_second:,.0f}",
                 f"{plan.mfu:.1%}",
@@ -64,8 +64,15 @@ def _plans_table(answer: MixedAnswer) -> str:
     return table(rows, left=(1, 2, 3, 8))
 
 
-def _layers(plan: MixedPlan) -> list[str]:
-    return [str(count) for count in plan.layout.stage_layers]
+def stages_text(plan: MixedPlan) -> str:
+    """Which chips the stages lie on, in order."""
+    return " then ".join(f"{count} on {group}" for group, count in _runs(plan.groups))
+
+
+def layers_text(plan: MixedPlan) -> str:
+    """Layers of the stages in order: "2x12 13" are two of 12 and one of 13."""
+    counts = [str(count) for count in plan.layout.stage_layers]
+    return " ".join(f"{count}x{layers}" if count > 1 else layers for layers, count in _runs(counts))
 
 
 def _runs(values: Sequence[str]) -> list[tuple[str, int]]:
@@ -97,12 +104,13 @@ def _explanation(answer: MixedAnswer, plan: MixedPlan) -> str:
             "",
             _memory_table(plan, answer.machines),
             "",
-            _training(plan, answer.machines),
+            training_text(plan, answer.machines),
         ]
     )
 
 
-def _training(plan: MixedPlan, machines: Sequence[Machine]) -> str:
+def training_text(plan: MixedPlan, machines: Sequence[Machine]) -> str:
+    """The options that train in a pipeline, or why there are none."""
     options = options_of(plan, machines)
     if options is None:
         return "our training joins chips of different makes by stages of one process each only, so not in this pipeline"
@@ -123,7 +131,8 @@ def _memory_table(plan: MixedPlan, machines: Sequence[Machine]) -> str:
     return table(rows, left=(0,))
 
 
-def _alone(name: str, part: Alone) -> str:
+def alone_text(name: str, part: Alone) -> str:
+    """What one part reaches by itself, or why not."""
     found = part.prediction
     if found is None:
         return f"{name} alone: not at all, {part.said}"

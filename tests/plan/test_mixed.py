@@ -17,6 +17,7 @@ from anychip.plan.mixed_text import mixed_as_text
 from anychip.plan.question import ask
 from anychip.plan.search import search
 from anychip.recipe.cluster import FailureConfig
+from anychip.report.mixed_page import render
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "telechat2-3b.yaml"
 
@@ -155,6 +156,19 @@ def test_the_answer_has_days_after_failures_notes_and_options_of_training(tmp_pa
     text = mixed_as_text(answer)
     for said in ("a save to storage every", "memory, GiB", "matmul", "to train with it: --set", "a alone: "):
         assert said in text
+    page = render(answer)
+    assert page.count("<svg") == 3  # time, and the memory of each kind
+    for said in (
+        answer.result.verdict,
+        "a alone: ",
+        "assumed: a spare node",
+        "to train with it: --set",
+        "of the time is useful",
+    ):
+        assert said in page
+    assert all(f"stage {stage}" in page for stage in range(answer.result.best[0].layout.pp))
+    nothing = replace(answer, result=replace(answer.result, best=[], gain=0.0), goodput=None)
+    assert "No layout over all parts fits" in render(nothing) and "<svg" not in render(nothing)
     assert any(option.startswith("parallel.pipeline_layers=[") for option in values["best"][0]["overrides"])
 
 
