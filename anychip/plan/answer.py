@@ -19,7 +19,7 @@ from anychip.plan.goodput import (
 from anychip.plan.layouts import overrides_of
 from anychip.plan.pipeline import simulate_pipeline
 from anychip.plan.predict import predict
-from anychip.plan.search import Rejections, simulated, stage_times
+from anychip.plan.search import Rejections, search, simulated, stage_times
 from anychip.plan.shapes import num_parameters
 from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
 from anychip.plan.usable import search_usable
@@ -70,7 +70,12 @@ def answer_plan(
     else:
         whole = machine
         result, machine, idle = search_usable(
-            workload, machine, site, lambda part: objective_after_failures(reliability_of(workload, part, failures))
+            workload,
+            machine,
+            site,
+            lambda part: search(
+                workload, part, site, objective_after_failures(reliability_of(workload, part, failures))
+            ),
         )
         left_idle = whole.devices - machine.devices
         chosen = result.best[0] if result.best else None

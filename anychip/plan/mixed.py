@@ -22,7 +22,7 @@ from anychip.plan.goodput import CHECKPOINT_BYTES_PER_PARAMETER, Reliability, go
 from anychip.plan.mixed_stages import Candidate, Part, candidate_of, layouts, one_of
 from anychip.plan.pipeline import pipeline_seconds
 from anychip.plan.predict import GIB, hardware_for, measured
-from anychip.plan.search import tokens_per_second
+from anychip.plan.search import search
 from anychip.plan.shapes import flops_per_token, num_parameters, work_of
 from anychip.plan.table import peak_of, table_of
 from anychip.plan.types import Floats, Layout, Machine, Prediction, Rejected, Site, Workload
@@ -144,7 +144,7 @@ def search_mixed(
 
 def _alone(workload: Workload, machine: Machine, site: Site, failures: FailureConfig) -> Alone:
     try:
-        result, part, idle = search_usable(workload, machine, site, lambda _: tokens_per_second, keep=1)
+        result, part, idle = search_usable(workload, machine, site, lambda part: search(workload, part, site, keep=1))
     except InputError as error:
         return Alone(machine.devices, None, said=error.what.rstrip("."))
     if not result.best:

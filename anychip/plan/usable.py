@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from anychip.errors import InputError
-from anychip.plan.search import Objective, possible, search
+from anychip.plan.search import possible
 from anychip.plan.types import Machine, Rejected, SearchResult, Site, Workload
 
 LARGEST_TRIED = 3  # counts that divide
@@ -15,22 +15,20 @@ _NEAR = 1 / 8  # of the global batch, that another one may be away
 
 
 def search_usable(
-    workload: Workload, machine: Machine, site: Site, objective_for: Callable[[Machine], Objective], *, keep: int = 10
+    workload: Workload, machine: Machine, site: Site, searched: Callable[[Machine], SearchResult]
 ) -> tuple[SearchResult, Machine, str]:
     """The best layouts on all devices or, where no layout divides those, on as many whole nodes as are fastest.
 
-    Also the machine that is left of it, and a sentence on the devices that stay idle, empty when none does. Raises
-    InputError when no count of nodes works, naming what fails.
+    `searched` is the search on a machine. Also returns the machine that is left, and a sentence on devices that stay
+    idle, empty when none does. Raises InputError when no count of nodes works, naming what fails.
     """
     try:
-        return search(workload, machine, site, objective_for(machine), keep=keep), machine, ""
+        return searched(machine), machine, ""
     except InputError:
         refused, some = possible(workload, machine, site)
         if some:
             raise
-    found = [
-        (search(workload, part, site, objective_for(part), keep=keep), part) for part in _parts(workload, machine, site)
-    ]
+    found = [(searched(part), part) for part in _parts(workload, machine, site)]
     if not found:
         raise InputError(
             f"no layout divides the {machine.devices:,} devices of {machine.name}, nor those of fewer whole nodes: "

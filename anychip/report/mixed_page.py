@@ -40,7 +40,7 @@ def render(answer: MixedAnswer) -> str:
     """The page as text."""
     result = answer.result
     best = result.best[0] if result.best else None
-    terms = [name for name, seconds in best.time.items() if seconds > 0] if best else []
+    terms = [name for name in (best.time if best else ()) if any(plan.time[name] > 0 for plan in result.best)]
     kinds = [name for name, held in best.memory.items() if held.max() > 0] if best else []
     return render_template(
         "mixed_page.html",

@@ -167,6 +167,9 @@ def test_the_answer_has_days_after_failures_notes_and_options_of_training(tmp_pa
     ):
         assert said in page
     assert all(f"stage {stage}" in page for stage in range(answer.result.best[0].layout.pp))
+    made_again = replace(answer.result.best[0], time={**answer.result.best[0].time, "recompute": 1.0})
+    both = replace(answer, result=replace(answer.result, best=[answer.result.best[0], made_again]))
+    assert "</i>recompute" in render(both)  # a bar of another pipeline has terms that the best one lacks
     nothing = replace(answer, result=replace(answer.result, best=[], gain=0.0), goodput=None)
     assert "No layout over all parts fits" in render(nothing) and "<svg" not in render(nothing)
     assert any(option.startswith("parallel.pipeline_layers=[") for option in values["best"][0]["overrides"])
