@@ -28,6 +28,10 @@ ModelStageOption = Annotated[
     int | None,
     typer.Option(help="Of a recipe that grows only the model after so many growths; 0: the one it starts with."),
 ]
+ImbalanceOption = Annotated[
+    float | None,
+    typer.Option("--expert-imbalance", help="Load of the busiest rank of experts over the mean, such as 1.3."),
+]
 RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
 
 
@@ -41,6 +45,7 @@ def layouts(
     site: SiteOption = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
     model_stage: ModelStageOption = None,
+    expert_imbalance: ImbalanceOption = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
     bench: BenchOption = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
@@ -52,7 +57,7 @@ def layouts(
     import json
 
     from anychip.errors import InputError
-    from anychip.plan.question import ask
+    from anychip.plan.question import ask, with_imbalance
     from anychip.plan.recipe_plan import as_json as plan_json
     from anychip.plan.recipe_plan import as_text, plan_recipe
     from anychip.plan.saved import save_plan
@@ -64,15 +69,18 @@ def layouts(
         bench=bench, model_stage=model_stage, tokens=tokens,
     )  # fmt: skip
     _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
-    if len(question.machines) > 1:
-        if fixed or save or html is not None:
-            raise InputError(
-                "--fixed, --save and --html are for one kind of chips.", where=question.name, do="Leave them out."
-            )
-        _mixed(question, as_json)
-        return
+    question = with_imbalance(question, expert_imbalance)
     if html is not None and len(question.models) > 1:
         raise InputError("--html shows one model, and this recipe grows.", do="Say which with --model-stage.")
+    if len(question.machines) > 1:
+        if fixed or save:
+            raise InputError(
+                "--fixed and --save are for one kind of chips.",
+                where=question.name,
+                do="Take --json, which has time and memory of every stage, or plan one kind with --chip and --devices.",
+            )
+        _mixed(question, html, as_json)
+        return
     plans = plan_recipe(question, fixed=fixed)
     if save:
         save_plan(plans, RunDirectory(runs / question.recipe.name).plan)
@@ -92,6 +100,7 @@ def explain(
     site: SiteOption = None,
     bench: BenchOption = None,
     model_stage: ModelStageOption = None,
+    expert_imbalance: ImbalanceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One layout of a recipe: where its time goes, what fills its memory, why it does not fit."""
@@ -100,7 +109,7 @@ def explain(
     from anychip.errors import InputError
     from anychip.plan.answer import answer_plan, prediction_json
     from anychip.plan.layouts import parse_layout
-    from anychip.plan.question import ask
+    from anychip.plan.question import ask, with_imbalance
     from anychip.plan.text import explanation
 
     question = ask(
@@ -108,9 +117,12 @@ def explain(
         bench=bench, model_stage=model_stage,
     )  # fmt: skip
     _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
+    question = with_imbalance(question, expert_imbalance)
     if len(question.machines) > 1:
         raise InputError(
-            "a layout is explained on one kind of chips.", where=question.name, do="Name one with --chip and --devices."
+            "a layout is explained on one kind of chips.",
+            where=question.name,
+            do="Leave out --cluster and name one with --chip and --devices; `plan` explains the best mixed one.",
         )
     (machine,), (constants,) = question.machines, question.sites
     answers = [
@@ -188,24 +200,23 @@ def _doubt(used: Iterable[tuple[Site, str]]) -> None:
             typer.echo(f"note: {words}", err=True)
 
 
-def _mixed(question: Question, as_json: bool) -> None:
+def _mixed(question: Question, html: Path | None, as_json: bool) -> None:
     """A cluster of several kinds of chips: which stages go where."""
     import json
 
-    from anychip.plan.mixed import mixed_json, search_mixed
-    from anychip.plan.text import mixed_as_text
+    from anychip.plan.mixed_answer import answer_mixed, mixed_json
+    from anychip.plan.mixed_text import mixed_as_text
+    from anychip.report.mixed_page import write_mixed_page
 
-    results = [
-        search_mixed(model.workload, question.machines, question.sites, question.between_bytes_per_s)
-        for model in question.models
-    ]
+    answers = [answer_mixed(question, model) for model in question.models]
+    if html is not None:
+        write_mixed_page(answers[0], html)
     if as_json:
-        found = [mixed_json(result) for result in results]
+        found = [mixed_json(answer) for answer in answers]
         typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))
         return
-    for model, result in zip(question.models, results, strict=True):
-        title = f"{model.workload.name} on {question.name}" + (f", {model.title}" if model.of > 1 else "")
-        typer.echo(mixed_as_text(title, result, model.tokens))
+    pairs = zip(question.models, answers, strict=True)
+    typer.echo("\n\n\n".join(mixed_as_text(answer, model.title if model.of > 1 else "") for model, answer in pairs))
 
 
 def import_(

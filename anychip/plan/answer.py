@@ -22,6 +22,7 @@ from anychip.plan.predict import predict
 from anychip.plan.search import Rejections, search, simulated, stage_times
 from anychip.plan.shapes import num_parameters
 from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
+from anychip.plan.usable import search_usable
 from anychip.recipe.cluster import FailureConfig
 
 _NOTHING_FAILS = FailureConfig()
@@ -41,6 +42,7 @@ class PlanAnswer:
     failures: FailureConfig
     goodput: Goodput  # of the chosen layout
     notes: tuple[str, ...] = ()
+    idle_devices: int = 0  # of the cluster, that no layout uses; `machine` is without them
 
     @property
     def days(self) -> float:
@@ -60,14 +62,24 @@ def answer_plan(
 
     Raises InputError when no layout divides, or none fits.
     """
-    held = reliability_of(workload, machine, failures)
+    idle, left_idle = "", 0
     if layout is not None:
         found = _settled(workload, layout, machine, site)
         result = SearchResult([found] if found.fits else [], (), 1, 0.0)
         chosen: Prediction | None = found
     else:
-        result = search(workload, machine, site, objective_after_failures(held))
+        whole = machine
+        result, machine, idle = search_usable(
+            workload,
+            machine,
+            site,
+            lambda part: search(
+                workload, part, site, objective_after_failures(reliability_of(workload, part, failures))
+            ),
+        )
+        left_idle = whole.devices - machine.devices
         chosen = result.best[0] if result.best else None
+    held = reliability_of(workload, machine, failures)
     if chosen is None:
         raise InputError(
             f"{workload.name} fits on {machine.name} in none of {result.considered:,} layouts: {result.notes[0]}.",
@@ -83,7 +95,8 @@ def answer_plan(
         total_tokens=total_tokens,
         failures=failures,
         goodput=goodput(chosen.step_seconds, site.relative_sigma, workload.tokens, total_tokens, held, _watts(machine)),
-        notes=tuple(f"assumed: {what}" for what in machine.assumed),
+        notes=(*([idle] if idle else []), *(f"assumed: {what}" for what in machine.assumed)),
+        idle_devices=left_idle,
     )
 
 
@@ -125,6 +138,7 @@ def as_json(answer: PlanAnswer) -> dict[str, Any]:
             "name": answer.machine.name,
             "chip": answer.machine.chip,
             "devices": answer.machine.devices,
+            "idle_devices": answer.idle_devices,
             "memory_bytes": answer.machine.memory_bytes,
         },
         "site": {"name": answer.site.name, "relative_sigma": answer.site.relative_sigma, "source": answer.site.source},

@@ -100,11 +100,10 @@ def layer_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> LayerCost:
     launch = site.layer_overhead_s * (1 + LAUNCH_SYNC * np.log2(t.tp))
     forward = replace(forward, overhead=_exposed_launch(forward.seconds, launch))
     backward = replace(backward, overhead=_exposed_launch(backward.seconds, LAUNCH_BACKWARD * launch))
-    again = np.where(
-        t.recompute == FULL,
-        forward.seconds,
-        np.where(t.recompute == SELECTIVE, core_forward * (1 - site.fused_attention), 0),
+    remade = np.where(
+        site.trained_here, _remade_bytes(w, t, tokens, share, site) / rate, core_forward * (1 - site.fused_attention)
     )
+    again = np.select([t.recompute == FULL, t.recompute == SELECTIVE], [forward.seconds, remade], 0.0)
     return LayerCost(forward, backward, weight_seconds=products[2], recomputed=again)
 
 
@@ -124,7 +123,7 @@ def _products(
     up = 1 + w.gated
     local = np.maximum(w.experts, 1) / t.ep
     # Tokens of one expert: it serves its ep ranks, and each tensor-parallel rank brings its own part of them.
-    routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp
+    routed = tokens * w.top_k / np.maximum(w.experts, 1) * t.ep * t.expert_tp / t.tp * _busiest(t, site)
     expert_share = share / site.expert_efficiency
     linears: list[tuple[Floats, Floats, Floats, Any, Any]] = [
         (tokens, a.up_q_out / t.tp, a.up_q_in, 1.0, 1.0),
@@ -185,15 +184,35 @@ def _pointwise_bytes(w: Work, t: Table, tokens: Floats, share: Floats, site: Sit
     """Bytes that norms, activations, dropout, residuals and rope of one layer move in the forward pass."""
     shard = np.where(t.sp > 0, t.tp, 1.0)
     dropout = np.asarray(site.dropout) * 1.0
-    norms = 2 * (2 + 2) * w.hidden
     residual = 2 * (2 + 2 + 2 + dropout) * w.hidden
     width = w.heads * w.key_dim + 2 * w.kv_heads * w.key_dim
     heads = 4 * width  # rope or transposes read and write queries, keys and values
+    routed = share * w.top_k * 4 * 2 * w.hidden / shard  # permute and unpermute
+    split = heads + _activation_bytes(w, t, share)
+    return w.element / 2 * tokens * (((_norm_bytes(w) + residual) / shard + split / t.tp) * _loose(site) + routed)
+
+
+def _remade_bytes(w: Work, t: Table, tokens: Floats, share: Floats, site: Site) -> Floats:
+    """Bytes that our own training moves to make a layer's norms, SwiGLU and experts' rows again (`train.recompute`).
+    Processes that share a sequence keep what they gathered of a norm."""
+    norms = np.where(t.tp == 1, _norm_bytes(w), 0.0)
+    rows = share * w.top_k * 4 * w.hidden / np.where(t.sp > 0, t.tp, 1.0)  # permute
+    return w.element / 2 * tokens * ((norms + _activation_bytes(w, t, share) / t.tp) * _loose(site) + rows)
+
+
+def _norm_bytes(w: Work) -> Floats:
+    """Of a token in two norms, with elements of two bytes."""
+    return np.asarray(2 * (2 + 2) * w.hidden)
+
+
+def _activation_bytes(w: Work, t: Table, share: Floats) -> Floats:
     inner = (1 - share) * w.ffn + share * (w.top_k * w.moe_ffn / t.expert_tp + w.shared_ffn)
-    activation = 2 * (2 + w.gated) * inner
-    routed = share * w.top_k * 4 * 2 * w.hidden / np.where(t.sp > 0, t.tp, 1.0)  # permute and unpermute
-    loose = np.where(site.fused_pointwise, 1.0, 1.5)
-    return w.element / 2 * tokens * (((norms + residual) / shard + (heads + activation) / t.tp) * loose + routed)
+    return np.asarray(2 * (2 + w.gated) * inner)
+
+
+def _loose(site: Site) -> Floats:
+    """Times as many bytes where each step of a norm or an activation is an operator."""
+    return np.where(site.fused_pointwise, 1.0, 1.5)
 
 
 def _tensor_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site: Site) -> Floats:
@@ -225,7 +244,12 @@ def _expert_seconds(w: Work, t: Table, tokens: Floats, hardware: Hardware, site:
     nodes = np.maximum(1.0, t.ep / group.members)
     met = nodes * (1 - (1 - 1 / nodes) ** w.top_k)
     copies = np.where(site.routes_by_node, np.minimum(1.0, met / np.maximum(w.top_k, 1)), 1.0)
-    return 2 * all_to_all(group, sent, copies, hardware, site)
+    return 2 * all_to_all(group, sent * _busiest(t, site), copies, hardware, site)
+
+
+def _busiest(t: Table, site: Site) -> Floats:
+    """Load of the rank that all others of its expert-parallel group wait for, over the mean; one rank alone has all."""
+    return np.where(t.ep > 1, site.expert_imbalance, 1.0)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,10 @@ def _peaks(chip: Chip) -> dict[str, float]:
 def _needed(chip: Chip, name: str) -> float:
     figure = getattr(chip, name)
     if figure is None:
+        measure = "Measure this machine with `anychip bench chip --out chip.json`, then give plan --bench chip.json"
+        other = "." if chip.vendor == "cpu" else ", or plan with a chip whose figures are known."
         raise InputError(
-            f"the catalogue does not know {name} of {chip.id}.", do="Plan with a chip whose figures are known."
+            f"the catalogue does not know {name} of {chip.id}.",
+            do=f"{measure} in place of --cluster or --chip{other}",
         )
     return float(figure.value)

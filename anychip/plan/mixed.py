@@ -1,31 +1,36 @@
 """Mixed clusters: pipeline stages on chips of different kinds, each with the layers that it can carry.
 
-All stages share the tensor- and data-parallel degrees; a group of chips takes a run of consecutive stages. Layers are
-alike, so sharing them out so that the slowest stage is fastest is exact; memory bounds what each stage may take.
+All stages share the tensor-, data- and expert-parallel degrees; a group of chips takes a run of consecutive stages.
+Layers are alike, so sharing them out so that the slowest stage is fastest is exact; memory bounds what each stage may
+take. What is found is compared with the best plan of each part by itself, on as many of its nodes as serve it best.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 
 from anychip.errors import InputError
-from anychip.plan.cost import EndCost, rank_seconds, step_terms
-from anychip.plan.memory import rank_memory
-from anychip.plan.pipeline import StageTimes, pipeline_seconds
+from anychip.plan.answer import reliability_of
+from anychip.plan.cost import layer_cost
+from anychip.plan.goodput import CHECKPOINT_BYTES_PER_PARAMETER, Reliability, goodput, reliability
+from anychip.plan.mixed_stages import Candidate, Part, candidate_of, layouts, one_of
+from anychip.plan.pipeline import pipeline_seconds
 from anychip.plan.predict import GIB, hardware_for, measured
-from anychip.plan.ranks import rank_of
-from anychip.plan.search import min_max_split, search
-from anychip.plan.shapes import Work, flops_per_token, work_of
-from anychip.plan.table import Table, peak_of, table_of
-from anychip.plan.types import Floats, Layout, Machine, Prediction, Recompute, Rejected, Site, Workload
+from anychip.plan.search import search
+from anychip.plan.shapes import flops_per_token, num_parameters, work_of
+from anychip.plan.table import peak_of, table_of
+from anychip.plan.types import Floats, Layout, Machine, Prediction, Rejected, Site, Workload
+from anychip.plan.usable import search_usable
+from anychip.recipe.cluster import FailureConfig
 
 SETTLED = 12  # candidates whose pipeline is simulated
+_NOTHING_FAILS = FailureConfig()
 
 
 @dataclass(frozen=True)
@@ -36,31 +41,65 @@ class MixedPlan:
     groups: tuple[str, ...]  # name of the machine of each stage
     step_seconds: float
     tokens_per_second: float  # of the whole cluster
+    useful: float  # share of the time that failures leave
     mfu: float  # against the peaks of the devices in use
     stage_seconds: Floats  # [stages], one micro-batch
-    memory_bytes: Floats  # [stages]
+    time: dict[str, float]  # seconds by term, of the slowest stage; they add up to step_seconds
+    memory: dict[str, Floats]  # bytes by term, each [stages]
     devices_used: dict[str, int]
+
+    @property
+    def memory_bytes(self) -> Floats:
+        """Bytes of every stage, [stages]."""
+        return np.asarray(sum(self.memory.values()), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One part by itself: its best plan, or why there is none."""
+
+    devices: int  # of the part
+    prediction: Prediction | None
+    useful: float = 1.0  # share of the time that failures leave
+    said: str = ""  # which of its devices are idle, or why it cannot run this
+
+    @property
+    def useful_tokens_per_second(self) -> float:
+        """Of the whole part, after failures."""
+        found = self.prediction
+        return found.tokens_per_second_per_device * found.layout.devices * self.useful if found else 0.0
 
 
 @dataclass(frozen=True)
 class MixedResult:
     best: list[MixedPlan]
-    alone: dict[str, Prediction]  # the best plan of each part by itself, where one fits
-    rejected: list[Rejected]
-    gain: float  # tokens/s of the best plan over those of the best part alone
+    alone: dict[str, Alone]
+    rejected: list[Rejected]  # those that lack least come first
+    gain: float  # tokens a day of the best plan over those of the best part alone, after failures
     seconds: float
 
     @property
     def verdict(self) -> str:
         """What mixing is worth, in a sentence."""
         if not self.best:
-            return "No layout over all parts fits."
-        if not self.alone:
+            nearest = self.rejected[0] if self.rejected else None
+            return "No layout over all parts fits" + (
+                f"; nearest is {nearest.layout}: {nearest.reason}."
+                if nearest
+                else ": there are more stages than layers."
+            )
+        name = max(self.alone, key=lambda key: self.alone[key].useful_tokens_per_second)
+        part = self.alone[name].prediction
+        if part is None:
             return "No part can run this alone; together they can."
-        name = max(self.alone, key=lambda key: _total(self.alone[key]))
+        on = f"{name} alone" if part.layout.devices == self.alone[name].devices else (
+            f"{name} alone on {part.layout.devices:,} of its {self.alone[name].devices:,} devices"
+        )  # fmt: skip
         if self.gain <= 1.0:
-            return f"Do not mix: {name} alone is {1 / self.gain:.2f} times as fast as the best pipeline over all parts."
-        return f"All parts together are {self.gain:.2f} times as fast as {name} alone."
+            return f"Do not mix: {on} is {1 / self.gain:.2f} times as fast as the best pipeline over all parts."
+        if self.gain < 1.005:
+            return f"All parts together are hardly faster than {on}: mixing gains nothing."
+        return f"All parts together are {self.gain:.2f} times as fast as {on}."
 
 
 def search_mixed(
@@ -68,6 +107,7 @@ def search_mixed(
     machines: Sequence[Machine],
     sites: Sequence[Site],
     between_bytes_per_s: float,
+    failures: FailureConfig = _NOTHING_FAILS,
     *,
     keep: int = 10,
 ) -> MixedResult:
@@ -79,180 +119,104 @@ def search_mixed(
     if len(machines) < 2:
         raise InputError("a mixed plan needs at least two kinds of chips.", do="Use `search` for one kind.")
     machines = [measured(machine, site) for machine, site in zip(machines, sites, strict=True)]
-    alone = _alone(workload, machines, sites)
-    rejected: list[Rejected] = []
-    candidates: list[tuple[float, _Candidate]] = []
+    alone = {
+        machine.name: _alone(workload, machine, site, failures) for machine, site in zip(machines, sites, strict=True)
+    }
+    lacking: list[tuple[float, Rejected]] = []
+    candidates: list[Candidate] = []
     for order in permutations(range(len(machines))):
-        ordered = [machines[index] for index in order]
-        parts = [_Part(machine, sites[index]) for machine, index in zip(ordered, order, strict=True)]
-        for layout, counts in _layouts(workload, parts):
-            found = _candidate(workload, layout, counts, parts, between_bytes_per_s)
-            if isinstance(found, str):
-                rejected.append(Rejected(layout, found))
+        parts = [Part(machines[index], sites[index]) for index in order]
+        for layout, counts, reason in layouts(workload, parts):
+            found = candidate_of(workload, layout, counts, parts, between_bytes_per_s) if not reason else None
+            if isinstance(found, Candidate):
+                candidates.append(found)
             else:
-                candidates.append((found.estimate, found))
-    candidates.sort(key=lambda pair: pair[0])
-    plans = [_simulate(workload, candidate) for _, candidate in candidates[:SETTLED]]
-    plans.sort(key=lambda plan: plan.step_seconds)
-    best_alone = max((_total(prediction) for prediction in alone.values()), default=0.0)
-    gain = plans[0].tokens_per_second / best_alone if plans and best_alone else 0.0
+                lack, why = found or (math.inf, reason)
+                lacking.append((lack, Rejected(layout, why)))
+    candidates.sort(key=lambda candidate: candidate.estimate)
+    plans = [_simulate(workload, candidate, failures) for candidate in candidates[:SETTLED]]
+    plans.sort(key=lambda plan: -plan.tokens_per_second * plan.useful)
+    best_alone = max(part.useful_tokens_per_second for part in alone.values())
+    gain = plans[0].tokens_per_second * plans[0].useful / best_alone if plans and best_alone else 0.0
+    rejected = [each for _, each in sorted(lacking, key=lambda pair: pair[0])]
     return MixedResult(plans[:keep], alone, rejected, gain, time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class _Part:
-    machine: Machine
-    site: Site
+def _alone(workload: Workload, machine: Machine, site: Site, failures: FailureConfig) -> Alone:
+    try:
+        result, part, idle = search_usable(workload, machine, site, lambda part: search(workload, part, site, keep=1))
+    except InputError as error:
+        return Alone(machine.devices, None, said=error.what.rstrip("."))
+    if not result.best:
+        return Alone(machine.devices, None, said=f"it fits in none of {result.considered:,} layouts: {result.notes[0]}")
+    useful = _useful(workload, result.best[0].step_seconds, reliability_of(workload, part, failures))
+    return Alone(machine.devices, result.best[0], useful, idle)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    layout: Layout
-    parts: tuple[_Part, ...]
-    of_stage: tuple[int, ...]  # which part each stage lies on
-    times: tuple[StageTimes, ...]
-    memory: Floats
-    send_seconds: float
-    outside_seconds: float  # gradients and optimizer of the slowest part
-    estimate: float
+def _useful(workload: Workload, step_seconds: float, held: Reliability) -> float:
+    return goodput(step_seconds, 0.0, workload.tokens, workload.tokens, held).effective
 
 
-def _alone(workload: Workload, machines: Sequence[Machine], sites: Sequence[Site]) -> dict[str, Prediction]:
-    found: dict[str, Prediction] = {}
-    for machine, site in zip(machines, sites, strict=True):
-        try:
-            best = search(workload, machine, site, keep=1).best
-        except InputError:
-            continue
-        if best:
-            found[machine.name] = best[0]
-    return found
+def reliability_of_parts(
+    workload: Workload, machines: Sequence[Machine], used: dict[str, int], failures: FailureConfig
+) -> Reliability:
+    """How a job fails on the nodes that it uses of several machines."""
+    nodes = sum(math.ceil(used[machine.name] / machine.devices_per_node) for machine in machines)
+    state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * float(num_parameters(workload))
+    return reliability(failures, nodes, sum(used.values()), state_bytes)
 
 
-def _total(prediction: Prediction) -> float:
-    return prediction.tokens_per_second_per_device * prediction.layout.devices
-
-
-def _layouts(workload: Workload, parts: Sequence[_Part]) -> list[tuple[Layout, tuple[int, ...]]]:
-    """Layouts and the stages of each part: as many as its devices give, or half of them where that divides better."""
-    found: list[tuple[Layout, tuple[int, ...]]] = []
-    smallest = min(part.machine.tiers[0].devices for part in parts)
-    kinds: tuple[Recompute, ...] = ("none", "full")
-    for tp in [2**power for power in range(6) if 2**power <= smallest and workload.heads % 2**power == 0]:
-        if workload.kv_heads % tp and tp % workload.kv_heads:
-            continue
-        for dp in range(1, min(part.machine.devices for part in parts) // tp + 1):
-            counts = tuple(part.machine.devices // (tp * dp) for part in parts)
-            if workload.global_batch % dp or not all(counts) or sum(counts) > workload.layers:
-                continue
-            for micro in (1, 2, 4):
-                if workload.global_batch % (dp * micro) == 0:
-                    found += [
-                        (Layout(dp=dp, tp=tp, pp=sum(counts), micro_batch=micro, recompute=kind), counts)
-                        for kind in kinds
-                    ]
-    return found
-
-
-def _candidate(
-    workload: Workload, layout: Layout, counts: tuple[int, ...], parts: Sequence[_Part], between: float
-) -> _Candidate | str:
-    """Share the layers out and add up the step; a sentence when the stages cannot hold them."""
-    w = work_of(workload)
-    table = table_of([layout], w.layers)
-    of_stage = tuple(part for part, count in enumerate(counts) for _ in range(count))
-    costs = [rank_seconds(w, table, hardware_for(part.machine, workload, part.site), part.site) for part in parts]
-    each = [_one(costs[part][0]) + _one(costs[part][1]) for part in of_stage]
-    first, last = costs[of_stage[0]][3], costs[of_stage[-1]][3]
-    extra = [0.0] * layout.pp
-    extra[0] += _one(first.first)
-    extra[-1] += _one(last.last)
-    most = _most_layers(w, table, of_stage, parts)
-    split = min_max_split(workload.layers, each, extra, most)
-    if not split or not min(split):
-        return f"its stages hold {sum(most)} of {workload.layers} layers"
-    times = _times(split, of_stage, costs, first, last)
-    memory = _stage_bytes(w, table, of_stage, np.array(split, dtype=np.float64), parts)
-    placed = replace(layout, stage_layers=split)
-    send = workload.seq_length * layout.micro_batch * workload.hidden * 2.0 / layout.tp / between
-    outside = max(_outside(w, table_of([placed], w.layers), part, workload) for part in parts)
-    m = layout.micro_batches(workload)
-    totals = [stage.forward + stage.backward for stage in times]
-    estimate = sum(totals) + (m - 1) * max(totals) + 2 * (m + layout.pp - 1) * send + outside
-    return _Candidate(placed, tuple(parts), of_stage, times, memory, send, outside, estimate)
-
-
-def _one(value: Floats) -> float:
-    return float(np.broadcast_to(value, (1,))[0])
-
-
-def _times(
-    split: Sequence[int],
-    of_stage: Sequence[int],
-    costs: Sequence[tuple[Floats, Floats, Floats, EndCost]],
-    first: EndCost,
-    last: EndCost,
-) -> tuple[StageTimes, ...]:
-    times = [
-        StageTimes(*(count * _one(value) for value in costs[part][:3]))
-        for count, part in zip(split, of_stage, strict=True)
-    ]
-    for stage, seconds in ((0, _one(first.first)), (len(times) - 1, _one(last.last))):
-        held = times[stage]
-        times[stage] = StageTimes(held.forward + seconds / 3, held.backward + seconds * 2 / 3, held.weight)
-    return tuple(times)
-
-
-def _stage_bytes(w: Work, table: Table, of_stage: Sequence[int], layers: Floats, parts: Sequence[_Part]) -> Floats:
-    """Bytes of every stage with these layers, [stages]; stages of one part in one pass."""
-    found = np.zeros(len(of_stage))
-    for number, part in enumerate(parts):
-        stages = np.flatnonzero(np.array(of_stage) == number)
-        first, last = stages == 0, stages == len(of_stage) - 1
-        every = table.take(np.zeros(len(stages), dtype=np.int64))
-        rank = rank_of(
-            w, every, stages.astype(np.float64), layers[stages], first.astype(np.float64), last.astype(np.float64)
-        )
-        found[stages] = np.asarray(sum(rank_memory(w, every, rank, part.site).values()))
-    return found
-
-
-def _most_layers(w: Work, table: Table, of_stage: Sequence[int], parts: Sequence[_Part]) -> list[int]:
-    """Layers that the memory of each stage's chips can hold; bytes are affine in layers."""
-    one = np.ones(len(of_stage))
-    least = _stage_bytes(w, table, of_stage, one, parts)
-    slopes = _stage_bytes(w, table, of_stage, 2 * one, parts) - least
-    room = np.array([parts[part].machine.memory_bytes for part in of_stage]) - least
-    return [
-        max(0, int(left / slope) + 1) if slope > 0 else int(w.layers) for left, slope in zip(room, slopes, strict=True)
-    ]
-
-
-def _outside(w: Work, table: Table, part: _Part, workload: Workload) -> float:
-    terms = step_terms(w, table, hardware_for(part.machine, workload, part.site), part.site)
-    return _one(terms["data_parallel"]) + _one(terms["optimizer"]) + part.site.step_overhead_s
-
-
-def _simulate(workload: Workload, candidate: _Candidate) -> MixedPlan:
+def _simulate(workload: Workload, candidate: Candidate, failures: FailureConfig) -> MixedPlan:
     layout, parts = candidate.layout, candidate.parts
-    length = pipeline_seconds(
-        candidate.times, layout.pp, layout.micro_batches(workload), layout.schedule, candidate.send_seconds
+    m = layout.micro_batches(workload)
+    still, length = (
+        pipeline_seconds(candidate.times, layout.pp, m, layout.schedule, send) for send in (0.0, candidate.send_seconds)
     )
-    step = length + candidate.outside_seconds
+    step = length + sum(candidate.outside.values())
     per_stage = layout.tp * layout.dp
     used = {part.machine.name: candidate.of_stage.count(index) * per_stage for index, part in enumerate(parts)}
     peak = sum(used[part.machine.name] * peak_of(part.machine, workload.dtype) for part in parts)
     rate = workload.tokens / step
+    held = reliability_of_parts(workload, [part.machine for part in parts], used, failures)
     return MixedPlan(
         layout=layout,
         groups=tuple(parts[part].machine.name for part in candidate.of_stage),
         step_seconds=step,
         tokens_per_second=rate,
+        useful=_useful(workload, step, held),
         mfu=rate * float(flops_per_token(work_of(workload))) / peak,
         stage_seconds=np.array([stage.forward + stage.backward for stage in candidate.times]),
-        memory_bytes=candidate.memory,
+        time=_terms(workload, candidate, m, still, length),
+        memory=candidate.memory,
         devices_used=used,
     )
+
+
+def _terms(workload: Workload, candidate: Candidate, m: int, still: float, length: float) -> dict[str, float]:
+    """The step by terms as the slowest stage spends it; what it waits for others is bubble."""
+    busy = [stage.forward + stage.backward for stage in candidate.times]
+    slowest = int(np.argmax(busy))
+    part = candidate.parts[candidate.of_stage[slowest]]
+    w = work_of(workload)
+    layer = layer_cost(
+        w, table_of([candidate.layout], w.layers), hardware_for(part.machine, workload, part.site), part.site
+    )
+    count = m * candidate.layout.stage_layers[slowest]
+    both = {
+        "matmul": "matmul", "attention": "attention", "pointwise": "pointwise", "overhead": "overhead",
+        "tensor_parallel": "tensor", "expert_parallel": "expert",
+    }  # fmt: skip
+    time = {
+        name: count * (one_of(getattr(layer.forward, kind)) + one_of(getattr(layer.backward, kind)))
+        for name, kind in both.items()
+    }
+    time["recompute"] = count * one_of(layer.recomputed)
+    time["ends"] = m * ((slowest == 0) * candidate.ends[0] + (slowest == len(busy) - 1) * candidate.ends[1])
+    time["bubble"] = still - m * busy[slowest]
+    time["pipeline_transfer"] = length - still
+    for name, seconds in candidate.outside.items():
+        time[name] = time.get(name, 0.0) + seconds
+    return time
 
 
 def headroom(plan: MixedPlan, machines: Sequence[Machine]) -> dict[str, float]:
@@ -262,28 +226,3 @@ def headroom(plan: MixedPlan, machines: Sequence[Machine]) -> dict[str, float]:
         held = [size for size, name in zip(plan.memory_bytes, plan.groups, strict=True) if name == machine.name]
         free[machine.name] = (machine.memory_bytes - max(held)) / GIB
     return free
-
-
-def mixed_json(result: MixedResult) -> dict[str, Any]:
-    """The result as JSON values."""
-    return {
-        "best": [
-            {
-                "layout": str(plan.layout),
-                "stage_layers": list(plan.layout.stage_layers),
-                "groups": list(plan.groups),
-                "step_seconds": plan.step_seconds,
-                "tokens_per_second": plan.tokens_per_second,
-                "mfu": plan.mfu,
-                "stage_seconds": [float(value) for value in plan.stage_seconds],
-                "memory_bytes": [float(value) for value in plan.memory_bytes],
-                "devices_used": plan.devices_used,
-            }
-            for plan in result.best
-        ],
-        "alone": {name: str(prediction.layout) for name, prediction in result.alone.items()},
-        "gain": result.gain,
-        "verdict": result.verdict,
-        "rejected": len(result.rejected),
-        "seconds": result.seconds,
-    }

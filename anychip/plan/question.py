@@ -79,6 +79,23 @@ def ask(
     )
 
 
+def with_imbalance(question: Question, imbalance: float | None) -> Question:
+    """The question if the busiest rank of experts had `imbalance` times the mean load; None changes nothing."""
+    if imbalance is None:
+        return question
+    if not any(model.workload.experts for model in question.models):
+        raise InputError(
+            "--expert-imbalance is for models with experts, and this one has none.", where=question.name, do="Omit it."
+        )
+    most = max(model.workload.experts.count for model in question.models if model.workload.experts)
+    if not 1 <= imbalance <= most:
+        raise InputError(
+            f"--expert-imbalance is {imbalance:g}; it is the busiest rank's load over the mean.",
+            do=f"Give 1 (even) to {most} (all tokens choose one expert).",
+        )
+    return replace(question, sites=tuple(replace(site, expert_imbalance=imbalance) for site in question.sites))
+
+
 def _of_bench(recipe: Recipe, models: list[ModelStage], path: Path, processes: int, site: str | None) -> Question:
     """The machine that was measured, which trains in the type that it would choose."""
     bench = read_bench(path)

@@ -98,6 +98,12 @@ def search(
     )
 
 
+def possible(workload: Workload, machine: Machine, site: Site) -> tuple[list[Rejected], bool]:
+    """One layout for each reason why degrees do not divide, and whether there are others that do."""
+    grid = _grid(workload, machine, _default_space(workload, site))
+    return grid.refused, len(grid.table) > 0
+
+
 class Rejections(Sequence[Rejected]):
     """All layouts that cannot run, each with its reason; made when they are looked at, because there are very many."""
 

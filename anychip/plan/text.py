@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from anychip.plan.answer import PlanAnswer, days_of, rejected_counts
 from anychip.plan.calibrate import Calibration
-from anychip.plan.goodput import SECONDS_A_DAY, Goodput
+from anychip.plan.goodput import Goodput
 from anychip.plan.layouts import overrides_of
-from anychip.plan.mixed import MixedResult
 from anychip.plan.predict import GIB
 from anychip.plan.types import Machine, Prediction, Site
 from anychip.plan.validate import Metrics, ValidationReport
@@ -22,6 +21,7 @@ def answer_as_text(answer: PlanAnswer) -> str:
         f"{answer.workload.name}: {answer.workload.tokens:,} tokens a step, {answer.total_tokens:.3g} in all\n"
         f"{answer.machine.name}: {answer.machine.devices:,} x {answer.machine.chip}, "
         f"{answer.machine.memory_bytes / GIB:.0f} GiB each; site {answer.site.name}"
+        + (f"\n{answer.notes[0]}" if answer.idle_devices else "")
     ]
     if len(answer.search.best) > 1:
         parts.append(_layouts_table(answer))
@@ -34,7 +34,7 @@ def answer_as_text(answer: PlanAnswer) -> str:
             f"{answer.search.considered:,} layouts predicted in {answer.search.seconds:.2f} s; rejected:\n"
             + "\n".join(lines + ([f"  and {left} other reasons (--json lists all)"] if left > 0 else []))
         )
-    parts += answer.notes
+    parts += answer.notes[1:] if answer.idle_devices else answer.notes
     return "\n\n".join(parts)
 
 
@@ -118,32 +118,6 @@ def memory_table(prediction: Prediction, machine: Machine) -> str:
             rows.append([name.replace("_", " "), *(f"{values[stage] / GIB:.2f}" for stage in stages)])
     rows.append([f"sum, of {machine.memory_bytes / GIB:.1f}", *(f"{totals[stage] / GIB:.2f}" for stage in stages)])
     return table(rows, left=(0,))
-
-
-def mixed_as_text(name: str, result: MixedResult, total_tokens: float) -> str:
-    """The best pipelines over several kinds of chips, and what mixing is worth."""
-    rows = [["", "layout", "stages", "layers", "step", "tok/s", "mfu", "days"]]
-    for number, plan in enumerate(result.best, 1):
-        runs: list[tuple[str, int]] = []
-        for group in plan.groups:
-            runs = [*runs[:-1], (group, runs[-1][1] + 1)] if runs and runs[-1][0] == group else [*runs, (group, 1)]
-        rows.append(
-            [
-                str(number),
-                str(plan.layout),
-                " then ".join(f"{count} on {group}" for group, count in runs),
-                "-".join(map(str, plan.layout.stage_layers)),
-                f"{plan.step_seconds:.2f} s",
-                f"{plan.tokens_per_second:,.0f}",
-                f"{plan.mfu:.1%}",
-                f"{total_tokens / plan.tokens_per_second / SECONDS_A_DAY:,.1f}",
-            ]
-        )
-    alone = [
-        f"{part} alone: {found.layout}, {found.tokens_per_second_per_device * found.layout.devices:,.0f} tokens/s"
-        for part, found in result.alone.items()
-    ]
-    return "\n\n".join([name, table(rows, left=(1, 2, 3)), "\n".join(alone), result.verdict])
 
 
 def validation_as_text(report: ValidationReport) -> str:

@@ -179,6 +179,7 @@ class Site:
     layer_overhead_s: float = 0.0  # time a layer and direction that no size explains: launches, host work
     step_overhead_s: float = 0.0
     # Facts of the software, not fitted.
+    expert_imbalance: float = 1.0  # busiest rank of experts over the mean, beyond what runs were fitted with
     matmul_traffic: float = 1.0  # share of a product's operand traffic that does not hide behind its arithmetic
     matmul_fill_length: float = 64.0  # of K, that a tile costs besides: filling the pipeline, writing the result
     fused_attention: bool = True

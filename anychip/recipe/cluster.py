@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from anychip.errors import InputError
-from anychip.recipe.load import explain, read_yaml
+from anychip.recipe.load import FileKind, explain, read_yaml
 from anychip.recipe.schema import Fraction, Positive, Section
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[][A-Za-z0-9_.:/@%+=,\[\]-]*$")]  # safe in a line of a script
+CLUSTER_FILE = FileKind("cluster file", "clusters/ascend-910b-8192.yaml", "name and groups")
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]
 
@@ -49,10 +50,10 @@ class FailureConfig(Section):
     memory_copy_survives: Fraction = Field(0.9, description="share of failures after which such a copy is still there")
     memory_load_seconds: NotNegative = Field(0.0, description="coming back from such a copy")
     repair_hours: NotNegative = 0.0
-    spare_nodes: Annotated[int, Field(ge=0)] = 0
+    spare_nodes: Annotated[int, Field(ge=0, description="nodes that wait for others to fail, beside `nodes`")] = 0
     straggler_sigma: NotNegative = Field(0.0, description="relative noise of one device's step time")
     slow_node_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    slow_node_factor: Annotated[float, Field(ge=1)] = 1.0
+    slow_node_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
 
 
 class LaunchConfig(Section):
@@ -100,10 +101,17 @@ class Cluster(Section):
             raise ValueError(f"group names must differ, found {names}")
         return self
 
+    @model_validator(mode="after")
+    def _spares_are_few(self) -> Cluster:
+        nodes, spares = sum(group.nodes for group in self.groups), self.failures.spare_nodes
+        if spares > nodes:
+            raise ValueError(f"failures.spare_nodes is {spares}, more than the {nodes} nodes that they stand in for")
+        return self
+
 
 def load_cluster(path: Path) -> Cluster:
     """Read a cluster file. Raises InputError naming the field and what it may be."""
     try:
-        return Cluster.model_validate(read_yaml(path))
+        return Cluster.model_validate(read_yaml(path, CLUSTER_FILE))
     except ValidationError as error:
         raise InputError(" ".join(explain(error, Cluster)), where=path) from None

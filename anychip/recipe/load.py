@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -17,6 +18,18 @@ from anychip.recipe.migrate import migrate
 from anychip.recipe.schema import Recipe
 
 _MAX_RECIPE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a YAML file should have been, for those who gave another."""
+
+    name: str
+    example: str
+    sections: str
+
+
+RECIPE = FileKind("recipe", "recipes/demo.yaml", "model, data and training")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,22 +57,24 @@ def dump_recipe(recipe: Recipe) -> str:
     return header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: FileKind = RECIPE) -> dict[str, Any]:
     """The mapping in a small YAML file; InputError says what is wrong with it otherwise."""
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
             raise InputError(
-                "is larger than 1 MiB and so not a recipe.", where=path, do="Give the path of a YAML recipe."
+                f"is larger than 1 MiB and so no {kind.name}.",
+                where=path,
+                do=f"Give the path of a {kind.name} in YAML.",
             )
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"cannot be read ({error.strerror}).",
             where=path,
-            do="Give the path of a recipe, such as recipes/demo.yaml.",
+            do=f"Give the path of a {kind.name}, such as {kind.example}.",
         ) from None
     except UnicodeDecodeError:
-        raise InputError("is not text in UTF-8.", where=path, do="Give the path of a YAML recipe.") from None
+        raise InputError("is not text in UTF-8.", where=path, do=f"Give the path of a {kind.name} in YAML.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 99th of a month
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -67,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or said
         raise InputError(f"is not valid YAML{line}: {problem}.", where=path, do="Correct that line.") from None
     if not isinstance(raw, dict):
-        raise InputError("holds no sections.", where=path, do="A recipe is a mapping with model, data and training.")
+        raise InputError("holds no sections.", where=path, do=f"A {kind.name} is a mapping with {kind.sections}.")
     return raw
 
 

@@ -56,9 +56,9 @@ def render(answer: PlanAnswer) -> str:
         high=answer.goodput.days_interval[1],
         rows=[_row(prediction) for prediction in answer.search.best],
         overrides=" ".join(f"--set {value}" for value in overrides_of(chosen.layout)),
-        terms=_legend(terms),
+        terms=legend_of(terms),
         time=_time(answer, terms),
-        kinds=_legend(kinds),
+        kinds=legend_of(kinds),
         memory=_memory(chosen, answer.machine, kinds),
         timeline=_timeline(answer),
         counts=_throughput_by_count(answer),
@@ -79,7 +79,8 @@ def _row(prediction: Prediction) -> Row:
     )
 
 
-def _legend(names: list[str]) -> list[tuple[str, str]]:
+def legend_of(names: list[str]) -> list[tuple[str, str]]:
+    """Names of terms with the class of the colour that a stack gives them."""
     return [(f"term-{index % COLOURS}", name.replace("_", " ")) for index, name in enumerate(names)]
 
 

@@ -71,6 +71,31 @@ def test_a_micro_batch_pays_for_adding_its_gradients() -> None:
     assert products[1] - products[0] > added
 
 
+def test_selective_recomputation_costs_our_training_what_it_makes_again() -> None:
+    """Norms and SwiGLU of every layer, read and written once more; behind tensor parallelism norms are kept."""
+    here = replace(SITE, trained_here=True)
+    alone, split = Layout(dp=8, zero=3), Layout(dp=2, tp=4, sequence_parallel=True)
+    tokens, rate = 4096 * 256 / 8, 1.6e12 * SITE.memory_efficiency
+    for layout, norms in ((alone, 8 * 4096), (split, 0)):
+        none, selective, full = (
+            predict(DENSE, replace(layout, recompute=kind), machine(8), here) for kind in ("none", "selective", "full")
+        )
+        moved = 32 * tokens * (norms + 6 * 11008)  # tp splits SwiGLU as it multiplies the tokens of a process
+        assert none.time["recompute"] == 0
+        assert selective.time["recompute"] == pytest.approx(moved / rate)
+        assert none.step_seconds < selective.step_seconds < full.step_seconds
+    others = predict(DENSE, replace(alone, recompute="selective"), machine(8), SITE)
+    assert others.time["recompute"] == 0  # fused attention leaves theirs nothing to do
+
+
+def test_selective_recomputation_makes_rows_of_experts_again() -> None:
+    layout, site = Layout(dp=8, zero=3, recompute="selective"), replace(SITE, trained_here=True)
+    more = replace(EXPERTS, experts=replace(EXPERTS.experts, top_k=4))
+    two, four = (predict(work, layout, machine(8), site).time["recompute"] for work in (EXPERTS, more))
+    rows = 31 * 4096 * 256 / 8 * 2 * (6 * 2816 + 4 * 4096)
+    assert four - two == pytest.approx(rows / (1.6e12 * SITE.memory_efficiency))
+
+
 def test_recomputation_trades_time_for_memory() -> None:
     none, full = (predict(DENSE, replace(LAYOUT, recompute=kind), machine(), SITE) for kind in ("none", "full"))
     assert full.step_seconds > none.step_seconds
