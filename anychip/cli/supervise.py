@@ -39,7 +39,9 @@ def supervise(
     from anychip.supervise import many_hosts, one_host
     from anychip.supervise.coordinator import Terms
     from anychip.supervise.run import Limits
+    from anychip.train.output import print_what_fits
 
+    print_what_fits()
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
     arguments, limits = [str(recipe), "--runs", str(runs), *words], Limits(restarts, grace_seconds=grace)

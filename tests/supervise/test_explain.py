@@ -18,7 +18,7 @@ from anychip.parallel.messages import Message
 from anychip.recipe import load_recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.explain import explain
-from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents, record, slow_incident
+from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, read_incidents, slow_incident
 from anychip.supervise.stragglers import Slow
 from anychip.train.heartbeat_page import PageWriter
 
@@ -73,6 +73,7 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> No
         (incident("crash", code=-11), "was killed by SIGSEGV", "`anychip doctor` on node-7"),
         (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
         (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
+        (incident("disk", code=5), "the disk did not take what it wrote", "make room"),
         (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
         (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
         (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
@@ -80,7 +81,7 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> No
     ],
 )
 def test_every_kind_of_incident_has_a_sentence(run: RunDirectory, left: Incident, sentence: str, advice: str) -> None:
-    record(run.logs / LOG_NAME, left)
+    IncidentLog(run.logs / LOG_NAME).note(left)
     text = explain(run)
     assert "2026-03-01T10:00:00+00:00" in text and "node-7" in text
     assert sentence in text
@@ -90,7 +91,7 @@ def test_every_kind_of_incident_has_a_sentence(run: RunDirectory, left: Incident
 
 def test_one_that_fails_again_and_again_is_to_be_taken_out(run: RunDirectory) -> None:
     for _ in range(3):
-        record(run.logs / LOG_NAME, incident("crash", code=-11))
+        IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-11))
     assert "rank 5 on node-7 failed 3 times: take its chip out" in explain(run)
 
 
@@ -105,7 +106,7 @@ def test_a_run_under_torchrun_is_explained_by_its_logs(run: RunDirectory) -> Non
 
 
 def test_a_run_whose_supervisor_was_killed_is_explained_by_heartbeats(run: RunDirectory) -> None:
-    record(run.logs / LOG_NAME, incident("crash", generation=2, code=-9, action="restart"))
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", generation=2, code=-9, action="restart"))
     beat(run, 0, 50, "reduce")
     beat(run, 1, 49, "optimizer")
     writer = PageWriter(run.logs / "heartbeats" / "generation-0003" / "rank-00001.work")
@@ -132,11 +133,11 @@ def test_living_processes_are_told_from_dead_ones(run: RunDirectory, monkeypatch
 
 
 def test_slow_processes_are_told_beside_what_ended_the_run(run: RunDirectory) -> None:
-    record(run.logs / LOG_NAME, slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
+    IncidentLog(run.logs / LOG_NAME).note(slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
     alone = explain(run)
     assert "Slow: " in alone and "2.5 times as long as its fellows" in alone
     assert "look at node-2" in alone.splitlines()[-1]
-    record(run.logs / LOG_NAME, incident("crash", code=-9))
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-9))
     assert "who killed it" in explain(run).splitlines()[-1]
 
 
