@@ -30,7 +30,9 @@ def supervise(
     lease: Annotated[float, typer.Option(min=1, help="Seconds without the coordinator until a host gives up.")] = 5.0,
     settle: Annotated[float, typer.Option(min=0, help="Seconds to wait for more hosts than are needed.")] = 5.0,
     patience: Annotated[float, typer.Option(min=1, help="Seconds to wait for hosts that are needed.")] = 600.0,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to save in when a host leaves or comes.")] = 60.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds to save in when asked to stop, or when a host leaves or comes.")
+    ] = 60.0,
     coordinate: Annotated[bool, typer.Option("--coordinate", help="Only coordinate; no training here.")] = False,
 ) -> None:
     """Train in several processes of this host, or of many, and start again after what can be survived."""

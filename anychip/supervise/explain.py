@@ -214,6 +214,7 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     ),
     "error": _of_mistake,
     "lost": lambda incident: f"see whether {incident.node} is up and reached by the others. {_AGAIN}",
+    "overdue": lambda incident: f"give it longer with --grace, if a save takes that long. {_AGAIN}",
     "disk": lambda incident: f"make room on the disk of the run, and see that it takes files. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
 }

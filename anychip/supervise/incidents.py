@@ -19,8 +19,8 @@ LOG_NAME = "incidents.jsonl"
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, slow, error, disk, bad_input, unfit, suspect, preempted or lost (a host). `action`:
-    restart, shrink, replace, stop or none.
+    """`kind`: crash, oom, hang, slow, error, disk, bad_input, unfit, suspect, preempted, overdue (asked to stop,
+    it did not) or lost (a host). `action`: restart, shrink, replace, stop or none.
 
     `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
     `since`, and the others wait for it for a share `lost` of the time.
@@ -47,18 +47,22 @@ class Incident:
 
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
+        done = "It was killed." if self.kind == "overdue" else _DONE.get(self.action, self.action)
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
         if self.kind == "lost":
             place = f"host {self.node} (of rank {self.rank} on)"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
         last = f" Its last collective: {self.collective}." if self.collective else ""
-        return f"{self.time}: {place} {self._what()} {when}.{last} {_DONE.get(self.action, self.action)}".strip()
+        return f"{self.time}: {place} {self._what()} {when}.{last} {done}".strip()
 
     def _what(self) -> str:
         last = self.detail[-1] if self.detail else "no message"
         if self.kind == "hang":
             state = _STATES.get(self.state, "was running")
             return f"held up the others for {self.seconds:.0f} s; it {state}"
+        if self.kind == "overdue":
+            state = _STATES.get(self.state, "was running")
+            return f"had not saved and left {self.seconds:.0f} s after it was asked to; it {state}"
         if self.kind == "slow":
             return (
                 f"is slow: since step {self.since} it has taken {self.times:.1f} times as long as its fellows, who "

@@ -40,7 +40,7 @@ class Limits:
 
     restarts: int = 20
     start_seconds: float = 600.0
-    grace_seconds: float = 60.0  # for saving and leaving, after which processes are killed
+    grace_seconds: float = 60.0  # for saving and leaving when asked to, after which processes are killed
 
 
 @dataclass
@@ -147,6 +147,7 @@ class Supervisor:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
         watch, regroup_since = Watch(generation, self._limits.start_seconds), None
+        stop_since: float | None = None
         while True:
             generation.show()
             self._incidents.catch_up()
@@ -162,6 +163,10 @@ class Supervisor:
                 pid, node = generation.pid(slow.rank), generation.node(slow.rank)
                 self._incidents.note(slow_incident(slow, generation.number, pid, node))
             self._pass_on_requests(generation)
+            if self._stop.requests:
+                stop_since = stop_since or time.monotonic()
+                if time.monotonic() - stop_since > self._limits.grace_seconds:
+                    return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
             if regroup_since is None and not self._stop.requests and (why := self._fleet.change()):
                 print(f"{why}: every process saves and leaves", file=sys.stderr, flush=True)
                 generation.signal(signal.SIGTERM)
@@ -184,8 +189,8 @@ class Supervisor:
         beat = last.get(death.rank, Beat(death.rank, death.pid, 0, "start", 0.0))
         return self._incident(generation, watch, kind, beat, death.code)
 
-    def _hung(self, generation: Running, watch: Watch, hang: Hang) -> Incident:
-        return self._incident(generation, watch, "hang", hang.beat, None, hang)
+    def _hung(self, generation: Running, watch: Watch, hang: Hang, kind: str = "hang") -> Incident:
+        return self._incident(generation, watch, kind, hang.beat, None, hang)
 
     def _incident(
         self, generation: Running, watch: Watch, kind: str, beat: Beat, code: int | None, hang: Hang | None = None
@@ -217,6 +222,9 @@ class Supervisor:
 def _failure(incident: Incident) -> RunFailed:
     if incident.kind == "preempted":
         return RunFailed("Training was stopped and saved its state.", EXIT_STOPPED, do="Run it again to continue.")
+    if incident.kind == "overdue":
+        do = "What it had saved is intact: run it again to continue."
+        return RunFailed(f"Training was stopped by force: {incident.sentence()}", EXIT_STOPPED, do=do)
     code = incident.code if incident.code is not None and incident.code > 0 else 1
     code = EXIT_UNFIT if incident.kind == "suspect" else code
     last = incident.detail[-1] if incident.detail else ""

@@ -73,6 +73,11 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> No
         (incident("crash", code=-11), "was killed by SIGSEGV", "`anychip doctor` on node-7"),
         (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
         (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
+        (
+            incident("overdue", state="S", phase="save", seconds=60.0),
+            "had not saved and left 60 s after it was asked to; it was waiting in step 41, phase save. It was killed.",
+            "--grace",
+        ),
         (incident("disk", code=5), "the disk did not take what it wrote", "make room"),
         (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
         (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
