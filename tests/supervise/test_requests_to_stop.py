@@ -63,7 +63,7 @@ def final(run: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in store.read(info, info.tensors)}
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["and the time is over", "twice"])
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_processes_stuck_in_a_save_are_killed_and_the_checkpoint_before_is_good(
     folder: Path, tmp_path: Path, twice: bool
 ) -> None:
