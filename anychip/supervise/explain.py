@@ -17,6 +17,7 @@ from typing import Any
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.processes import generation_number, heartbeat_folders
 from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
@@ -63,7 +64,7 @@ def _history(run: RunDirectory) -> list[str]:
 
 def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
     """What the newest generation's processes are doing, or what they left."""
-    folders = sorted((run.logs / "heartbeats").glob("generation-*"))
+    folders = heartbeat_folders(run)
     paths = [path for path in sorted(folders[-1].glob("rank-*")) if not path.suffix] if folders else []
     beats = {path: beat for path in paths if (beat := read_beat(path)) is not None}
     if not beats:
@@ -71,8 +72,8 @@ def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
     alive = [beat for beat in beats.values() if _is_alive(beat)]
     if alive:
         return [_living(alive, len(beats))]
-    number = folders[-1].name.removeprefix("generation-")
-    if any(incident.kind != "slow" and f"{incident.generation:04d}" == number for incident in incidents):
+    number = generation_number(folders[-1])
+    if any(incident.kind != "slow" and incident.generation == number for incident in incidents):
         return []  # how it ended was written down
     if all(beat.node not in ("", platform.node()) for beat in beats.values()):
         nodes = ", ".join(sorted({beat.node for beat in beats.values()})[:_SHOWN])

@@ -259,11 +259,21 @@ def heartbeat_folder(run: RunDirectory, generation: int) -> Path:
     return run.logs / "heartbeats" / f"generation-{generation:04d}"
 
 
+def generation_number(folder: Path) -> int:
+    """Of a folder of heartbeats; 0 for any other."""
+    number = folder.name.removeprefix("generation-")
+    return int(number) if number.isdecimal() else 0
+
+
+def heartbeat_folders(run: RunDirectory) -> list[Path]:
+    """Those of all generations, the newest last."""
+    folders = (run.logs / "heartbeats").glob("generation-*")
+    return sorted(filter(generation_number, folders), key=generation_number)
+
+
 def next_number(run: RunDirectory) -> int:
     """Generations are numbered through all starts of a run, so that no heartbeat is taken for a newer one's."""
-    names = (path.name for path in (run.logs / "heartbeats").glob("generation-*"))
-    numbers = [int(name.removeprefix("generation-")) for name in names if name.removeprefix("generation-").isdigit()]
-    return max(numbers, default=0) + 1
+    return max(map(generation_number, heartbeat_folders(run)), default=0) + 1
 
 
 def open_store(address: str) -> tuple[TCPStore, int]:

@@ -19,6 +19,7 @@ from anychip.recipe import load_recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.explain import explain
 from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, read_incidents, slow_incident
+from anychip.supervise.processes import heartbeat_folder, heartbeat_folders, next_number
 from anychip.supervise.stragglers import Slow
 from anychip.train.heartbeat_page import PageWriter
 
@@ -51,8 +52,8 @@ def incident(kind: str, **more: Any) -> Incident:
     return Incident(kind, **{**values, **more})
 
 
-def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> None:
-    folder = run.logs / "heartbeats" / "generation-0003"
+def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 3, **more: Any) -> None:
+    folder = heartbeat_folder(run, generation)
     folder.mkdir(parents=True, exist_ok=True)
     row = {"rank": rank, "pid": DEAD, "step": step, "phase": phase, "at": time.monotonic(), "node": platform.node()}
     (folder / f"rank-{rank:05d}").write_text(json.dumps({**row, **more}))
@@ -121,6 +122,17 @@ def test_a_run_whose_supervisor_was_killed_is_explained_by_heartbeats(run: RunDi
     assert "nobody wrote down why" in text
     assert f"The furthest behind was rank 1 on {platform.node()} in step 49, optimizer" in text
     assert "all_gather number 77 over shard, 512 bytes, which it was in" in text
+
+
+def test_the_newest_generation_is_the_one_of_the_highest_number(run: RunDirectory) -> None:
+    beat(run, 0, 50, "reduce", 9999)
+    beat(run, 0, 60, "reduce", 10000)
+    (run.logs / "heartbeats" / "generation-zero").mkdir()
+    assert [path.name for path in heartbeat_folders(run)] == ["generation-9999", "generation-10000"]
+    assert next_number(run) == 10001
+    assert "in step 60, reduce" in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", generation=10000, code=-9, action="restart"))
+    assert "nobody wrote down why" not in explain(run)
 
 
 def test_processes_of_other_hosts_are_not_called_dead(run: RunDirectory) -> None:
