@@ -135,6 +135,45 @@ def test_the_newest_generation_is_the_one_of_the_highest_number(run: RunDirector
     assert "nobody wrote down why" not in explain(run)
 
 
+def test_heartbeats_that_are_torn_are_said_to_be(run: RunDirectory) -> None:
+    for rank in range(3):
+        beat(run, rank, 50, "reduce")
+    folder = heartbeat_folder(run, 3)
+    (folder / "rank-00000").write_text(" " * 255 + "\n")  # it had just begun
+    (folder / "rank-00001").write_text('{"rank": 1, "pi')
+    text = explain(run)
+    assert f"1 of 3 heartbeats in {folder} cannot be read." in text and "in step 50, reduce" in text
+    (folder / "rank-00000").write_bytes(b"\0" * 256)
+    (folder / "rank-00002").write_text("[]")
+    assert f"3 of 3 heartbeats in {folder} cannot be read." in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-9))
+    assert "3 of 3 heartbeats" in explain(run)
+
+
+@pytest.mark.parametrize("folder", ["dpo", "dpo/adapter"])
+def test_a_stage_that_the_guard_stopped_is_named(run: RunDirectory, folder: str) -> None:
+    run.finish("train", {"steps": 12})
+    run.finish("sft", {"steps": 4})
+    for name in "sft", folder:
+        logs = run.root / name / "logs"
+        logs.mkdir(parents=True)
+        (logs / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
+        row = {"step": 5, "problem": "loss is nan", "action": "stop", "documents": ["pairs/7"]}
+        (logs / "guard.jsonl").write_text(json.dumps(row) + "\n")
+    text = explain(run)
+    assert "The stage dpo was stopped by the guard in step 5, loss is nan; there is no checkpoint" in text
+    assert "the log ends at step 4" in text and "pairs/7" in text
+    assert "The stage sft" not in text and "Nothing to do" not in text
+    assert "`anychip dpo RECIPE` again, with a lower tune.dpo.optimizer.lr" in text.splitlines()[-1]
+    with (run.root / folder / "logs" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 9, "loss": 2.0}\n')  # it was started again, and killed
+    text = explain(run)
+    assert "The stage dpo is not done" in text
+    assert text.splitlines()[-1] == "What to do: run `anychip dpo RECIPE` again: it goes on."
+    run.finish("dpo", {"steps": 12})
+    assert explain(run).endswith("Nothing to do.")
+
+
 def test_processes_of_other_hosts_are_not_called_dead(run: RunDirectory) -> None:
     beat(run, 0, 50, "reduce", node="elsewhere")
     text = explain(run)
@@ -181,6 +220,8 @@ FILES = (
     "logs/heartbeats/generation-0003/rank-00000",
     "logs/heartbeats/generation-0003/rank-00000.work",
     "stages/train.json",
+    "sft/logs/guard.jsonl",
+    "sft/logs/metrics.jsonl",
     "checkpoints/step-3/COMPLETE",
 )
 JSON = st.recursive(
