@@ -5,18 +5,16 @@ Everything is read as it was left, torn lines and all, by whoever was killed whi
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from anychip.rundir import TUNING_STAGES, RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.left import modified, rows_of, tail, written
 from anychip.supervise.processes import generation_number, heartbeat_folders
 from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
@@ -25,7 +23,6 @@ from anychip.train.heartbeat_page import read_message
 
 _SHOWN = 5
 _LEMON = 3
-_TAIL_BYTES = 1 << 16
 _AGAIN = "Start it again: it goes on from the newest good checkpoint."
 _CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", "connectFullMesh", "Broken pipe")
 
@@ -55,11 +52,11 @@ def _progress(run: RunDirectory) -> str:
 def _reached(checkpoints: Path, logs: Path) -> str:
     saved, path, step = complete_steps(checkpoints), logs / "metrics.jsonl", _logged_step(logs)
     newest = f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint"
-    return f"{newest}; {f'the log ends at step {step} ({_written(path)})' if step else 'no log'}"
+    return f"{newest}; {f'the log ends at step {step} ({written(path)})' if step else 'no log'}"
 
 
 def _logged_step(logs: Path) -> int:
-    steps = [row["step"] for row in _rows(logs / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    steps = [row["step"] for row in rows_of(logs / "metrics.jsonl") if isinstance(row.get("step"), int)]
     return steps[-1] if steps else 0
 
 
@@ -82,7 +79,7 @@ def _stages(run: RunDirectory) -> tuple[list[str], str]:
 
 def _stop_of_guard(logs: Path) -> dict[str, Any]:
     """The guard's line on the bad step that ended training, if nothing was trained after it."""
-    rows = _rows(logs / "guard.jsonl")
+    rows = rows_of(logs / "guard.jsonl")
     last = rows[-1] if rows else {}
     step = last.get("step")
     went_on = isinstance(step, int) and _logged_step(logs) > step
@@ -152,9 +149,9 @@ def _unwatched_end(beats: dict[Path, Beat]) -> str:
 
 
 def _last_word(beats: dict[Path, Beat]) -> str:
-    path = max(beats, key=_modified)
+    path = max(beats, key=modified)
     last = beats[path]
-    return f"the last word is of {_written(path)}: rank {last.rank}{_on(last)} in step {last.step}, {last.phase}"
+    return f"the last word is of {written(path)}: rank {last.rank}{_on(last)} in step {last.step}, {last.phase}"
 
 
 def _on(beat: Beat) -> str:
@@ -178,12 +175,12 @@ def _ranks_logs(run: RunDirectory) -> list[str]:
     if not last:
         return []
     path, line = (causes or last)[0]
-    return [f"{path.stem.replace('-', ' ', 1)} wrote last ({_written(path)}): {line}"]
+    return [f"{path.stem.replace('-', ' ', 1)} wrote last ({written(path)}): {line}"]
 
 
 def _last_error(path: Path) -> str:
     """The last line that names an error."""
-    lines = [line.strip() for line in _tail(path).splitlines()]
+    lines = [line.strip() for line in tail(path).splitlines()]
     found = [line for line in lines if "Error" in line or line.startswith("anychip: ")]
     return found[-1][:400] if found else ""
 
@@ -209,7 +206,7 @@ def _left_out(run: RunDirectory) -> list[str]:
 
 
 def _guard(logs: Path) -> list[str]:
-    rows = _rows(logs / "guard.jsonl")
+    rows = rows_of(logs / "guard.jsonl")
     if not rows:
         return []
     last = rows[-1]
@@ -268,36 +265,3 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     "disk": lambda incident: f"make room on the disk of the run, and see that it takes files. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
 }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of JSON at the end of a file."""
-    rows = []
-    for line in _tail(path).splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return handle.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _written(path: Path) -> str:
-    return datetime.fromtimestamp(_modified(path), timezone.utc).isoformat(timespec="seconds")
