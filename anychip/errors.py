@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+
 EXIT_BAD_INPUT = 2
 EXIT_UNFIT = 3
 EXIT_SUSPECT = 4
+EXIT_DISK = 5
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether a disk did not take what was written, for want of room or for what may be over soon."""
+    return error.errno in _OF_DISK
 
 
 class AnychipError(Exception):

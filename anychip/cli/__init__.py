@@ -97,6 +97,8 @@ def main() -> None:
         print(f"anychip: {error} `anychip doctor` says what is missing.", file=sys.stderr)
         sys.exit(EXIT_UNFIT)
     except OSError as error:  # a full or failing disk, a missing permission
+        from anychip.errors import EXIT_DISK, is_of_disk
+
         place = f"{error.filename}: " if error.filename else ""
         print(f"anychip: {place}{error.strerror or error}. What was finished before is intact.", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(EXIT_DISK if is_of_disk(error) else 1)

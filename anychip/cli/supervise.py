@@ -9,8 +9,11 @@ import typer
 
 from anychip.cli.options import RUNS, RecipeArgument, RunArgument, RunsOption, SetOption
 
+_OF_SEVERAL_HOSTS = ("token_file", "interface", "bind", "node_name", "lease", "settle", "patience")
+
 
 def supervise(
+    context: typer.Context,
     recipe: RecipeArgument,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this host, one a chip.")] = 1,
     overrides: SetOption = None,
@@ -30,7 +33,9 @@ def supervise(
     lease: Annotated[float, typer.Option(min=1, help="Seconds without the coordinator until a host gives up.")] = 5.0,
     settle: Annotated[float, typer.Option(min=0, help="Seconds to wait for more hosts than are needed.")] = 5.0,
     patience: Annotated[float, typer.Option(min=1, help="Seconds to wait for hosts that are needed.")] = 600.0,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to save in when a host leaves or comes.")] = 60.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds to save in when asked to stop, or when a host leaves or comes.")
+    ] = 60.0,
     coordinate: Annotated[bool, typer.Option("--coordinate", help="Only coordinate; no training here.")] = False,
 ) -> None:
     """Train in several processes of this host, or of many, and start again after what can be survived."""
@@ -39,15 +44,25 @@ def supervise(
     from anychip.supervise import many_hosts, one_host
     from anychip.supervise.coordinator import Terms
     from anychip.supervise.run import Limits
+    from anychip.train.output import print_what_fits
 
+    print_what_fits()
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
     arguments, limits = [str(recipe), "--runs", str(runs), *words], Limits(restarts, grace_seconds=grace)
+    given = [f"--{name.replace('_', '-')}" for name in _OF_SEVERAL_HOSTS if _is_given(context, name)]
     if nodes is None and coordinator is None and not coordinate:
+        if given:
+            do = "Give --nodes, --coordinator and --token-file as well, or leave them out."
+            raise InputError("several hosts only, and one host was asked for.", where=", ".join(given), do=do)
         one_host.supervise(loaded, run, arguments, processes, limits, min_processes)
         return
     if nodes is None or coordinator is None or token_file is None:
         raise InputError("several hosts need --nodes, --coordinator and --token-file.", do="Give all three.")
+    if min_processes:
+        raise InputError(
+            "is for one host.", where="--min-processes", do="The least number of hosts is in --nodes MIN:MAX."
+        )
     place = many_hosts.Place(many_hosts.parse_place(coordinator), token_file, interface, bind, node_name)
     terms = Terms(*many_hosts.parse_nodes(nodes), lease, settle, patience)
     if coordinate:
@@ -57,6 +72,11 @@ def supervise(
     options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
     options += ["--nodes", nodes, "--coordinator", coordinator, "--token-file", str(token_file), "--coordinate"]
     many_hosts.serve_host(loaded, run, arguments, [*arguments, *options], processes, place, terms)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def explain(run_directory: RunArgument) -> None:

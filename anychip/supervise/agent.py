@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from anychip.errors import EXIT_DISK, is_of_disk
 from anychip.rundir import RunDirectory
 from anychip.supervise.coordinating import CoordinatorProcess
 from anychip.supervise.decide import EXIT_STOPPED
@@ -67,6 +68,7 @@ class Agent:
         self._lease_until = 0.0
         self._generation: Generation | None = None
         self._store: TCPStore | None = None
+        self._unstarted: list[dict[str, Any]] = []  # reported in place of processes that could not be started
         self._newest = 0  # no older generation is ever started again
         self._joined = 0
         self._reported = 0.0
@@ -185,14 +187,21 @@ class Agent:
             str(message["prefix"]),
             more,
         )
-        self._generation = Generation(self._newest, place, self._command, self._run, [self._lease])
+        try:
+            self._generation = Generation(self._newest, place, self._command, self._run, [self._lease])
+        except OSError as error:
+            if not is_of_disk(error):
+                raise
+            print(f"no process can be started: {error}", file=sys.stderr, flush=True)
+            ranks = range(place.first_rank, place.first_rank + self._host.slots)
+            self._unstarted = [_unstarted(rank, str(error)) for rank in ranks]
 
     def _end(self) -> None:
         """Kill what runs here and wait for it."""
         if self._generation is not None:
             self._generation.kill()
         self._generation = self._store = None
-        self._with_stacks, self._told = False, {}
+        self._with_stacks, self._told, self._unstarted = False, {}, []
 
     def _keep_lease(self) -> None:
         if self._generation is not None and time.monotonic() > self._lease_until:
@@ -204,6 +213,7 @@ class Agent:
         """How this host's processes are; at once when one has ended."""
         generation, now = self._generation, time.monotonic()
         codes = {rank: generation.code(rank) for rank in generation.ranks} if generation else {}
+        codes |= {row["rank"]: row["code"] for row in self._unstarted}
         if now - self._reported < _REPORT_SECONDS and codes == self._told:
             return
         if generation is not None:
@@ -211,7 +221,8 @@ class Agent:
         self._reported, self._told = now, codes
         self._steps = generation.new_steps() if generation else []
         ranks = [self._about(generation, rank) for rank in generation.ranks] if generation else []
-        number = generation.number if generation else 0
+        ranks += self._unstarted
+        number = self._newest if ranks else 0
         self._client.send({"kind": "report", "sent": time.monotonic(), "generation": number, "ranks": ranks})
 
     def _about(self, generation: Generation, rank: int) -> dict[str, Any]:
@@ -245,6 +256,12 @@ class Agent:
         if self._passed_on > 1 or not self._client.ready:
             raise RunFailed("Stopped.", EXIT_STOPPED, do="Run it again to continue.")
         self._client.send({"kind": "leaving", "all": self._coordinator is not None})
+
+
+def _unstarted(rank: int, why: str) -> dict[str, Any]:
+    """What is reported of a process that the disk had no room to start."""
+    about = {"rank": rank, "pid": 0, "state": "", "code": EXIT_DISK, "kind": "disk", "lines": [why]}
+    return about | {"beat": None, "age": 0.0, "stack": [], "message": None, "steps": []}
 
 
 _LONGEST_LINE = 2000

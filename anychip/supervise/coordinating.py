@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from anychip.errors import EXIT_DISK
 from anychip.supervise.processes import die_with
 
 _CONNECT_SECONDS = 1.0
@@ -36,12 +37,13 @@ class CoordinatorProcess:
             code = self._process.poll()
             if code is None:
                 return None
-            if code >= 0:
+            if code >= 0 and code != EXIT_DISK:
                 self._ended = min(self._ended, now)
                 return code if now > self._ended + _TELL_SECONDS else None
             self._process = None
             self._wait = 0.0 if now - self._started > _GOOD_SECONDS else min(2 * self._wait + 1, _LONGEST_WAIT_SECONDS)
-            print(f"the coordinator was ended by signal {-code} and is started again", file=sys.stderr, flush=True)
+            why = "ended because of its disk" if code == EXIT_DISK else f"was ended by signal {-code}"
+            print(f"the coordinator {why} and is started again", file=sys.stderr, flush=True)
         if is_there or now < self._started + self._wait:
             return None
         self._started, self._wait = now, max(self._wait, _CONNECT_SECONDS)

@@ -128,6 +128,7 @@ class Hosts:
 
     def dismiss(self, code: int, text: str) -> None:
         """Tell all hosts that the run is over."""
+        self._record.close()
         for link in self._links.values():
             link.send({"kind": "over", "code": code, "text": text})
         self._server.flush(2.0)

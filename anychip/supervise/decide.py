@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anychip.errors import EXIT_BAD_INPUT, EXIT_SUSPECT, EXIT_UNFIT
+from anychip.errors import EXIT_BAD_INPUT, EXIT_DISK, EXIT_SUSPECT, EXIT_UNFIT
 
 EXIT_STOPPED = 130
 _LONGEST_WAIT_SECONDS = 60.0
@@ -16,8 +16,14 @@ OUT_OF_MEMORY_CODES = (-9, -6, 1)  # killed by the kernel, aborted by C++, ended
 
 
 def kind_of_exit(code: int, *, out_of_memory: bool) -> str:
-    """bad_input, unfit, suspect (a chip that computes wrongly), preempted, oom, crash (a signal) or error."""
-    known = {EXIT_BAD_INPUT: "bad_input", EXIT_UNFIT: "unfit", EXIT_SUSPECT: "suspect", EXIT_STOPPED: "preempted"}
+    """bad_input, unfit, suspect (a chip that computes wrongly), disk, preempted, oom, crash (a signal) or error."""
+    known = {
+        EXIT_BAD_INPUT: "bad_input",
+        EXIT_UNFIT: "unfit",
+        EXIT_SUSPECT: "suspect",
+        EXIT_DISK: "disk",
+        EXIT_STOPPED: "preempted",
+    }
     if code in known:
         return known[code]
     if out_of_memory and code in OUT_OF_MEMORY_CODES:
@@ -45,15 +51,22 @@ class Policy:
         self._without_progress = 0 if progressed else self._without_progress + 1
         repeats = kind in ("error", "oom")  # what comes again without progress would come for ever
         self._errors = self._errors + 1 if repeats and not progressed else int(repeats)
-        if kind in ("bad_input", "unfit", "preempted") or self._errors >= _SAME_ERROR:
+        if kind in ("bad_input", "unfit", "preempted", "overdue") or self._errors >= _SAME_ERROR:
             return "stop"
         if self._without_progress > self.budget:
             return "stop"
         if kind == "suspect":
             return "leave_out"
+        if kind == "disk":  # another unit would do no better
+            return "restart"
         strikes = [at for at in self._strikes[unit] if now - at < _STRIKE_SECONDS] + [now]
         self._strikes[unit] = strikes
         return "leave_out" if kind != "error" and len(strikes) >= _STRIKES else "restart"
+
+    def after_no_start(self) -> bool:
+        """Whether to try again when a generation could not be started; it counts as a restart without progress."""
+        self._without_progress += 1
+        return self._without_progress <= self.budget
 
     @property
     def wait_seconds(self) -> float:

@@ -5,18 +5,17 @@ Everything is read as it was left, torn lines and all, by whoever was killed whi
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from anychip.rundir import RunDirectory
+from anychip.rundir import TUNING_STAGES, RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
+from anychip.supervise.left import modified, rows_of, tail, written
+from anychip.supervise.processes import generation_number, heartbeat_folders
 from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps
@@ -24,7 +23,6 @@ from anychip.train.heartbeat_page import read_message
 
 _SHOWN = 5
 _LEMON = 3
-_TAIL_BYTES = 1 << 16
 _AGAIN = "Start it again: it goes on from the newest good checkpoint."
 _CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", "connectFullMesh", "Broken pipe")
 
@@ -32,52 +30,102 @@ _CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", 
 def explain(run: RunDirectory) -> str:
     """Text for a person. Raises InputError when `run` is no run directory."""
     steps = run.read_recipe().training.steps
-    if _is_done(run):
-        return "\n".join([f"{run.root}: training ended at step {steps} of {steps}.", *_history(run), "Nothing to do."])
+    if _is_done(run, "train"):
+        ended, (stages, advice) = f"{run.root}: training ended at step {steps} of {steps}.", _stages(run)
+        return "\n".join([ended, *_history(run), *stages, f"What to do: {advice}" if advice else "Nothing to do."])
     incidents = read_incidents(run.logs / LOG_NAME)
     parts = [_progress(run), *_processes(run, incidents), *_history(run)]
     return "\n".join([*parts, f"What to do: {_advice(run, incidents)}"])
 
 
-def _is_done(run: RunDirectory) -> bool:
+def _is_done(run: RunDirectory, stage: str) -> bool:
     try:
-        return run.finished("train") is not None
+        return run.finished(stage) is not None
     except (OSError, ValueError):  # a torn marker is none
         return False
 
 
 def _progress(run: RunDirectory) -> str:
-    saved = complete_steps(run.checkpoints)
+    return f"{run.root}: training is not done; {_reached(run.checkpoints, run.logs)}."
+
+
+def _reached(checkpoints: Path, logs: Path) -> str:
+    saved, path, step = complete_steps(checkpoints), logs / "metrics.jsonl", _logged_step(logs)
     newest = f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint"
-    rows = [row for row in _rows(run.logs / "metrics.jsonl") if isinstance(row.get("step"), int)]
-    logged = f"the log ends at step {rows[-1]['step']} ({_written(run.logs / 'metrics.jsonl')})" if rows else "no log"
-    return f"{run.root}: training is not done; {newest}; {logged}."
+    return f"{newest}; {f'the log ends at step {step} ({written(path)})' if step else 'no log'}"
+
+
+def _logged_step(logs: Path) -> int:
+    steps = [row["step"] for row in rows_of(logs / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    return steps[-1] if steps else 0
+
+
+def _stages(run: RunDirectory) -> tuple[list[str], str]:
+    """What the tuning stages left that began and did not end, and what to do about the first of them; "": nothing."""
+    text, advice = [], ""
+    for stage in TUNING_STAGES:
+        folders = [folder for folder in (run.root / stage / "adapter", run.root / stage) if (folder / "logs").is_dir()]
+        if _is_done(run, stage) or not folders:
+            continue
+        logs = folders[0] / "logs"
+        stop = _stop_of_guard(logs)
+        why = f" was stopped by the guard in step {stop.get('step')}, {stop.get('problem')}" if stop else " is not done"
+        text += [f"The stage {stage}{why}; {_reached(folders[0] / 'checkpoints', logs)}.", *_guard(logs)]
+        again = f"run `anychip {stage} RECIPE` again"
+        other = f"with a lower tune.{stage}.optimizer.lr or guard.on_bad_step=rollback"
+        advice = advice or (f"look at the documents above; {again}, {other}." if stop else f"{again}: it goes on.")
+    return text, advice
+
+
+def _stop_of_guard(logs: Path) -> dict[str, Any]:
+    """The guard's line on the bad step that ended training, if nothing was trained after it."""
+    rows = rows_of(logs / "guard.jsonl")
+    last = rows[-1] if rows else {}
+    step = last.get("step")
+    went_on = isinstance(step, int) and _logged_step(logs) > step
+    return last if last.get("action") == "stop" and not went_on else {}
 
 
 def _history(run: RunDirectory) -> list[str]:
     incidents = read_incidents(run.logs / LOG_NAME)
     slow = [incident for incident in incidents if incident.kind == "slow"]
     ends = [incident for incident in incidents if incident.kind != "slow"]
-    return [*_incidents(ends), *_slow(slow), *_left_out(run), *_guard(run)]
+    return [*_incidents(ends), *_slow(slow), *_left_out(run), *_guard(run.logs)]
 
 
 def _processes(run: RunDirectory, incidents: Sequence[Incident]) -> list[str]:
     """What the newest generation's processes are doing, or what they left."""
-    folders = sorted((run.logs / "heartbeats").glob("generation-*"))
+    folders = heartbeat_folders(run)
     paths = [path for path in sorted(folders[-1].glob("rank-*")) if not path.suffix] if folders else []
     beats = {path: beat for path in paths if (beat := read_beat(path)) is not None}
+    torn = sum(path not in beats and not _is_blank(path) for path in paths)
+    unread = [f"{torn} of {len(paths)} heartbeats in {folders[-1]} cannot be read."] if torn else []
     if not beats:
-        return _ranks_logs(run) if not incidents else []
+        return unread + (_ranks_logs(run) if not incidents else [])
+    return unread + _known_processes(run, incidents, folders[-1], beats)
+
+
+def _known_processes(
+    run: RunDirectory, incidents: Sequence[Incident], folder: Path, beats: dict[Path, Beat]
+) -> list[str]:
     alive = [beat for beat in beats.values() if _is_alive(beat)]
     if alive:
         return [_living(alive, len(beats))]
-    number = folders[-1].name.removeprefix("generation-")
-    if any(incident.kind != "slow" and f"{incident.generation:04d}" == number for incident in incidents):
+    number = generation_number(folder)
+    if any(incident.kind != "slow" and incident.generation == number for incident in incidents):
         return []  # how it ended was written down
     if all(beat.node not in ("", platform.node()) for beat in beats.values()):
         nodes = ", ".join(sorted({beat.node for beat in beats.values()})[:_SHOWN])
         return [f"Its processes are those of {nodes}, not of this host; {_last_word(beats)}."]
     return [_unwatched_end(beats), *_ranks_logs(run)]
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether its process has not said anything yet."""
+    try:
+        return not path.read_bytes().strip()
+    except OSError:
+        return False
 
 
 def _living(alive: Sequence[Beat], of: int) -> str:
@@ -101,9 +149,9 @@ def _unwatched_end(beats: dict[Path, Beat]) -> str:
 
 
 def _last_word(beats: dict[Path, Beat]) -> str:
-    path = max(beats, key=_modified)
+    path = max(beats, key=modified)
     last = beats[path]
-    return f"the last word is of {_written(path)}: rank {last.rank}{_on(last)} in step {last.step}, {last.phase}"
+    return f"the last word is of {written(path)}: rank {last.rank}{_on(last)} in step {last.step}, {last.phase}"
 
 
 def _on(beat: Beat) -> str:
@@ -127,12 +175,12 @@ def _ranks_logs(run: RunDirectory) -> list[str]:
     if not last:
         return []
     path, line = (causes or last)[0]
-    return [f"{path.stem.replace('-', ' ', 1)} wrote last ({_written(path)}): {line}"]
+    return [f"{path.stem.replace('-', ' ', 1)} wrote last ({written(path)}): {line}"]
 
 
 def _last_error(path: Path) -> str:
     """The last line that names an error."""
-    lines = [line.strip() for line in _tail(path).splitlines()]
+    lines = [line.strip() for line in tail(path).splitlines()]
     found = [line for line in lines if "Error" in line or line.startswith("anychip: ")]
     return found[-1][:400] if found else ""
 
@@ -157,8 +205,8 @@ def _left_out(run: RunDirectory) -> list[str]:
     return [f"{name} is in quarantine: {why}." for name, why in quarantined(run).items()]
 
 
-def _guard(run: RunDirectory) -> list[str]:
-    rows = _rows(run.logs / "guard.jsonl")
+def _guard(logs: Path) -> list[str]:
+    rows = rows_of(logs / "guard.jsonl")
     if not rows:
         return []
     last = rows[-1]
@@ -180,8 +228,7 @@ def _advice(run: RunDirectory, incidents: Sequence[Incident]) -> str:
     slow = [incident for incident in incidents if incident.kind == "slow"]
     if slow and not ends:
         return f"look at {slow[-1].node}: `anychip doctor`, its clock and temperature, what else runs there. {_AGAIN}"
-    bad = _rows(run.logs / "guard.jsonl")
-    if bad and bad[-1].get("action") == "stop":
+    if _stop_of_guard(run.logs):
         return "look at the documents above; start again with a lower learning rate or guard.on_bad_step=rollback."
     return _AGAIN
 
@@ -214,38 +261,7 @@ _ADVICE: dict[str, Callable[[Incident], str]] = {
     ),
     "error": _of_mistake,
     "lost": lambda incident: f"see whether {incident.node} is up and reached by the others. {_AGAIN}",
+    "overdue": lambda incident: f"give it longer with --grace, if a save takes that long. {_AGAIN}",
+    "disk": lambda incident: f"make room on the disk of the run, and see that it takes files. {_AGAIN}",
     "oom": lambda incident: "lower training.micro_batch_size, or set training.recompute=full. " + _AGAIN,
 }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of JSON at the end of a file."""
-    rows = []
-    for line in _tail(path).splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return handle.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _written(path: Path) -> str:
-    return datetime.fromtimestamp(_modified(path), timezone.utc).isoformat(timespec="seconds")

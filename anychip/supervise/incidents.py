@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from anychip.supervise.lines import Lines
 from anychip.supervise.stragglers import Slow
 
 LOG_NAME = "incidents.jsonl"
@@ -18,8 +19,8 @@ LOG_NAME = "incidents.jsonl"
 
 @dataclass(frozen=True)
 class Incident:
-    """`kind`: crash, oom, hang, slow, error, bad_input, unfit, suspect, preempted or lost (a host). `action`: restart,
-    shrink, replace, stop or none.
+    """`kind`: crash, oom, hang, slow, error, disk, bad_input, unfit, suspect, preempted, overdue (asked to stop,
+    it did not) or lost (a host). `action`: restart, shrink, replace, stop or none.
 
     `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
     `since`, and the others wait for it for a share `lost` of the time.
@@ -46,17 +47,22 @@ class Incident:
 
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
+        done = "It was killed." if self.kind == "overdue" else _DONE.get(self.action, self.action)
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
         if self.kind == "lost":
             place = f"host {self.node} (of rank {self.rank} on)"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
         last = f" Its last collective: {self.collective}." if self.collective else ""
-        return f"{self.time}: {place} {self._what()} {when}.{last} {_DONE.get(self.action, self.action)}".strip()
+        return f"{self.time}: {place} {self._what()} {when}.{last} {done}".strip()
 
     def _what(self) -> str:
+        last = self.detail[-1] if self.detail else "no message"
         if self.kind == "hang":
             state = _STATES.get(self.state, "was running")
             return f"held up the others for {self.seconds:.0f} s; it {state}"
+        if self.kind == "overdue":
+            state = _STATES.get(self.state, "was running")
+            return f"had not saved and left {self.seconds:.0f} s after it was asked to; it {state}"
         if self.kind == "slow":
             return (
                 f"is slow: since step {self.since} it has taken {self.times:.1f} times as long as its fellows, who "
@@ -66,11 +72,12 @@ class Incident:
             return "could not be reached any more, or its agent died,"
         if self.kind == "oom":
             return f"ran out of memory{' and was killed by the system' if self.code == -signal.SIGKILL else ''}"
+        if self.kind == "disk":
+            return f"ended because the disk did not take what it wrote ({last})"
         if self.kind == "suspect":
             return "computes wrongly, as replays of its work by others showed,"
         if self.code is not None and self.code < 0:
             return f"was killed by {_signal_name(-self.code)}"
-        last = self.detail[-1] if self.detail else "no message"
         return f"ended with exit code {self.code} ({last})"
 
 
@@ -115,12 +122,22 @@ _DONE = {
 }
 
 
-def record(path: Path, incident: Incident) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(asdict(incident)) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+class IncidentLog:
+    """Says what happened on standard error and writes it down; see `Lines` for what a full disk does."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = Lines(path)
+
+    def note(self, incident: Incident) -> None:
+        self._lines.add(asdict(incident))
+        print(incident.sentence(), file=sys.stderr, flush=True)
+
+    def catch_up(self) -> None:
+        """To be called now and then."""
+        self._lines.catch_up()
+
+    def close(self) -> None:
+        self._lines.close()
 
 
 def read_incidents(path: Path) -> list[Incident]:

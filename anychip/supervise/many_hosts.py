@@ -122,29 +122,49 @@ def serve_host(
 
 def _is_own(host: str, address: str) -> bool:
     """Whether a host is this one. Some systems give their own name a loopback address."""
-    try:
-        found = socket.gethostbyname(host)
-    except OSError as error:
-        raise InputError(f"is not known here ({error.strerror}).", where=host) from None
+    found = _address_of(host)
     return found == address or (found != host != "localhost" and ipaddress.ip_address(found).is_loopback)
 
 
+def _address_of(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label that is too long
+        why = getattr(error, "strerror", None) or error
+        do = "Look at its spelling, at DNS and /etc/hosts, or give an address."
+        raise InputError(f"the coordinator's host name cannot be resolved ({why}).", where=host, do=do) from None
+
+
 def own_address(place: Place) -> str:
-    """What this host listens on: as told, else that of the interface, else that which it reaches the coordinator by."""
+    """What this host listens on: as told, else that of the interface, else that which it reaches the coordinator by.
+    Raises InputError when it is none of this host's."""
     if place.bind is not None:
+        _check_own(place.bind)
         return place.bind
     if place.interface is not None:
         try:
             return interface_address(place.interface)
         except ValueError as error:
             raise InputError(str(error), where="--interface") from None
+    name, port = place.coordinator
+    found = _address_of(name)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(place.coordinator)  # sends nothing
+            probe.connect((found, port))  # sends nothing
         except OSError as error:
             do = "Name this host's interface with --interface."
-            raise InputError(f"is not known here ({error.strerror}).", where=place.coordinator[0], do=do) from None
+            raise InputError(f"there is no way to it from here ({error.strerror}).", where=name, do=do) from None
         return str(probe.getsockname()[0])
+
+
+def _check_own(address: str) -> None:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            do = "Give an address of this host (`ip address` lists them), or --interface."
+            raise InputError(f"{address} cannot be listened on here ({why}).", where="--bind", do=do) from None
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from anychip.errors import InputError
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips
@@ -25,7 +26,10 @@ def supervise(
     min_processes: int = 0,
 ) -> None:
     """Run `anychip train ARGUMENTS` in this many processes until it is done; with fewer than `min_processes` (0: than
-    `processes`) it is never tried. Raises RunFailed when it cannot be done."""
+    `processes`) it is never tried. Raises RunFailed when it cannot be done, InputError for what cannot work."""
+    if min_processes > processes:
+        do = f"Give at most {processes}."
+        raise InputError(f"{min_processes} is more than --processes {processes}.", where="--min-processes", do=do)
     check_layout(recipe, processes)
     chips = Chips(list(range(processes)), min_processes or processes, lambda count: is_possible(recipe, count))
     with stop_signals() as stop:

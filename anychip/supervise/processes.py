@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import signal
@@ -85,16 +86,23 @@ class Generation:
     def __init__(
         self, number: int, place: Place, command: Sequence[str], run: RunDirectory, files: Sequence[int] = ()
     ) -> None:
-        """`files` are open files for the processes to inherit."""
+        """`files` are open files for the processes to inherit. Raises OSError, with nothing started, when the disk does
+        not take the files that it begins with."""
         self.number, self._place, self._files = number, place, files
         self.ranks = range(place.first_rank, place.first_rank + len(place.slots))
         self.heartbeats, logs = heartbeat_folder(run, number), run.logs / "ranks"
         logs.mkdir(parents=True, exist_ok=True)
-        self.heartbeats.mkdir(parents=True, exist_ok=True)
         self._logs = {rank: logs / f"rank-{rank:05d}.log" for rank in self.ranks}
-        self._processes = {
-            rank: self._start(rank, slot, command) for rank, slot in zip(self.ranks, place.slots, strict=True)
-        }
+        for log in self._logs.values():
+            self._begin_log(log)
+        self.heartbeats.mkdir(parents=True, exist_ok=True)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        try:
+            for rank, slot in zip(self.ranks, place.slots, strict=True):
+                self._processes[rank] = self._start(rank, slot, command)
+        except BaseException:
+            self._end_processes()
+            raise
         self._memory, self._deaths = MemoryKills(), dict[int, Death]()
         self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
         self._steps_read = dict.fromkeys(self.ranks, 0)
@@ -102,6 +110,13 @@ class Generation:
         if 0 in self._logs:
             self._shown = self._logs[0].open("rb")
             self._shown.seek(0, os.SEEK_END)
+
+    def _begin_log(self, path: Path) -> None:
+        with path.open("ab", buffering=0) as log:
+            end, line = log.tell(), f"--- generation {self.number}\n".encode()
+            if log.write(line) != len(line):
+                log.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def _start(self, rank: int, slot: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
         place = self._place
@@ -123,8 +138,6 @@ class Generation:
         if place.world_size > 1:
             environment.setdefault("OMP_NUM_THREADS", "1")
         with self._logs[rank].open("ab") as log:
-            log.write(f"--- generation {self.number}\n".encode())
-            log.flush()
             return subprocess.Popen(
                 command,
                 env=environment,
@@ -174,12 +187,19 @@ class Generation:
         return self.heartbeats / f"rank-{rank:05d}{suffix}"
 
     def last_lines(self, rank: int) -> list[str]:
-        lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
         begun = max((at for at, line in enumerate(lines) if line.startswith("--- generation ")), default=-1)
         return [line for line in lines[begun + 1 :] if line.strip()][-_LAST_LINES:]
 
     def show(self) -> None:
-        if self._shown and (text := self._shown.read()):
+        try:
+            text = self._shown.read() if self._shown else b""
+        except OSError:  # a disk that cannot be read now
+            return
+        if text:
             sys.stdout.write(text.decode("utf-8", "replace"))
             sys.stdout.flush()
 
@@ -216,19 +236,22 @@ class Generation:
                 process.send_signal(number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        for process in self._processes.values():
-            process.wait()
+        self._end_processes()
         self.show()
         if self._shown:
             self._shown.close()
             self._shown = None
 
+    def _end_processes(self) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self._processes.values():
+            process.wait()
+
 
 def first_death(deaths: Sequence[Death]) -> Death:
     """The one of several deaths, of about the same time, that tells the cause: a lost host, a signal, a suspicion, a
     refusal, then any other error, which may be but the loss of a fellow."""
-    order = {"lost": 0, "oom": 1, "crash": 1, "suspect": 2, "bad_input": 3, "unfit": 3}
+    order = {"lost": 0, "oom": 1, "crash": 1, "suspect": 2, "bad_input": 3, "unfit": 3, "disk": 3}
     return min(deaths, key=lambda death: (order.get(death.kind, 4), death.rank))
 
 
@@ -236,11 +259,21 @@ def heartbeat_folder(run: RunDirectory, generation: int) -> Path:
     return run.logs / "heartbeats" / f"generation-{generation:04d}"
 
 
+def generation_number(folder: Path) -> int:
+    """Of a folder of heartbeats; 0 for any other."""
+    number = folder.name.removeprefix("generation-")
+    return int(number) if number.isdecimal() else 0
+
+
+def heartbeat_folders(run: RunDirectory) -> list[Path]:
+    """Those of all generations, the newest last."""
+    folders = (run.logs / "heartbeats").glob("generation-*")
+    return sorted(filter(generation_number, folders), key=generation_number)
+
+
 def next_number(run: RunDirectory) -> int:
     """Generations are numbered through all starts of a run, so that no heartbeat is taken for a newer one's."""
-    names = (path.name for path in (run.logs / "heartbeats").glob("generation-*"))
-    numbers = [int(name.removeprefix("generation-")) for name in names if name.removeprefix("generation-").isdigit()]
-    return max(numbers, default=0) + 1
+    return max(map(generation_number, heartbeat_folders(run)), default=0) + 1
 
 
 def open_store(address: str) -> tuple[TCPStore, int]:

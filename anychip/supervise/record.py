@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -15,7 +15,9 @@ from typing import Any
 from anychip.errors import InputError
 from anychip.files import write_json
 from anychip.rundir import RunDirectory
+from anychip.supervise.lines import Lines
 from anychip.supervise.members import Share
+from anychip.train.output import where_there_is_room
 
 _NAME, _LOCK = "coordinator.json", "coordinator.lock"
 GENERATIONS_LOG = "generations.jsonl"
@@ -28,8 +30,8 @@ class Record:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        """Raises InputError when the file makes no sense."""
-        self._path, self._log = run.root / _NAME, run.logs / GENERATIONS_LOG
+        """Raises InputError when the file makes no sense, OSError when it cannot be read."""
+        self._path, self._log = run.root / _NAME, Lines(run.logs / GENERATIONS_LOG)
         self.generation, self.shares, self.quarantined = 0, tuple[Share, ...](), dict[str, str]()
         if not self._path.is_file():
             return
@@ -38,36 +40,44 @@ class Record:
             self.generation = int(row["generation"])
             self.shares = tuple(Share(**share) for share in row["shares"])
             self.quarantined = {str(name): str(why) for name, why in row["quarantined"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             do = "Remove it when no process of this run is alive anywhere."
             raise InputError(f"makes no sense ({error}).", where=self._path, do=do) from None
 
     def begin(self, number: int, shares: list[Share]) -> None:
-        """A new generation, before any of its processes is started."""
+        """A new generation, before any of its processes is started. Raises OSError when this cannot be written, and
+        then none may be: the number is what keeps older ones from publishing."""
         assert number > self.generation
+        self._write(number, shares)
         self.generation, self.shares = number, tuple(shares)
-        self.write()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        row = {"generation": number, "time": time, "hosts": {share.name: share.slots for share in shares}}
-        with self._log.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        self._log.add({"generation": number, "time": time, "hosts": {share.name: share.slots for share in shares}})
 
     def ended(self) -> None:
-        """None of the newest generation's processes is alive."""
+        """None of the newest generation's processes is alive. Where the disk does not take it nothing is lost: who
+        reads the file asks the hosts, and finds that they run nothing."""
         self.shares = ()
         self.write()
 
+    def close(self) -> None:
+        self._log.close()
+
     def write(self) -> None:
-        shares = [asdict(share) for share in self.shares]
-        write_json(self._path, {"generation": self.generation, "shares": shares, "quarantined": dict(self.quarantined)})
+        """What `begin` would write as well: on a full disk it can wait until then."""
+        with where_there_is_room(self._path.name):
+            self._write(self.generation, self.shares)
+
+    def _write(self, generation: int, shares: Sequence[Share]) -> None:
+        """Raises OSError."""
+        rows = [asdict(share) for share in shares]
+        write_json(self._path, {"generation": generation, "shares": rows, "quarantined": dict(self.quarantined)})
 
 
 def quarantined(run: RunDirectory) -> dict[str, str]:
     """Hosts that were left out, and why; none where the record makes no sense."""
     try:
         return Record(run).quarantined
-    except InputError:
+    except (InputError, OSError):
         return {}
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, Protocol
 
-from anychip.errors import EXIT_UNFIT, AnychipError, InputError
+from anychip.errors import EXIT_DISK, EXIT_UNFIT, AnychipError, InputError, is_of_disk
 from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import EXIT_STOPPED, Policy
-from anychip.supervise.incidents import LOG_NAME, Incident, record, slow_incident
+from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, slow_incident
 from anychip.supervise.processes import Death, Running
 from anychip.supervise.watch import Beat, Hang, Watch
 
@@ -40,7 +40,7 @@ class Limits:
 
     restarts: int = 20
     start_seconds: float = 600.0
-    grace_seconds: float = 60.0  # for saving and leaving, after which processes are killed
+    grace_seconds: float = 60.0  # for saving and leaving when asked to, after which processes are killed
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Fleet(Protocol):
 
     def start(self, stop: Stop) -> Running | None:
         """Start the next generation; waits until there is enough to start it on. None: it was asked to stop, or too
-        little is left."""
+        little is left. Raises OSError, with nothing started, when the disk does not take what must be written first."""
 
     def change(self) -> str | None:
         """Why another generation should take the place of the running one, in words; None: it should not."""
@@ -92,12 +92,19 @@ class Supervisor:
     ) -> None:
         self._run, self._fleet, self._limits, self._stop = run, fleet, limits, stop
         self._policy = policy or Policy(limits.restarts)
+        self._incidents = IncidentLog(run.logs / LOG_NAME)
         self._passed_on = 0
 
     def run(self) -> None:
         """Until training is done. Raises RunFailed when it cannot be."""
+        try:
+            self._run_generations()
+        finally:
+            self._incidents.close()
+
+    def _run_generations(self) -> None:
         while True:
-            generation = self._fleet.start(self._stop)
+            generation = self._start()
             if generation is None:
                 raise RunFailed("Stopped between two starts.", EXIT_STOPPED, do="Run it again to continue.")
             try:
@@ -109,24 +116,41 @@ class Supervisor:
             if isinstance(outcome, Incident):
                 self._react(outcome)
 
+    def _start(self) -> Running | None:
+        """The next generation, once the disk takes what a start must write."""
+        while True:
+            try:
+                return self._fleet.start(self._stop)
+            except OSError as error:
+                if not is_of_disk(error):
+                    raise
+                why = f"{error.filename or self._run.root} cannot be written ({error.strerror})"
+            if not self._policy.after_no_start():
+                raise RunFailed(f"No process could be started: {why}.", EXIT_DISK, do="Make room, then run it again.")
+            wait = self._policy.wait_seconds
+            print(f"no process can be started: {why}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+            self._wait(wait)
+
     def _react(self, incident: Incident) -> None:
-        self._note(incident)
+        self._incidents.note(incident)
         if incident.action == "stop":
             raise _failure(incident)
-        end = time.monotonic() + self._policy.wait_seconds
-        while time.monotonic() < end and not self._stop.requests:
-            self._fleet.pause(_POLL_SECONDS)
+        self._wait(self._policy.wait_seconds)
 
-    def _note(self, incident: Incident) -> None:
-        record(self._run.logs / LOG_NAME, incident)
-        print(incident.sentence(), file=sys.stderr, flush=True)
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stop.requests:
+            self._incidents.catch_up()
+            self._fleet.pause(_POLL_SECONDS)
 
     def _watch(self, generation: Running) -> Incident | Literal["done", "regroup"]:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
         watch, regroup_since = Watch(generation, self._limits.start_seconds), None
+        stop_since: float | None = None
         while True:
             generation.show()
+            self._incidents.catch_up()
             if generation.finished():
                 return "done"
             silence = watch.silence()
@@ -137,8 +161,12 @@ class Supervisor:
                 return self._hung(generation, watch, watch.hang(silence))
             for slow in watch.stragglers():
                 pid, node = generation.pid(slow.rank), generation.node(slow.rank)
-                self._note(slow_incident(slow, generation.number, pid, node))
+                self._incidents.note(slow_incident(slow, generation.number, pid, node))
             self._pass_on_requests(generation)
+            if self._stop.requests:
+                stop_since = stop_since or time.monotonic()
+                if time.monotonic() - stop_since > self._limits.grace_seconds:
+                    return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
             if regroup_since is None and not self._stop.requests and (why := self._fleet.change()):
                 print(f"{why}: every process saves and leaves", file=sys.stderr, flush=True)
                 generation.signal(signal.SIGTERM)
@@ -161,8 +189,8 @@ class Supervisor:
         beat = last.get(death.rank, Beat(death.rank, death.pid, 0, "start", 0.0))
         return self._incident(generation, watch, kind, beat, death.code)
 
-    def _hung(self, generation: Running, watch: Watch, hang: Hang) -> Incident:
-        return self._incident(generation, watch, "hang", hang.beat, None, hang)
+    def _hung(self, generation: Running, watch: Watch, hang: Hang, kind: str = "hang") -> Incident:
+        return self._incident(generation, watch, kind, hang.beat, None, hang)
 
     def _incident(
         self, generation: Running, watch: Watch, kind: str, beat: Beat, code: int | None, hang: Hang | None = None
@@ -194,6 +222,9 @@ class Supervisor:
 def _failure(incident: Incident) -> RunFailed:
     if incident.kind == "preempted":
         return RunFailed("Training was stopped and saved its state.", EXIT_STOPPED, do="Run it again to continue.")
+    if incident.kind == "overdue":
+        do = "What it had saved is intact: run it again to continue."
+        return RunFailed(f"Training was stopped by force: {incident.sentence()}", EXIT_STOPPED, do=do)
     code = incident.code if incident.code is not None and incident.code > 0 else 1
     code = EXIT_UNFIT if incident.kind == "suspect" else code
     last = incident.detail[-1] if incident.detail else ""

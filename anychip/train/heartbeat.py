@@ -45,6 +45,7 @@ class Heartbeat:
         self._page = PageWriter(path.with_suffix(".work"))
         self._own_time = OwnTime(clock_of(device or torch.device("cpu")))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.pwrite(self._descriptor, b"\n".rjust(_LINE_BYTES), 0)  # later ones find their place on a disk that is full
         self._stacks = path.with_suffix(".stack").open("w")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
 

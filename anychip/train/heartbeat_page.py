@@ -25,7 +25,8 @@ class PageWriter:
 
     def __init__(self, path: Path) -> None:
         with path.open("w+b") as handle:
-            handle.truncate(_SIZE)
+            handle.write(bytes(_SIZE))  # a page that has no place on the disk yet would be SIGBUS once it is full
+            handle.flush()
             self._memory = mmap.mmap(handle.fileno(), _SIZE)
         self._last: Message | None = None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+from anychip.errors import is_of_disk
 
 
 class _Lossy(io.FileIO):
@@ -17,7 +16,7 @@ class _Lossy(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if not is_of_disk(error):
                 raise
             return memoryview(data).nbytes
 
@@ -28,7 +27,7 @@ def where_there_is_room(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if not is_of_disk(error):
             raise
         print(f"{what} could not be written ({error.strerror}); training goes on", flush=True)
 

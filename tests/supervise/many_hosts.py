@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from anychip.rundir import RunDirectory
+from anychip.supervise.processes import heartbeat_folders
 from anychip.train.checkpoint import CheckpointStore
 
 ADDRESSES = {"one": "127.0.0.1", "two": "127.0.0.2", "three": "127.0.0.3", "four": "127.0.0.4"}
@@ -101,7 +103,7 @@ class Job:
 
     def beat(self, rank: int) -> dict[str, Any]:
         """The newest heartbeat of a rank of the newest generation; a step of 0 while there is none."""
-        folders = sorted((self.run / "logs" / "heartbeats").glob("generation-*"))
+        folders = heartbeat_folders(RunDirectory(self.run))
         try:
             return dict(json.loads((folders[-1] / f"rank-{rank:05d}").read_text()))
         except (IndexError, OSError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import threading
 import time
@@ -104,6 +106,25 @@ def test_processes_are_told_where_they_stand(coordinator: Coordinator, tmp_path:
         }  # fmt: skip
         assert expected.items() <= one.items()
         assert "sixteen bytes" not in "".join(one.values())  # the token stays with the agent
+
+
+def test_processes_that_the_disk_has_no_room_to_start_are_reported_and_the_agent_lives(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "logs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("anychip.supervise.agent.Generation", full)
+        coordinator.start(7)
+        coordinator.until(lambda: coordinator.report["generation"] == 7)
+    rows = coordinator.report["ranks"]
+    assert [(row["rank"], row["code"], row["kind"]) for row in rows] == [(4, 5, "disk"), (5, 5, "disk")]
+    assert "No space left" in rows[0]["lines"][-1]
+    coordinator.say("end", generation=7)
+    coordinator.until(lambda: coordinator.report["generation"] == 0)
+    coordinator.start(8)
+    coordinator.until(lambda: len(alive(coordinator.pids())) == 2)
 
 
 def test_without_answers_its_processes_end_with_the_lease_and_not_before(coordinator: Coordinator) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anychip.parallel.messages import Message
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips, Policy, kind_of_exit
-from anychip.supervise.incidents import Incident, read_incidents, record
+from anychip.supervise.incidents import Incident, IncidentLog, read_incidents
 from anychip.supervise.many_hosts import RememberingPolicy
 from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
@@ -157,7 +157,7 @@ def test_the_stack_is_that_of_the_thread_that_trains_in_the_newest_dump(tmp_path
 def test_incidents_are_read_back_and_torn_lines_left_out(tmp_path: Path) -> None:
     incident = Incident("crash", 1, 2, 77, "host", 9, "reduce", -9, "restart")
     path = tmp_path / "logs" / "incidents.jsonl"
-    record(path, incident)
+    IncidentLog(path).note(incident)
     with path.open("a") as handle:
         handle.write('{"kind": "cra')
     assert read_incidents(path) == [incident]

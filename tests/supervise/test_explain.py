@@ -18,7 +18,8 @@ from anychip.parallel.messages import Message
 from anychip.recipe import load_recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.explain import explain
-from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents, record, slow_incident
+from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, read_incidents, slow_incident
+from anychip.supervise.processes import heartbeat_folder, heartbeat_folders, next_number
 from anychip.supervise.stragglers import Slow
 from anychip.train.heartbeat_page import PageWriter
 
@@ -51,8 +52,8 @@ def incident(kind: str, **more: Any) -> Incident:
     return Incident(kind, **{**values, **more})
 
 
-def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> None:
-    folder = run.logs / "heartbeats" / "generation-0003"
+def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 3, **more: Any) -> None:
+    folder = heartbeat_folder(run, generation)
     folder.mkdir(parents=True, exist_ok=True)
     row = {"rank": rank, "pid": DEAD, "step": step, "phase": phase, "at": time.monotonic(), "node": platform.node()}
     (folder / f"rank-{rank:05d}").write_text(json.dumps({**row, **more}))
@@ -73,6 +74,12 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> No
         (incident("crash", code=-11), "was killed by SIGSEGV", "`anychip doctor` on node-7"),
         (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
         (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
+        (
+            incident("overdue", state="S", phase="save", seconds=60.0),
+            "had not saved and left 60 s after it was asked to; it was waiting in step 41, phase save. It was killed.",
+            "--grace",
+        ),
+        (incident("disk", code=5), "the disk did not take what it wrote", "make room"),
         (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
         (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
         (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
@@ -80,7 +87,7 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, **more: Any) -> No
     ],
 )
 def test_every_kind_of_incident_has_a_sentence(run: RunDirectory, left: Incident, sentence: str, advice: str) -> None:
-    record(run.logs / LOG_NAME, left)
+    IncidentLog(run.logs / LOG_NAME).note(left)
     text = explain(run)
     assert "2026-03-01T10:00:00+00:00" in text and "node-7" in text
     assert sentence in text
@@ -90,7 +97,7 @@ def test_every_kind_of_incident_has_a_sentence(run: RunDirectory, left: Incident
 
 def test_one_that_fails_again_and_again_is_to_be_taken_out(run: RunDirectory) -> None:
     for _ in range(3):
-        record(run.logs / LOG_NAME, incident("crash", code=-11))
+        IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-11))
     assert "rank 5 on node-7 failed 3 times: take its chip out" in explain(run)
 
 
@@ -105,7 +112,7 @@ def test_a_run_under_torchrun_is_explained_by_its_logs(run: RunDirectory) -> Non
 
 
 def test_a_run_whose_supervisor_was_killed_is_explained_by_heartbeats(run: RunDirectory) -> None:
-    record(run.logs / LOG_NAME, incident("crash", generation=2, code=-9, action="restart"))
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", generation=2, code=-9, action="restart"))
     beat(run, 0, 50, "reduce")
     beat(run, 1, 49, "optimizer")
     writer = PageWriter(run.logs / "heartbeats" / "generation-0003" / "rank-00001.work")
@@ -115,6 +122,56 @@ def test_a_run_whose_supervisor_was_killed_is_explained_by_heartbeats(run: RunDi
     assert "nobody wrote down why" in text
     assert f"The furthest behind was rank 1 on {platform.node()} in step 49, optimizer" in text
     assert "all_gather number 77 over shard, 512 bytes, which it was in" in text
+
+
+def test_the_newest_generation_is_the_one_of_the_highest_number(run: RunDirectory) -> None:
+    beat(run, 0, 50, "reduce", 9999)
+    beat(run, 0, 60, "reduce", 10000)
+    (run.logs / "heartbeats" / "generation-zero").mkdir()
+    assert [path.name for path in heartbeat_folders(run)] == ["generation-9999", "generation-10000"]
+    assert next_number(run) == 10001
+    assert "in step 60, reduce" in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", generation=10000, code=-9, action="restart"))
+    assert "nobody wrote down why" not in explain(run)
+
+
+def test_heartbeats_that_are_torn_are_said_to_be(run: RunDirectory) -> None:
+    for rank in range(3):
+        beat(run, rank, 50, "reduce")
+    folder = heartbeat_folder(run, 3)
+    (folder / "rank-00000").write_text(" " * 255 + "\n")  # it had just begun
+    (folder / "rank-00001").write_text('{"rank": 1, "pi')
+    text = explain(run)
+    assert f"1 of 3 heartbeats in {folder} cannot be read." in text and "in step 50, reduce" in text
+    (folder / "rank-00000").write_bytes(b"\0" * 256)
+    (folder / "rank-00002").write_text("[]")
+    assert f"3 of 3 heartbeats in {folder} cannot be read." in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-9))
+    assert "3 of 3 heartbeats" in explain(run)
+
+
+@pytest.mark.parametrize("folder", ["dpo", "dpo/adapter"])
+def test_a_stage_that_the_guard_stopped_is_named(run: RunDirectory, folder: str) -> None:
+    run.finish("train", {"steps": 12})
+    run.finish("sft", {"steps": 4})
+    for name in "sft", folder:
+        logs = run.root / name / "logs"
+        logs.mkdir(parents=True)
+        (logs / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
+        row = {"step": 5, "problem": "loss is nan", "action": "stop", "documents": ["pairs/7"]}
+        (logs / "guard.jsonl").write_text(json.dumps(row) + "\n")
+    text = explain(run)
+    assert "The stage dpo was stopped by the guard in step 5, loss is nan; there is no checkpoint" in text
+    assert "the log ends at step 4" in text and "pairs/7" in text
+    assert "The stage sft" not in text and "Nothing to do" not in text
+    assert "`anychip dpo RECIPE` again, with a lower tune.dpo.optimizer.lr" in text.splitlines()[-1]
+    with (run.root / folder / "logs" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 9, "loss": 2.0}\n')  # it was started again, and killed
+    text = explain(run)
+    assert "The stage dpo is not done" in text
+    assert text.splitlines()[-1] == "What to do: run `anychip dpo RECIPE` again: it goes on."
+    run.finish("dpo", {"steps": 12})
+    assert explain(run).endswith("Nothing to do.")
 
 
 def test_processes_of_other_hosts_are_not_called_dead(run: RunDirectory) -> None:
@@ -132,11 +189,11 @@ def test_living_processes_are_told_from_dead_ones(run: RunDirectory, monkeypatch
 
 
 def test_slow_processes_are_told_beside_what_ended_the_run(run: RunDirectory) -> None:
-    record(run.logs / LOG_NAME, slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
+    IncidentLog(run.logs / LOG_NAME).note(slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
     alone = explain(run)
     assert "Slow: " in alone and "2.5 times as long as its fellows" in alone
     assert "look at node-2" in alone.splitlines()[-1]
-    record(run.logs / LOG_NAME, incident("crash", code=-9))
+    IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-9))
     assert "who killed it" in explain(run).splitlines()[-1]
 
 
@@ -163,6 +220,8 @@ FILES = (
     "logs/heartbeats/generation-0003/rank-00000",
     "logs/heartbeats/generation-0003/rank-00000.work",
     "stages/train.json",
+    "sft/logs/guard.jsonl",
+    "sft/logs/metrics.jsonl",
     "checkpoints/step-3/COMPLETE",
 )
 JSON = st.recursive(

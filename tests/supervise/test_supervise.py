@@ -16,6 +16,8 @@ import pytest
 import torch
 from tiny_run import finish, start, write_tiny_recipe
 
+from anychip.rundir import RunDirectory
+from anychip.supervise.processes import heartbeat_folders
 from anychip.train.checkpoint import CheckpointStore
 
 STEPS = 60
@@ -54,7 +56,7 @@ def assert_same(folder: Path, runs: Path) -> None:
 
 def beat(runs: Path, rank: int) -> dict[str, Any]:
     """The newest heartbeat of a rank; a step of 0 while there is none."""
-    folders = sorted((runs / "tiny" / "logs" / "heartbeats").glob("generation-*"))
+    folders = heartbeat_folders(RunDirectory(runs / "tiny"))
     try:
         return dict(json.loads((folders[-1] / f"rank-{rank:05d}").read_text()))
     except (IndexError, OSError, ValueError):
