@@ -31,6 +31,10 @@ def supervise(
     settle: Annotated[float, typer.Option(min=0, help="Seconds to wait for more hosts than are needed.")] = 5.0,
     patience: Annotated[float, typer.Option(min=1, help="Seconds to wait for hosts that are needed.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to save in when a host leaves or comes.")] = 60.0,
+    start_seconds: Annotated[float, typer.Option(help="Silence until the first step is made that is a hang.")] = 600.0,
+    quiet_seconds: Annotated[
+        float, typer.Option(help="Silence in a save, an evaluation and the like that is a hang while none is known.")
+    ] = 120.0,
     coordinate: Annotated[bool, typer.Option("--coordinate", help="Only coordinate; no training here.")] = False,
 ) -> None:
     """Train in several processes of this host, or of many, and start again after what can be survived."""
@@ -39,10 +43,12 @@ def supervise(
     from anychip.supervise import many_hosts, one_host
     from anychip.supervise.coordinator import Terms
     from anychip.supervise.run import Limits
+    from anychip.supervise.silences import Patience
 
+    limits = Limits(restarts, Patience(start_seconds, quiet_seconds), grace)
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
-    arguments, limits = [str(recipe), "--runs", str(runs), *words], Limits(restarts, grace_seconds=grace)
+    arguments = [str(recipe), "--runs", str(runs), *words]
     if nodes is None and coordinator is None and not coordinate:
         one_host.supervise(loaded, run, arguments, processes, limits, min_processes)
         return
@@ -54,6 +60,7 @@ def supervise(
         many_hosts.coordinate(loaded, run, place, terms, limits)
         return
     numbers = {"restarts": restarts, "lease": lease, "settle": settle, "patience": patience, "grace": grace}
+    numbers |= {"start-seconds": start_seconds, "quiet-seconds": quiet_seconds}
     options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
     options += ["--nodes", nodes, "--coordinator", coordinator, "--token-file", str(token_file), "--coordinate"]
     many_hosts.serve_host(loaded, run, arguments, [*arguments, *options], processes, place, terms)
