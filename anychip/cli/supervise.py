@@ -31,7 +31,9 @@ def supervise(
     settle: Annotated[float, typer.Option(min=0, help="Seconds to wait for more hosts than are needed.")] = 5.0,
     patience: Annotated[float, typer.Option(min=1, help="Seconds to wait for hosts that are needed.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to save in when a host leaves or comes.")] = 60.0,
-    start_seconds: Annotated[float, typer.Option(help="Silence until the first step is made that is a hang.")] = 600.0,
+    start_seconds: Annotated[
+        float, typer.Option(help="Silence before the first step, or at the end, that is a hang.")
+    ] = 600.0,
     quiet_seconds: Annotated[
         float, typer.Option(help="Silence in a save, an evaluation and the like that is a hang while none is known.")
     ] = 120.0,

@@ -19,8 +19,8 @@ _UNIFORM, _ENOUGH = ("answer", "evaluate"), 3  # phases of equal pieces, and how
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds for what cannot be known yet. `start`: until processes come to training, and for the first step, which
-    compiles. `quiet`: between two signs of progress in a phase that was not seen whole before, and after the last."""
+    """Seconds for what cannot be known. `start`: until processes come to training, for the first step, which compiles,
+    and for their end. `quiet`: between two signs of progress in a phase that was not seen whole before."""
 
     start: float = 600.0
     quiet: float = 120.0
@@ -89,11 +89,11 @@ class Limits:
         return max(map(self._of, phases))
 
     def _of(self, phase: str) -> float:
-        if phase == "start" or (phase in STEP_PHASES and not self._steps):
+        if phase in ("start", "leave") or (phase in STEP_PHASES and not self._steps):
             return self._patience.start
         if phase in STEP_PHASES:
             return too_long(sorted(self._steps)[int(0.99 * (len(self._steps) - 1))])
-        known = self._silences.limit(phase) if phase != "leave" else None
+        known = self._silences.limit(phase)
         return self._patience.quiet if known is None else known
 
 
