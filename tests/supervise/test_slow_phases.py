@@ -106,5 +106,5 @@ def test_a_process_that_is_stuck_in_a_long_phase_is_found_and_named(
     run.end()
     assert (hang["kind"], hang["rank"], hang["phase"]) == ("hang", 1, phase)
     assert any("in slow" in frame for frame in hang["stack"][:3]), hang["stack"]
-    assert 4.0 < hang["seconds"] < QUIET + 3  # 3 for a machine that does other things
+    assert 4.0 <= hang["seconds"] < QUIET + 3  # 3 for a machine that does other things
     assert len(run.incidents()) == 1
