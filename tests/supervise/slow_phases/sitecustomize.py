@@ -24,9 +24,10 @@ def _slow(owner: Any, name: str, seconds: float, stuck: Path) -> None:
 
 
 if "SLOW_PHASE" in os.environ and "RANK" in os.environ:
+    from anychip.grow.source import CheckpointRows
     from anychip.train.checkpoint.shard import ShardWriter
     from anychip.train.engine import Engine
 
-    pieces = {"evaluate": (Engine, "score"), "store": (ShardWriter, "add"), "grow": (ShardWriter, "add_rows")}
+    pieces = {"evaluate": (Engine, "score"), "store": (ShardWriter, "add"), "grow": (CheckpointRows, "rows")}
     stuck = Path(os.environ["STUCK"]) / f"rank-{os.environ['RANK']}"
     _slow(*pieces[os.environ["SLOW_PHASE"]], float(os.environ["SLOW"]), stuck)
