@@ -89,7 +89,7 @@ class Retraining:
         """Step `number`, counted from 0."""
         growth = Growth(self.new_parts, number + 1) if self.new_parts else None
         parts = self.engine, self.optimizer, self.processes, batch
-        heartbeat = Heartbeat.of_environment(self.processes.rank, 0, self.processes.device)
+        heartbeat = Heartbeat.of_environment(self.processes.rank)
         clip = self.job.optimizer.grad_clip
         self.engine.begin_step(number + 1)
         done = train_step(*parts, self.job.rate(number), clip, self.guard, heartbeat, growth=growth)

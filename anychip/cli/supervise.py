@@ -36,6 +36,12 @@ def supervise(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds to save in when asked to stop, or when a host leaves or comes.")
     ] = 60.0,
+    start_seconds: Annotated[
+        float, typer.Option(help="Silence before the first step, or at the end, that is a hang.")
+    ] = 600.0,
+    quiet_seconds: Annotated[
+        float, typer.Option(help="Silence in a save, an evaluation and the like that is a hang while none is known.")
+    ] = 120.0,
     coordinate: Annotated[bool, typer.Option("--coordinate", help="Only coordinate; no training here.")] = False,
 ) -> None:
     """Train in several processes of this host, or of many, and start again after what can be survived."""
@@ -44,12 +50,14 @@ def supervise(
     from anychip.supervise import many_hosts, one_host
     from anychip.supervise.coordinator import Terms
     from anychip.supervise.run import Limits
+    from anychip.supervise.silences import Patience
     from anychip.train.output import print_what_fits
 
     print_what_fits()
     loaded, run = open_run(recipe, overrides or [], runs)
     words = [word for setting in overrides or [] for word in ("--set", setting)]
-    arguments, limits = [str(recipe), "--runs", str(runs), *words], Limits(restarts, grace_seconds=grace)
+    arguments = [str(recipe), "--runs", str(runs), *words]
+    limits = Limits(restarts, Patience(start_seconds, quiet_seconds), grace)
     given = [f"--{name.replace('_', '-')}" for name in _OF_SEVERAL_HOSTS if _is_given(context, name)]
     if nodes is None and coordinator is None and not coordinate:
         if given:
@@ -69,6 +77,7 @@ def supervise(
         many_hosts.coordinate(loaded, run, place, terms, limits)
         return
     numbers = {"restarts": restarts, "lease": lease, "settle": settle, "patience": patience, "grace": grace}
+    numbers |= {"start-seconds": start_seconds, "quiet-seconds": quiet_seconds}
     options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
     options += ["--nodes", nodes, "--coordinator", coordinator, "--token-file", str(token_file), "--coordinate"]
     many_hosts.serve_host(loaded, run, arguments, [*arguments, *options], processes, place, terms)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from anychip import alive
 from anychip.data.batch import IGNORE_LABEL, Batch, number_documents
 from anychip.data.corpora import Corpus, open_corpora, open_tokenizer, read_summary
 from anychip.data.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ def _chosen(run: RunDirectory, recipe: Recipe, max_tokens: int) -> list[tuple[Co
 
 
 def _text_bytes(corpus: Corpus, document: int, tokenizer: Tokenizer) -> int:
+    alive.progressed()
     if corpus.table is not None:
         return int(corpus.table.text_bytes[document])
     return len(_text(corpus, document, tokenizer).encode())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anychip import alive
 from anychip.model.decoder import DecoderLayer
 from anychip.model.experts import MixtureOfExperts
 from anychip.model.layers import RMSNorm
@@ -45,6 +46,7 @@ def forward_by_layer(config: ModelConfig, read: Read, tokens: Tensor, dtype: tor
         out = layer(x, *tables)
         choices.append(chosen[0].sort(-1).values if chosen else None)
         distances.append(float((out - x).norm() / x.norm()))
+        alive.progressed()
         x = out
     with torch.device("meta"):
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -58,3 +60,4 @@ def _fill(module: nn.Module, read: Read, prefix: str) -> None:
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(read(prefix + name), requires_grad=False))
+        alive.progressed()

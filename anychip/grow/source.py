@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anychip import alive
 from anychip.errors import UnfitError
 from anychip.grow.axes import Index
 from anychip.train.checkpoint.manifest import Chunk, Manifest, TensorEntry
@@ -95,3 +96,4 @@ class CheckpointRows:
                     "ends inside a tensor.", where=self._directory / chunk.file, do="This checkpoint is damaged."
                 )
             position += count
+            alive.progressed()

@@ -28,11 +28,13 @@ from anychip.grow.source import CheckpointRows
 from anychip.grow.stream import Stream, kept_extra
 from anychip.grow.together import grow_together, open_store, ranks
 from anychip.model.init import tensor_seed
+from anychip.parallel.processes import Processes
 from anychip.plan.saved import predicted_rate
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointInfo
 from anychip.train.checkpoint.directory import complete_steps, read_manifest, step_name
+from anychip.train.heartbeat import Heartbeat
 from anychip.train.job import TrainingJob
 from anychip.train.loop import run_training
 
@@ -106,8 +108,15 @@ class GrowingRun:
         target = self.run.model_checkpoints(self.recipe, number + 1)
         if complete_steps(target):
             return
-        started = time.monotonic()
+        heartbeat = Heartbeat.of_environment(step=self.recipe.growth_steps[number])
         processes = ranks(self.whole.parallel)
+        heartbeat.beat("grow")
+        with heartbeat.listening(processes.layout.describe() if processes else ""):
+            self._grow(number, target, processes)
+        heartbeat.close()
+
+    def _grow(self, number: int, target: Path, processes: Processes | None) -> None:
+        started = time.monotonic()
         store = open_store(self.run.model_checkpoints(self.recipe, number), processes)
         info = store.open(self.recipe.growth_steps[number])
         texts = self.texts()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from anychip import alive
 from anychip.chips.operators import Operators, reference
 from anychip.model.arithmetic import parameter_shapes
 from anychip.model.decoder import Decoder
@@ -95,6 +96,7 @@ def initialize_parts(parameters: Mapping[str, Tensor], config: ModelConfig, seed
             _initialize_experts(parameters[name], name, config, seed)
         else:
             copy_part(parameters[name], init_tensor(name, shape, config, seed))
+        alive.progressed()
 
 
 def _initialize_experts(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
@@ -104,6 +106,7 @@ def _initialize_experts(parameter: Tensor, name: str, config: ModelConfig, seed:
     for place, expert in enumerate(range(*first.indices(parameter.shape[0]))):
         whole_expert = init_experts(name, range(expert, expert + 1), tuple(parameter.shape[1:]), config, seed)[0]
         target[place].copy_(whole_expert[tuple(inside)])
+        alive.progressed()
 
 
 def initialize_adapters(parameters: Mapping[str, Tensor], seed: int) -> None:

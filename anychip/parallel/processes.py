@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from anychip.chips.backend import detect_backend
 from anychip.parallel.layout import AXES, PREFIX_VARIABLE, Layout, check_batch, resolve_layout
+from anychip.parallel.messages import telling
 from anychip.recipe.schema import ParallelConfig
 
 
@@ -193,7 +194,8 @@ class Processes:
         """Whether any process says so: all of them get the same answer."""
         if self.layout.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        with telling("all_reduce", "default_pg", 4):  # the wait for the answer is part of it
+            return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def barrier(self) -> None:
         if self.layout.world_size > 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from anychip import alive
 from anychip.model.decoder import Decoder
 from anychip.parallel.processes import Processes
 from anychip.recipe.schema import ModelConfig, SamplingConfig
@@ -71,6 +72,7 @@ class EngineSampler:
         tokens: list[list[int]] = [[] for _ in requests]
         drawn: list[list[float]] = [[] for _ in requests]
         for event in self._engine.run(requests):
+            alive.progressed()
             if event.token is not None:
                 assert event.logprob is not None
                 tokens[int(event.request_id)].append(event.token)

@@ -12,6 +12,7 @@ from anychip.supervise.members import Share
 from anychip.supervise.processes import Death, first_death
 from anychip.supervise.watch import Beat, beat_of
 from anychip.supervise.wire import Connection
+from anychip.train.heartbeat import BEFORE_TRAINING
 from anychip.train.own_time import SHARED_PHASES, StepTime
 
 _GRACE_SECONDS = 0.3
@@ -154,7 +155,7 @@ class FarGeneration:
 
     def has_begun(self) -> bool:
         """Whether every process has come to training, where it can be asked to save and leave."""
-        return len(self.beats()) == self.size
+        return sum(beat.phase not in BEFORE_TRAINING for beat in self.beats()) == self.size
 
     def states(self) -> dict[int, str]:
         return {rank: str(row["state"]) for rank in self._share_of if (row := self._row(rank))}

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal, Protocol
 
@@ -21,6 +21,7 @@ from anychip.rundir import RunDirectory
 from anychip.supervise.decide import EXIT_STOPPED, Policy
 from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, slow_incident
 from anychip.supervise.processes import Death, Running
+from anychip.supervise.silences import Patience
 from anychip.supervise.watch import Beat, Hang, Watch
 
 _POLL_SECONDS = 0.05
@@ -39,7 +40,7 @@ class Limits:
     """`restarts` without progress between them end the run. All times in seconds."""
 
     restarts: int = 20
-    start_seconds: float = 600.0
+    patience: Patience = field(default_factory=Patience)
     grace_seconds: float = 60.0  # for saving and leaving when asked to, after which processes are killed
 
 
@@ -146,7 +147,7 @@ class Supervisor:
     def _watch(self, generation: Running) -> Incident | Literal["done", "regroup"]:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
-        watch, regroup_since = Watch(generation, self._limits.start_seconds), None
+        watch, regroup_since = Watch(generation, self._limits.patience), None
         stop_since: float | None = None
         while True:
             generation.show()

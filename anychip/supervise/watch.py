@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from anychip.parallel.messages import Message
+from anychip.supervise.silences import LEAST_SECONDS, Limits, Patience
 from anychip.supervise.stragglers import Slow, Stragglers
 from anychip.train.heartbeat import PHASES
 from anychip.train.own_time import StepTime
 
-# A hang is silence of max(4 s, 3 x the 99th percentile of recent steps): with the stacks it is named within 5 s.
-_LEAST_SECONDS, _STEPS = 4.0, 3.0
-_START_SECONDS = 600.0  # until the first step is made: imports, compilation, reading a checkpoint
-_LONG_PHASES, _LONG_SECONDS = ("answer", "evaluate", "save"), 120.0
+# Phases in which each process has work of its own, and says when it waits for others.
+_ALONE = ("grow", "restore", "snapshot", "store")
 _STACK_SECONDS, _POLL_SECONDS = 0.8, 0.05
-_RECENT_STEPS = 100
 _FRAMES = 40
 _INNERMOST = 3  # frames that tell what a thread is doing, rather than why
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
@@ -39,6 +36,14 @@ class Beat:
     at: float
     stage: int = 0  # of the pipeline
     node: str = ""
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """The phase of a process, and when it last made progress in it or waited for others."""
+
+    phase: str
+    at: float
 
 
 @dataclass(frozen=True)
@@ -73,38 +78,64 @@ class Watched(Protocol):
 class Watch:
     """Follows one generation."""
 
-    def __init__(self, generation: Watched, start_seconds: float = _START_SECONDS) -> None:
-        self._generation, self._start_seconds = generation, start_seconds
+    def __init__(self, generation: Watched, patience: Patience = Patience()) -> None:
+        self._generation, self._patience = generation, patience
         self._newest = time.monotonic()
-        self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._step_began = (0, 0.0)
+        self._limits, self._phases = Limits(patience), set[str]()
+        self._alone: dict[int, _Alone] = {}
+        self._alone_limits = Limits(patience)
+        self._stuck: set[int] = set()
         self._stragglers: Stragglers | None = None
         self.step = 0
 
     def silence(self) -> float | None:
-        """Seconds since any process said anything, when that is too long."""
-        beats, now = self._generation.beats(), time.monotonic()
+        """Seconds since any process said anything, or since one that works by itself and waits for nobody did, when
+        that is too long."""
+        beats = self._generation.beats()
         if beats:
-            self._newest = max(self._newest, *(beat.at for beat in beats))
-            self._measure(max(beats, key=lambda beat: (beat.step, beat.at)))
+            self._hear(beats)
+        now, limit = time.monotonic(), self._patience.start
         silent = now - self._newest
-        stopped = silent > _LEAST_SECONDS and "T" in self._generation.states().values()
-        return silent if stopped or silent > self._limit(beats) else None
+        if len(beats) == self._generation.size:
+            limit = self._limits.longest(self._phases)
+        stopped = silent > LEAST_SECONDS and "T" in self._generation.states().values()
+        self._stuck = set()
+        if stopped or silent > limit:
+            return silent
+        return self._longest_alone(beats, now)
 
-    def _measure(self, beat: Beat) -> None:
-        self.step = max(self.step, beat.step)
-        step, began = self._step_began
-        if beat.step > step:
-            if step:
-                self._steps.append((beat.at - began) / (beat.step - step))
-            self._step_began = (beat.step, beat.at)
+    def _hear(self, beats: Sequence[Beat]) -> None:
+        newest, step = max(beat.at for beat in beats), max(beat.step for beat in beats)
+        self.step = max(self.step, step)
+        if newest > self._newest:
+            self._limits.hear(self._phases, newest - self._newest, step)
+            self._newest = newest
+        self._phases = {beat.phase for beat in beats}
+        self._limits.present(self._phases)
 
-    def _limit(self, beats: Sequence[Beat]) -> float:
-        if not self._steps or len(beats) < self._generation.size:
-            return self._start_seconds
-        usual = sorted(self._steps)[int(0.99 * (len(self._steps) - 1))]
-        limit = max(_LEAST_SECONDS, _STEPS * usual)
-        return max(limit, _LONG_SECONDS) if any(beat.phase in _LONG_PHASES for beat in beats) else limit
+    def _longest_alone(self, beats: Sequence[Beat], now: float) -> float | None:
+        """The longest silence of those that are stuck in work of their own; they are remembered."""
+        silences = []
+        for beat in beats:
+            before = self._alone.get(beat.rank)
+            if beat.phase not in _ALONE:
+                at = beat.at
+            elif self._waits(beat.rank):
+                at = now
+            else:
+                at = max(beat.at, before.at if before else 0.0)
+            if before and at > before.at and before.phase in _ALONE:
+                self._alone_limits.hear({before.phase}, at - before.at, 0)
+            self._alone[beat.rank] = _Alone(beat.phase, at)
+            if beat.phase in _ALONE and now - at > self._alone_limits.longest({beat.phase}):
+                self._stuck.add(beat.rank)
+                silences.append(now - at)
+        self._alone_limits.present({beat.phase for beat in beats})
+        return max(silences, default=None)
+
+    def _waits(self, rank: int) -> bool:
+        message = self._generation.message(rank)
+        return message is not None and message[1]
 
     def stragglers(self) -> list[Slow]:
         """Processes found to be slower than their fellows since the last call."""
@@ -127,7 +158,7 @@ class Watch:
             beat = Beat(missing[0], self._generation.pid(missing[0]), 0, "start", 0.0)
             return Hang(beat, states.get(beat.rank, ""), seconds, ())
         waits = {rank: waits_for_others(message, stacks[rank]) for rank, message in messages.items()}
-        cause = culprit(beats, states, waits)
+        cause = culprit([beat for beat in beats if beat.rank in self._stuck] or beats, states, waits)
         stack, collective = tuple(stacks[cause.rank]), describe_last(messages[cause.rank])
         return Hang(cause, states.get(cause.rank, ""), seconds, stack, collective)
 

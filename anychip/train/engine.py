@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anychip import alive
 from anychip.chips.operators import Operators, reference
 from anychip.data.batch import IGNORE_LABEL, Batch
 from anychip.errors import InputError
@@ -173,6 +174,7 @@ class Engine:
             hidden = gather_sequence(self._hidden(micro), self._processes.mesh("tensor"))
             values, here = read(self._head(), hidden, micro.labels), self._rows.start + start
             found[here : here + len(hidden)] = (values[:, : shape[1]] if len(shape) > 1 else values).to(wide)
+            alive.progressed()
         return self._sum_losses(found).cpu()
 
     def _hidden(self, part: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 Watchers name a folder in ANYCHIP_HEARTBEATS. Each process keeps there
 
-    rank-00003         one line of JSON, written anew at every phase of a step
+    rank-00003         one line of JSON, written anew at every phase of a step, and for progress in a long one
     rank-00003.work    a page of shared memory: its last collective, and the times of its last steps (heartbeat_page.py)
     rank-00003.stack   the stacks of its threads, written when it receives SIGUSR1
 """
@@ -22,21 +22,36 @@ from typing import Any
 
 import torch
 
+from anychip import alive
 from anychip.parallel.messages import Message, heard_by
 from anychip.train.heartbeat_page import PageWriter
 from anychip.train.own_time import OwnTime, clock_of
 
 FOLDER_VARIABLE = "ANYCHIP_HEARTBEATS"
-PHASES = ("data", "answer", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save")
+# In the order of their coming. "save" decides what is saved, "snapshot" copies to host memory, "store" writes to disk,
+# "settle" waits for a save that began before, "leave" is what comes after the last step.
+STEP_PHASES = ("data", "forward_backward", "reduce", "check", "optimizer", "log")
+BEFORE_TRAINING = ("grow", "start", "restore")
+PHASES = (
+    *("data", "answer", "forward_backward", "reduce", "check", "optimizer", "log", "evaluate", "save"),
+    *("settle", "snapshot", "store", *BEFORE_TRAINING, "leave"),
+)
 _LINE_BYTES, _NODE_CHARACTERS = 256, 64
+_BEAT_SECONDS = 0.05  # progress within it is said once
 
 
 class Heartbeat:
-    """`beat` costs one system call of a few microseconds, a collective two writes to memory; without a folder all of
-    it costs nothing. Processes with the same `stage` have the same work to do."""
+    """`beat` costs one system call of a few microseconds, `progressed` a look at the clock, a collective two writes to
+    memory; without a folder all of it costs nothing. Processes with the same `stage` have the same work to do.
 
-    def __init__(self, folder: Path | None, rank: int, stage: int = 0, device: torch.device | None = None) -> None:
-        self._rank, self._stage, self._step, self._descriptor = rank, stage, 0, -1
+    Until `close` it hears of all work that this thread waits for (`alive`)."""
+
+    def __init__(
+        self, folder: Path | None, rank: int, stage: int = 0, device: torch.device | None = None, step: int = 0
+    ) -> None:
+        """`step` is the last one that was made, if that is known."""
+        self._rank, self._stage, self._step, self._descriptor = rank, stage, step, -1
+        self._phase, self._said = "start", 0.0
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +63,19 @@ class Heartbeat:
         os.pwrite(self._descriptor, b"\n".rjust(_LINE_BYTES), 0)  # later ones find their place on a disk that is full
         self._stacks = path.with_suffix(".stack").open("w")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        alive.listen(self)
 
     @classmethod
-    def of_environment(cls, rank: int, stage: int = 0, device: torch.device | None = None) -> Heartbeat:
-        folder = os.environ.get(FOLDER_VARIABLE)
-        return cls(Path(folder) if folder else None, rank, stage, device)
+    def of_environment(cls, rank: int | None = None, step: int = 0) -> Heartbeat:
+        """For this process, as whoever started it says."""
+        folder, here = os.environ.get(FOLDER_VARIABLE), int(os.environ.get("RANK", "0"))
+        return cls(Path(folder) if folder else None, here if rank is None else rank, step=step)
+
+    def placed(self, stage: int, device: torch.device) -> None:
+        """Where in the layout this process is, once that is known."""
+        self._stage = stage
+        if self._descriptor >= 0:
+            self._own_time = OwnTime(clock_of(device))
 
     @contextmanager
     def listening(self, everyone: str) -> Iterator[None]:
@@ -72,20 +95,38 @@ class Heartbeat:
         self.beat("data")
 
     def beat(self, phase: str) -> None:
-        """One of PHASES begins. The line has a fixed length and is written at once: readers see the old or the new."""
-        if self._descriptor < 0:
-            return
+        """One of PHASES begins."""
+        self._phase = phase
+        if self._descriptor >= 0:
+            self._say(time.monotonic())
+            self._own_time.begin_phase(phase)
+
+    def begin(self, phase: str) -> str:
+        """As `beat`, unless it has begun already; returns the phase before."""
+        before = self._phase
+        if phase != before:
+            self.beat(phase)
+        return before
+
+    def progressed(self) -> None:
+        """A piece of the phase's work is done."""
+        now = time.monotonic()
+        if self._descriptor >= 0 and now - self._said > _BEAT_SECONDS:
+            self._say(now)
+
+    def _say(self, now: float) -> None:
+        """The line has a fixed length and is written at once: readers see the old or the new."""
+        self._said = now
         beat = {
             "rank": self._rank,
             "pid": os.getpid(),
             "step": self._step,
-            "phase": phase,
-            "at": time.monotonic(),
+            "phase": self._phase,
+            "at": now,
             "stage": self._stage,
             "node": self._node,
         }
         os.pwrite(self._descriptor, json.dumps(beat).ljust(_LINE_BYTES - 1).encode() + b"\n", 0)
-        self._own_time.begin_phase(phase)
 
     def entered(self, message: Message) -> Any:
         """A collective begins, or the wait for its end."""
@@ -98,6 +139,7 @@ class Heartbeat:
 
     def close(self) -> None:
         if self._descriptor >= 0:
+            alive.forget(self)
             faulthandler.unregister(signal.SIGUSR1)
             self._stacks.close()
             self._page.close()

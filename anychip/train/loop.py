@@ -20,6 +20,7 @@ from functools import partial
 from types import FrameType
 from typing import Literal
 
+from anychip import alive
 from anychip.chips.backend import Backend, detect_backend, measure_matmul_flops
 from anychip.chips.operators import OperatorFallback, operators_for
 from anychip.chips.profile import choices
@@ -72,9 +73,12 @@ def run_training(job: TrainingJob) -> int:
     started = time.perf_counter()
     if FOLDER_VARIABLE in os.environ:  # supervised: what is printed goes to a file
         print_what_fits()
+    heartbeat = Heartbeat.of_environment(step=job.growing.grown_at if job.growing else 0)
+    heartbeat.beat("start")
     backend = detect_backend()
     backend.set_deterministic(job.deterministic)
     processes, dtype = Processes.join_here(job.parallel), compute_dtype(job.compute_dtype, backend)
+    heartbeat.placed(processes.place.pipeline, processes.device)
     if job.witness:
         job.witness.begin(processes, backend, job.directory, job.checkpoint_root)
     joined = time.perf_counter()
@@ -88,10 +92,13 @@ def run_training(job: TrainingJob) -> int:
     built = time.perf_counter()
     guard = Guard(job.guard)
     saves = Saves(job, engine, optimizer, guard, processes)
-    step, cursor = saves.restore()
-    saves.prepare()
+    with heartbeat.listening(processes.layout.describe()):
+        step, cursor = saves.restore()
+        saves.prepare()
+    heartbeat.beat("start")
     if step >= job.end:
         saves.leave()
+        heartbeat.close()
         return step
 
     job.observer.attach(job, engine, processes)
@@ -108,7 +115,6 @@ def run_training(job: TrainingJob) -> int:
     log = MetricsLog(job.directory / "logs", board, step) if is_writer else None
     bad_steps = BadSteps(job.guard, job.directory / "logs" / GUARD_LOG, writes=is_writer)
     damaged = DamagedData(job, bad_steps, processes)
-    heartbeat = Heartbeat.of_environment(processes.rank, processes.place.pipeline, processes.device)
     beat = partial(heartbeat.beat, "forward_backward")
     replay = Replay(job.guard, job.identity, engine, processes, beat) if job.guard.replay_interval else None
     copies = Copies(saves.state, processes) if job.guard.digest_interval or replay else None
@@ -219,6 +225,7 @@ def run_training(job: TrainingJob) -> int:
                 saves.save(step, cursor, last=leaving)
             if leaving:
                 break
+    heartbeat.beat("leave")
     processes.barrier()
     saves.leave()
     heartbeat.close()
@@ -247,7 +254,13 @@ def _evaluate(
         return
     heartbeat.beat("evaluate")
     started = time.perf_counter()
-    values = job.evaluate(engine.score)
+
+    def score(batch: Batch) -> float:
+        loss = engine.score(batch)
+        alive.progressed()
+        return loss
+
+    values = job.evaluate(score)
     if log:
         named = (f"{name} {value:.4f}" for name, value in values.items())
         print(" | ".join([f"step {step}/{job.steps}{when and f' {when}'}", *named]), flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anychip import alive
 from anychip.data.cursor import DataCursor
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.parallel.processes import Processes
@@ -63,6 +64,7 @@ class Saves:
     def restore(self) -> tuple[int, DataCursor]:
         """Fill model, optimizer and guard from the newest good copy or checkpoint, or initialise them; returns the
         step, and where the data stands. Raises InputError when what is there is of another recipe."""
+        alive.begin("restore")
         newest = self._newest()
         if self._job.witness:
             self._job.witness.restored(newest.step if newest else 0, newest, self._engine.arithmetic)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "anychip"
 
 # Rooms on one level may not import each other, except within BASE.
 LEVELS = [
-    {"errors", "files", "progress", "families", "recipe", "rundir", "sandbox"},
+    {"alive", "errors", "files", "progress", "families", "recipe", "rundir", "sandbox"},
     {"chips"},
     {"model"},
     {"data", "parallel", "plan"},

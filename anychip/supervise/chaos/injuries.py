@@ -19,6 +19,7 @@ from anychip.supervise.chaos.schedule import Fault
 from anychip.supervise.decide import EXIT_STOPPED
 from anychip.supervise.watch import Beat, process_state, read_beat
 from anychip.train.checkpoint.directory import complete_steps, step_name
+from anychip.train.heartbeat import BEFORE_TRAINING
 
 _POLL_SECONDS = 0.005
 _PAUSE_SECONDS = 0.5
@@ -184,8 +185,9 @@ class Striker:
     # Watching
 
     def _beat(self, rank: int) -> Beat | None:
-        """The newest beat of a process of the newest generation that is alive."""
-        return next((beat for beat in self._beats() if beat.rank == rank), None)
+        """The newest beat of a process of the newest generation that is alive and came to training."""
+        trains = (beat for beat in self._beats() if beat.phase not in BEFORE_TRAINING)
+        return next((beat for beat in trains if beat.rank == rank), None)
 
     def _beats(self) -> list[Beat]:
         found = [read_beat(path) for folder in self.generations()[-1:] for path in _files(folder)]

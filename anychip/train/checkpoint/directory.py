@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from anychip import alive
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.files import atomic_writer, fsync_directory
 from anychip.train.checkpoint.manifest import LARGEST_MANIFEST_BYTES, MANIFEST_NAME, Manifest, parse_manifest
@@ -152,6 +153,10 @@ def retire(directory: Path) -> None:
 
 def _remove(entry: Path) -> None:
     if entry.is_dir() and not entry.is_symlink():
+        for file in entry.iterdir():
+            with suppress(OSError):
+                file.unlink()
+            alive.progressed()
         shutil.rmtree(entry, ignore_errors=True)
     else:
         entry.unlink(missing_ok=True)

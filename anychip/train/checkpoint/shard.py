@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anychip import alive
 from anychip.errors import UnfitError
 from anychip.train.checkpoint.manifest import Chunk, FileEntry
 from anychip.train.checkpoint.plan import Box
@@ -88,6 +89,7 @@ class ShardWriter:
             position = 0
             while position < len(data):
                 position += os.write(self._descriptor, data[position : position + _WRITE_BYTES])
+                alive.progressed()
             self._end += len(data)
             parts.append(data)
         entry = _header_entry(box, start - self._header_room, self._end - self._header_room)
@@ -270,6 +272,7 @@ def _blocks(descriptor: int, start: int, nbytes: int, path: Path, into: Bytes | 
             raise _damage(path, f"ends at byte {start + position} inside a tensor")
         yield block[:count]
         position += count
+        alive.progressed()
 
 
 def _same(one: Bytes, other: Bytes) -> bool:

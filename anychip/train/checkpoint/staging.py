@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anychip import alive
 from anychip.train.checkpoint.manifest import DTYPES
 from anychip.train.checkpoint.plan import Box, SaveParts
 
 _ALIGNMENT = 64
 _COPY_THREADS = 4
 _PIECE_BYTES = 16 << 20
+_TOUCH_BYTES = 1 << 30
 
 
 class StagingBuffer:
@@ -32,7 +34,9 @@ class StagingBuffer:
         if self._memory.numel() < needed:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old block first
             self._memory = torch.empty(needed, dtype=torch.uint8)
-            self._memory.numpy().fill(1)
+            for start in range(0, needed, _TOUCH_BYTES):
+                self._memory[start : start + _TOUCH_BYTES].numpy().fill(1)
+                alive.progressed()
 
     def copy(self, parts: SaveParts) -> dict[Box, Tensor]:
         """Copy every box; the returned tensors are views of the buffer, valid until the next copy."""
@@ -45,8 +49,10 @@ class StagingBuffer:
                 staged[box] = flat.view(DTYPES[box.dtype]).view(box.sizes)
                 copies += _copy(staged[box], parts.tensor(box), pool)
                 start += _room(box)
+                alive.progressed()
             for copy in copies:
                 copy.result()
+                alive.progressed()
         return staged
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anychip import alive
 from anychip.errors import AnychipError, InputError, UnfitError
 from anychip.progress import progress
 from anychip.train.checkpoint.directory import (
@@ -102,6 +103,7 @@ class CheckpointStore:
         self._staging = StagingBuffer()
         self._damaged: set[int] = set()
         self._thread: threading.Thread | None = None
+        self._task = alive.Task()  # of the thread
         self._report: SaveReport | None = None
         self._failure: AnychipError | None = None
 
@@ -119,6 +121,7 @@ class CheckpointStore:
         """
         started = time.perf_counter()
         self._settle()
+        alive.begin("store")
         values = self._check_new(step, extra)
         parts = plan_save(state, self._ranks)
         nbytes = self._write(step, values, parts, parts.tensor)
@@ -134,12 +137,14 @@ class CheckpointStore:
         """
         started = time.perf_counter()
         self._settle()
+        alive.begin("snapshot")
         values = self._check_new(step, extra)
         parts = plan_save(state, self._ranks)
         staged = self._staging.copy(parts)
         stall = time.perf_counter() - started
 
         def write() -> None:
+            alive.work_at(self._task)
             try:
                 nbytes = self._write(step, values, parts, staged.__getitem__)
                 self._report = SaveReport(step, nbytes, time.perf_counter() - started, stall)
@@ -272,6 +277,7 @@ class CheckpointStore:
                 data = reader.read(chunk, entry.torch_dtype)
                 for copy in copies:
                     copy.target.copy_(data[copy.source])
+                alive.progressed()
 
     def read(self, info: CheckpointInfo, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) one at a time, in the order of the files. Memory: about two tensors."""
@@ -298,7 +304,9 @@ class CheckpointStore:
 
     def _join(self) -> None:
         if self._thread:
-            self._thread.join()
+            if self._thread.is_alive():
+                with alive.waiting_for(self._task, "settle"):
+                    self._thread.join()
             self._thread = None
 
     def _settle(self) -> None:
@@ -364,7 +372,8 @@ def _verify(path: Path, manifest: Manifest, ranks: Ranks) -> None:
                 reader.check_chunk(chunk)
             return
         threads = min(_VERIFY_THREADS, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads) as pool, progress("verifying checkpoint", nbytes, "bytes") as bar:
+        pool = ThreadPoolExecutor(threads, initializer=alive.work_at, initargs=(alive.task_here(),))
+        with pool, progress("verifying checkpoint", nbytes, "bytes") as bar:
             for chunk, _ in zip(chunks, pool.map(reader.check_chunk, chunks), strict=True):
                 bar.advance(chunk.nbytes)
 

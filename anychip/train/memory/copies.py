@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from anychip import alive
 from anychip.errors import AnychipError
 from anychip.train.checkpoint import CheckpointError, CheckpointInfo
 from anychip.train.checkpoint.manifest import checked_extra
@@ -64,6 +65,7 @@ class MemoryCopies:
         self._start = self._ranks.broadcast(secrets.token_hex(ATTEMPT_DIGITS // 2 - 4))
         self._copies = 0
         self._thread: threading.Thread | None = None
+        self._task = alive.Task()  # of the thread
         self._failure: AnychipError | None = None
         self._warned = False
 
@@ -97,6 +99,7 @@ class MemoryCopies:
         A copy that fails is said once on standard error, until one succeeds; the one before it stays.
         """
         self.wait()
+        alive.begin("snapshot")
         values = checked_extra(dict(extra))
         self._parts = parts = self._parts.of(state) if self._parts else plan_save(state, self._ranks)
         staged = self._staging.copy(parts)
@@ -104,6 +107,7 @@ class MemoryCopies:
         attempt = f"{self._start}{self._copies:08x}"
 
         def write() -> None:
+            alive.work_at(self._task)
             try:
                 self._write(step, attempt, values, parts, staged)
             except AnychipError as error:
@@ -118,7 +122,9 @@ class MemoryCopies:
         """Wait for the copy in flight, and say what it failed with."""
         if not self._thread:
             return
-        self._thread.join()
+        if self._thread.is_alive():
+            with alive.waiting_for(self._task, "settle"):
+                self._thread.join()
         self._thread, failure, self._failure = None, self._failure, None
         if failure and not self._warned and self._ranks.is_coordinator:
             print(f"warning: {failure} Training goes on.", file=sys.stderr, flush=True)

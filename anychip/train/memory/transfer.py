@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anychip import alive
 from anychip.train.checkpoint.save import reason
 from anychip.train.memory.parts import incoming
 
@@ -46,6 +47,7 @@ def move_files(transfers: Sequence[Transfer], directory: Path, group: dist.Proce
                 work.wait()
             for end in active:
                 end.finish(start)
+            alive.progressed()
         return "; ".join(sorted({end.problem for end in ends if end.problem}))
 
 
