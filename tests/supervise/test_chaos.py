@@ -14,9 +14,10 @@ from tiny_run import finish, write_tiny_recipe
 from typer.testing import CliRunner
 
 from anychip.cli import app
+from anychip.errors import InputError
 from anychip.recipe import Recipe, load_recipe
 from anychip.rundir import RunDirectory
-from anychip.supervise.chaos import Chaos
+from anychip.supervise.chaos import Chaos, chaos
 from anychip.supervise.chaos.disks import damaged_tokens
 from anychip.supervise.chaos.history import History, Teller
 from anychip.supervise.chaos.inside import Wishes, flip
@@ -63,6 +64,12 @@ def test_what_a_recipe_does_not_let_strike_is_said(tmp_path: Path) -> None:
     recipe = load_recipe(write_tiny_recipe(tmp_path), ["guard.on_damaged_data=skip"])
     assert not {"flip_in_memory", "damaged_data"} & kinds(recipe, 1, networks=False).keys()
     assert len(left_out(recipe)) == 3
+
+
+def test_a_model_that_grows_is_refused(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+    with pytest.raises(InputError, match="several histories"):
+        chaos(load_recipe(demo, []), demo, [], tmp_path, processes=2, seed=1, faults=1)
 
 
 # What comes of it
@@ -246,6 +253,16 @@ def test_what_was_told_is_in_the_history(tmp_path: Path) -> None:
         for step in range(2000):
             tellers[step % 2].tell("step", step=step)
     assert history.rows() == [{"what": "step", "rank": step % 2, "step": step} for step in range(2000)]
+
+
+def test_without_a_listener_nobody_waits(tmp_path: Path) -> None:
+    with History(tmp_path / "history"):
+        pass
+    with pytest.raises(OSError):
+        Teller(tmp_path / "history")
+    os.mkfifo(tmp_path / "history" / "pipe")
+    with pytest.raises(OSError):
+        Teller(tmp_path / "history")
 
 
 # Injuries

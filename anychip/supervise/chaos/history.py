@@ -26,7 +26,9 @@ class Teller:
     """Tells facts; `who` is part of each."""
 
     def __init__(self, folder: Path, **who: Any) -> None:
-        self._who, self._pipe = who, os.open(folder / _PIPE, os.O_WRONLY | os.O_CLOEXEC)
+        """Raises OSError when nobody listens."""
+        self._who, self._pipe = who, os.open(folder / _PIPE, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(self._pipe, True)
 
     def tell(self, what: str, **facts: Any) -> None:
         line = json.dumps({"what": what, **self._who, **facts}, separators=(",", ":")).encode() + b"\n"

@@ -63,11 +63,14 @@ class Wishes:
             words = self._path.read_text(encoding="utf-8")
         except OSError:
             return None
-        if f"{words} ".startswith(f"{kind} "):
+        if not f"{words} ".startswith(f"{kind} "):
+            return None
+        try:
             self._path.unlink()
-            self._teller.tell("hurt", wish=words)
-            return words.split()
-        return None
+        except FileNotFoundError:  # another thread was first
+            return None
+        self._teller.tell("hurt", wish=words)
+        return words.split()
 
     def strike_at(self, spot: str) -> None:
         if self.take(f"die at {spot}"):
@@ -134,8 +137,8 @@ def flip(state: Mapping[str, Tensor], number: int) -> None:
 
     from anychip.parallel.tensor import local
 
-    tensors = [local(tensor.detach()).reshape(-1).view(torch.uint8) for tensor in state.values() if tensor.dim()]
-    tensors = [tensor for tensor in tensors if tensor.numel()]
+    held = [local(tensor.detach()) for tensor in state.values() if tensor.dim()]
+    tensors = [tensor.view(-1).view(torch.uint8) for tensor in held if tensor.numel() and tensor.is_contiguous()]
     number %= sum(8 * tensor.numel() for tensor in tensors)
     for tensor in tensors:
         if number < 8 * tensor.numel():

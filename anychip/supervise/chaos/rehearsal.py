@@ -97,9 +97,11 @@ def chaos(
 ) -> Chaos:
     """Train twice below `runs`, on the same data: on one host without faults, and on `hosts` of them with. `processes`
     are those of all hosts; `own_networks`: this runs inside namespaces, where hosts can be cut off. Raises InputError
-    when hosts cannot share the processes, UnfitError when the calm run fails."""
+    when hosts cannot share the processes or the model grows, UnfitError when the calm run fails."""
     if processes % hosts:
         raise InputError(f"{hosts} hosts cannot share {processes} processes evenly.", do="Change --processes.")
+    if recipe.grow:
+        raise InputError("a model that grows has several histories.", where="grow", do="Use --set 'grow=[]'.")
     calm, rough = (RunDirectory(runs / name / recipe.name) for name in ("calm", "rough"))
     histories = [runs / "calm-history", runs / "rough-history"]
     for folder in (calm.root.parent, rough.root.parent, *histories):
