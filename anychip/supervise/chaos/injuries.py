@@ -204,10 +204,14 @@ class Striker(Sight):
         with damaged_tokens(self._run, choice) as names:
             self._kill(beat)
             codes = self._hosts.wait(RECOVERY_SECONDS)
+            if set(codes) == {0}:  # training had ended
+                self.unmet += 1
+                return
             if set(codes) != {EXIT_UNFIT} or not any(name in self._hosts.last_words() for name in names):
                 self.broken.append(f"damaged tokens led to exit codes {codes}: {self._hosts.last_words()}")
-        for number in range(len(codes)):
-            self._hosts.start(number)
+        for number, code in enumerate(codes):
+            if code is not None:
+                self._hosts.start(number)
 
     def _disk_error(self, beat: Beat, choice: int) -> None:
         """One file of a save fails; training goes on, and then a kill shows whether what is left is good."""
