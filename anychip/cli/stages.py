@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,10 @@ def train(
     if dry_run:
         _dry_run(recipe, overrides or [], world_size, rank, model_stage, as_json)
         return
+    if "ANYCHIP_CHAOS" in os.environ:  # a rehearsal of faults (anychip chaos)
+        from anychip.supervise.chaos.inside import take_part
+
+        take_part()
     run_stage("train", *open_run(recipe, overrides or [], runs))
 
 

@@ -100,7 +100,7 @@ def chaos(
     recipe: RecipeArgument,
     processes: Annotated[int, typer.Option(min=1, help="Processes, of all hosts together.")] = 2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same faults.")] = 0,
-    faults: Annotated[int, typer.Option(min=1, help="How many; fewer strike when training ends first.")] = 30,
+    faults: Annotated[int, typer.Option(min=1, help="How many; exit code 3 when fewer struck.")] = 30,
     hosts: Annotated[int, typer.Option(min=1, max=100, help="Hosts, as agents on this machine.")] = 1,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs/chaos"),
@@ -125,5 +125,5 @@ def chaos(
     inside = networks.is_inside()
     result = chaos(loaded, recipe, words, runs / f"seed-{seed}", processes, seed, faults, hosts, inside)
     typer.echo(result.describe())
-    if result.broken:
+    if not result.is_good:
         raise typer.Exit(EXIT_UNFIT)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anychip.supervise.chaos.history import FOLDER_VARIABLE as HISTORY_VARIABLE
 from anychip.supervise.chaos.networks import COORDINATOR_PORT, Networks
 from anychip.train.memory.folder import FOLDER_VARIABLE
 
@@ -61,10 +62,11 @@ def _free_port(address: str) -> int:
 
 
 class RunningHosts:
-    """Hosts by number, each with its log; all are killed when the block ends."""
+    """Hosts by number, each with its log; all are killed when the block ends. Their processes take part in the history
+    in this folder."""
 
-    def __init__(self, hosts: Sequence[Host], logs: Path) -> None:
-        self._hosts = hosts
+    def __init__(self, hosts: Sequence[Host], logs: Path, history: Path) -> None:
+        self._hosts, self._history = hosts, history
         self._logs = [logs / f"supervisor-{number}.log" for number in range(len(hosts))]
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -81,7 +83,7 @@ class RunningHosts:
         return len(self._hosts)
 
     def start(self, number: int) -> None:
-        host, environment = self._hosts[number], dict(os.environ)
+        host, environment = self._hosts[number], {**os.environ, HISTORY_VARIABLE: str(self._history)}
         if host.memory is not None:
             host.memory.mkdir(parents=True, exist_ok=True)
             environment[FOLDER_VARIABLE] = str(host.memory)

@@ -69,11 +69,23 @@ class Networks:
         """The words before a command that is to run on this host."""
         return ["nsenter", f"--net=/run/netns/host{number}"]
 
-    def cut(self, number: int) -> None:
-        self._set(number, "down")
+    def cut(self, number: int, ways: str = "both") -> None:
+        """Nothing comes through any more, `both` ways, or only `out` of this host or `in`to it."""
+        self._change(number, ways, "replace {} lladdr 02:00:00:00:00:99 nud permanent", "down")
 
-    def mend(self, number: int) -> None:
-        self._set(number, "up")
+    def mend(self, number: int, ways: str = "both") -> None:
+        self._change(number, ways, "del {}", "up")
 
-    def _set(self, number: int, state: str) -> None:
-        subprocess.run(["ip", "-n", f"host{number}", "link", "set", self.interface, state], check=True)
+    def _change(self, number: int, ways: str, neighbour: str, state: str) -> None:
+        """Frames to an address that no card has are lost without an error, one way only."""
+        here, others = self.addresses[number], [at for at in range(len(self.addresses)) if at != number]
+        if ways == "both":
+            _ip(number, f"link set {self.interface} {state}")
+            return
+        pairs = [(number, self.addresses[at]) if ways == "out" else (at, here) for at in others]
+        for host, address in pairs:
+            _ip(host, f"neigh {neighbour.format(address)} dev {self.interface}")
+
+
+def _ip(number: int, words: str) -> None:
+    subprocess.run(["ip", "-n", f"host{number}", *words.split()], check=True)

@@ -14,6 +14,8 @@ from anychip.rundir import RunDirectory
 from anychip.supervise.record import GENERATIONS_LOG
 from anychip.train.checkpoint import CheckpointStore
 
+_STORIES = ("attest",)  # of a checkpoint: how it came to be, not what it is
+
 
 def differences(calm: RunDirectory, rough: RunDirectory, steps: int) -> list[str]:
     """In which ways the rough run did not end like the calm one, in words."""
@@ -27,15 +29,18 @@ def differences(calm: RunDirectory, rough: RunDirectory, steps: int) -> list[str
         states = [_state(run, steps) for run in (calm, rough)]
     except AnychipError as error:
         return [*broken, f"the final checkpoint cannot be read: {error}"]
-    if states[0].keys() != states[1].keys():
+    (tensors, extra), (other_tensors, other_extra) = states
+    if wrong_keys := [key for key in extra.keys() | other_extra.keys() if extra.get(key) != other_extra.get(key)]:
+        broken.append(f"the final checkpoints differ in {', '.join(sorted(wrong_keys))}")
+    if tensors.keys() != other_tensors.keys():
         return [*broken, "the final checkpoints hold different tensors"]
-    wrong_names = [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])]
+    wrong_names = [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])]
     if wrong_names:
         broken.append(f"{len(wrong_names)} tensors of the final state differ, the first {wrong_names[0]}")
     return broken
 
 
-def broken_history(run: RunDirectory, hosts: int, processes: int) -> list[str]:
+def broken_generations(run: RunDirectory, hosts: int, processes: int) -> list[str]:
     """What is wrong with the recorded generations: numbers must rise, and each must have all hosts."""
     rows = _rows(run.logs / GENERATIONS_LOG)
     numbers = [row["generation"] for row in rows]
@@ -58,7 +63,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def _state(run: RunDirectory, steps: int) -> dict[str, torch.Tensor]:
+def _state(run: RunDirectory, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, and what else a run goes on from: where the data stands, the guard's memory."""
     store = CheckpointStore(run.checkpoints)
     info = store.open(steps)
-    return {name: tensor.clone() for name, tensor in store.read(info, info.tensors)}
+    extra = {key: value for key, value in info.extra.items() if key not in _STORIES}
+    return {name: tensor.clone() for name, tensor in store.read(info, info.tensors)}, extra

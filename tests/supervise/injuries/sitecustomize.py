@@ -4,17 +4,18 @@ gone.
 `loop` computes for ever in the interpreter, `lock` waits in C for a byte from the pipe INJURIES/gate and never gives
 the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.6 s, `memory` takes more
 than it may have, `wrong` computes gradients that are a thousandth too large. `die at SPOT` is an end by signal 9,
-once, where a phase of a step begins or at a point of SAVING.
+once, where a phase of a step begins or at one of the SPOTS of a start, of a save, or of a copy in memory
+(anychip/supervise/chaos/spots.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,6 @@ def _take_memory() -> list[bytes]:
     return [bytes(16 << 20) for _ in range(1 << 10)]
 
 
-# Where a save is: before this is called.
-SAVING = {
-    "copy": ("anychip.train.checkpoint.staging", "StagingBuffer", "copy"),
-    "plan": ("anychip.train.checkpoint.store", "", "write_checkpoint"),
-    "open": ("anychip.train.checkpoint.shard", "ShardWriter", "__init__"),
-    "write": ("anychip.train.checkpoint.shard", "ShardWriter", "add"),
-    "flush": ("anychip.train.checkpoint.shard", "ShardWriter", "finish"),
-    "publish": ("anychip.train.checkpoint.save", "", "publish"),
-    "retain": ("anychip.train.checkpoint.store", "CheckpointStore", "_retain"),
-}
-
-
 def _die_at(path: Path, spot: str) -> None:
     if _wish(path) == f"die at {spot}":
         path.unlink()
@@ -62,19 +51,12 @@ def _die_at(path: Path, spot: str) -> None:
 
 
 def _make_mortal(path: Path) -> None:
-    """Ends at the beginning of phases and inside saves."""
-    for spot, (module, holder, name) in SAVING.items():
-        place: Any = importlib.import_module(module)
-        place = getattr(place, holder) if holder else place
-        function = getattr(place, name)
-
-        def mortal(*inputs: Any, spot: str = spot, function: Any = function, **named: Any) -> Any:
-            _die_at(path, spot)
-            return function(*inputs, **named)
-
-        setattr(place, name, mortal)
-
+    """Ends at the beginning of phases, and inside starts and saves."""
+    from anychip.supervise.chaos.spots import SPOTS, before, surround
     from anychip.train.heartbeat import Heartbeat
+
+    for name, spot in SPOTS.items():
+        surround(spot, before(partial(_die_at, path, name)))
 
     beat = Heartbeat.beat
 
