@@ -1,5 +1,5 @@
-"""Found on PYTHONPATH by processes that a test trains with: pieces of long phases take SLOW seconds each, of the phase
-that SLOW_PHASE names, and a process does not come back from its sixth one while there is a file STUCK/rank-N."""
+"""Found on PYTHONPATH by processes that a test trains with. In the first generation pieces of the phase that SLOW_PHASE
+names take SLOW seconds each, and a process does not come back from its sixth one while there is a file STUCK/rank-N."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _slow(owner: Any, name: str, seconds: float, stuck: Path) -> None:
     setattr(owner, name, slow)
 
 
-if "SLOW_PHASE" in os.environ and "RANK" in os.environ:
+if "SLOW_PHASE" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1":
     from anychip.grow.source import CheckpointRows
     from anychip.train.checkpoint.shard import ShardWriter
     from anychip.train.engine import Engine
