@@ -75,6 +75,7 @@ def test_it_is_not_tried_for_ever() -> None:
     assert decide.after("oom", "0", 9, 2.0) == "restart"  # it came further
 
 
+@pytest.mark.timeout(600)
 def test_a_real_one_is_named_explained_and_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes again at every start, with twenty restarts allowed."""
     hooks = Path(__file__).with_name("injuries")
