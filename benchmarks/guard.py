@@ -43,10 +43,12 @@ def median_seconds(clock: Clock, rounds: int, work: Callable[[], object]) -> flo
 
 
 def steps_of(shape: Shape, dtype_name: str):
-    """A whole step of one micro-batch by anychip, with a replay or without, and the state that digests read."""
+    """A whole step of one micro-batch by anychip, with a replay or without; the state that digests read; and a sketch
+    of as many numbers as there are gradients, of which a replayed step makes one a micro-batch and two more."""
     from anychip.recipe.schema import GuardConfig
     from anychip.train.replay import Replay
     from anychip.train.step import Checks
+    from anychip.train.sums import SumCheck
 
     parts = prepare("guard", shape, dtype_name)
     replay = Replay(GuardConfig(replay_interval=1), "", parts.engine, parts.processes)
@@ -58,7 +60,13 @@ def steps_of(shape: Shape, dtype_name: str):
         assert not done.problem, done.problem
 
     state = [*parts.engine.parameters.values(), *parts.optimizer.state().values()]
-    return step, state
+    sums = SumCheck(parts.engine, parts.processes)
+
+    def sketch() -> None:
+        for parameter in parts.engine.trainable.values():
+            sums.sketch(parameter.detach())
+
+    return step, state, sketch
 
 
 def step_of_beats(heartbeat: Heartbeat) -> None:
@@ -110,10 +118,11 @@ def main() -> None:
     clock = time.process_time if arguments.busy else time.perf_counter
     torch.set_num_threads(1 if arguments.busy else os.cpu_count() or 1)
     shape = SHAPES[arguments.shape]
-    make_step, state = steps_of(shape, arguments.dtype)
+    make_step, state, sketch = steps_of(shape, arguments.dtype)
     plain, replayed = alternate(clock, arguments.rounds, lambda: make_step(False), lambda: make_step(True))
     step = statistics.median(plain)
     replay = statistics.median(b - a for a, b in zip(plain, replayed, strict=True))
+    sketches = median_seconds(clock, 3 * arguments.rounds, sketch)
     digests = median_seconds(clock, arguments.rounds, lambda: torch.stack([digest(tensor) for tensor in state]))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         heartbeat = Heartbeat(Path(folder), 0)
@@ -133,7 +142,8 @@ def main() -> None:
     ]
     for what, seconds, a_step in rows:
         print(f"| {what} | {seconds:.6f} | {a_step / step:.4%} |")
-    print(f"\nreplay of a micro-batch: {replay:.2f} s, {replay / step:.0%} of a step of one\n")
+    print(f"\nreplay of a micro-batch: {replay:.2f} s, {replay / step:.0%} of a step of one")
+    print(f"of that, the check of its sum: {3 * sketches:.3f} s, {3 * sketches / step:.1%}\n")
     print(
         "| guard.replay_interval | share of training, 1 micro-batch a step | 8 micro-batches | 64 |\n|---|---|---|---|"
     )

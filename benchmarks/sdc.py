@@ -1,10 +1,12 @@
-"""Which check sees a flipped bit, by the bit's position: finite numbers, gradient norm, digests of copies, replay.
+"""Which check sees a flipped bit, by the bit's position: finite numbers, gradient norm, digests of copies, replay, and
+the check of sums.
 
 Two copies of a small model train in this process as two processes would: each takes its own micro-batch, gradients are
 added (a sum of two is the same bits in either order), both update. In each trial one bit of the first copy turns over:
 in a weight or a moment of the optimizer at a random step, or, within one step, in an activation, in the gradient that
-flows back to it, or in a parameter's gradient. A flip that changes no bit of any gradient, or of any weight and moment
-at the next comparison, has done nothing and does not count. Prints Markdown tables.
+flows back to it, or in a parameter's gradient; or in a gradient while it lies in memory until all are there, on its way
+into the sum, or in the sum that one copy or both get. A flip that changes no bit of any gradient, or of any weight and
+moment at the next comparison, has done nothing and does not count. Prints Markdown tables.
 
     python benchmarks/sdc.py --trials 20
 """
@@ -37,6 +39,7 @@ from anychip.train.guard import Guard
 from anychip.train.job import TrainingJob
 from anychip.train.optimizer import Optimizer
 from anychip.train.prints import Print, Printer
+from anychip.train.sums import SumCheck
 
 INTERVAL = 10
 HISTORY = 40
@@ -49,6 +52,7 @@ MODEL = ModelConfig(
     num_attention_heads=2,
     num_key_value_heads=1,
 )
+CHECKS = ("finite", "norm", "digest", "replay", "sum")
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -58,7 +62,7 @@ class Count:
 
     trials: int = 0
     changed: int = 0
-    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("finite", "norm", "digest", "replay"), 0))
+    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHECKS, 0))
     steps: list[int] = field(default_factory=list)
 
 
@@ -88,6 +92,7 @@ class Copy:
         self.parameters = self.engine.parameters
         self.optimizer = Optimizer(self.parameters, job.optimizer, dtype)
         self.printer = Printer(self.engine, processes.device)
+        self.sums = SumCheck(self.engine, processes)
         for name, parameter in self.parameters.items():
             parameter.detach().copy_(init_tensor(name, parameter.shape, MODEL, 0))
 
@@ -108,6 +113,14 @@ class Copy:
 
     def gradients(self) -> list[Tensor]:
         return [p.grad.clone() for p in self.parameters.values() if p.grad is not None]
+
+    def sketches(self, gradients: list[Tensor]) -> Tensor:
+        return torch.stack([self.sums.sketch(gradient) for gradient in gradients])
+
+    def wrong_sum(self, computed: Tensor, gradients: list[Tensor], additions: int) -> bool:
+        """Whether gradients are not what was computed, by their sketches."""
+        parts = zip(computed, self.sketches(gradients), gradients, strict=True)
+        return any(bool(self.sums.distance(was, now, gradient, additions) > 0) for was, now, gradient in parts)
 
     def update(self, gradients: list[Tensor], norm: float) -> None:
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
@@ -156,16 +169,23 @@ class Pair:
 
     def finish(self, loss: float, *, learn: bool = False) -> str:
         """The rest of a step whose gradients are there."""
+        total = self.total()
+        return self.apply(loss, total, total, learn=learn)
+
+    def total(self) -> list[Tensor]:
+        return [a + b for a, b in zip(*(copy.gradients() for copy in self.copies), strict=True)]
+
+    def apply(self, loss: float, total: list[Tensor], other: list[Tensor], *, learn: bool = False) -> str:
+        """What each copy does with the sum that it got."""
         first, second = self.copies
-        total = [a + b for a, b in zip(first.gradients(), second.gradients(), strict=True)]
         for parameter, gradient in zip(first.parameters.values(), total, strict=True):
             parameter.grad = gradient
         norm = float(gradient_norm(first.parameters.values(), first.processes))
         problem = (self.guard.judge if learn else self.guard.problem)(loss, norm)
         if problem:
             return "norm" if "median" in problem else "finite"
-        for copy in self.copies:
-            copy.update(total, norm)
+        first.update(total, norm)
+        second.update(other, norm)
         return ""
 
     def equal_digests(self) -> bool:
@@ -221,6 +241,47 @@ def _hook(copy: Copy, site: str, bit: int, chance: random.Random) -> Callable[[]
     return module.register_forward_hook(break_output).remove
 
 
+def in_a_sum(pair: Pair, site: str, bit: int, count: Count, chance: random.Random) -> None:
+    """A bit turns over between what backward computed and the update."""
+    step = HISTORY + chance.randrange(INTERVAL)
+    pair.start(step)
+    loss = sum(copy.passes(batch(step, at))[0] for at, copy in enumerate(pair.copies))
+    first, second = pair.copies
+    own = first.sketches(first.gradients())
+    computed, clean = own + second.sketches(second.gradients()), pair.total()
+    if site in ("in memory", "on its way"):
+        flip(chance.choice([p.grad for p in first.parameters.values() if p.grad is not None]), bit, chance)
+    changed = site == "in memory" and first.wrong_sum(own, first.gradients(), 0)
+    total = pair.total()
+    if site in ("sum of one copy", "sum of all"):
+        flip(chance.choice(total), bit, chance)
+    count.trials += 1
+    if same_bits(total, clean):
+        return
+    count.changed += 1
+    count.seen["sum"] += changed or first.wrong_sum(computed, total, 1)
+    if check := pair.apply(loss, total, clean if site == "sum of one copy" else total):
+        count.seen[check] += 1
+    count.seen["digest"] += not pair.equal_digests()
+
+
+def in_a_large_sum(size: int, trials: int, chance: random.Random) -> list[Count]:
+    """Flips in a sum of two matrices of normal numbers, [size, size]: rounding of more numbers hides more bits."""
+    sums = Copy(torch.float32).sums
+    sums.make_room(size * size)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(size, size, generator=generator) for _ in range(2))
+    computed, total, counts = sums.sketch(one) + sums.sketch(other), one + other, [Count() for _ in range(32)]
+    assert not sums.distance(computed, sums.sketch(total), total, 1)
+    for bit, count in enumerate(counts):
+        for _ in range(trials):
+            flip(broken := total.clone(), bit, chance)
+            count.trials, count.changed = count.trials + 1, count.changed + 1
+            count.seen["sum"] += bool(sums.distance(computed, sums.sketch(broken), broken, 1) > 0)
+            count.seen["finite"] += not bool(torch.isfinite(broken).all())
+    return counts
+
+
 def in_memory(pair: Pair, site: str, bit: int, count: Count, chance: random.Random) -> None:
     """A bit turns over in the first copy's memory between two steps; copies are compared after the last of ten."""
     at = HISTORY + chance.randrange(INTERVAL)
@@ -248,8 +309,8 @@ def in_memory(pair: Pair, site: str, bit: int, count: Count, chance: random.Rand
 
 def table(title: str, counts: list[Count]) -> None:
     """One row for neighbouring bits of which every check sees the same share."""
-    print(f"\n**{title}**\n\n| bits | flips | changed something | finite | norm | digest | replay | steps to digest |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"\n**{title}**\n\n| bits | flips | changed something | {' | '.join(CHECKS)} | steps to digest |")
+    print("|---|---|---|---|---|---|---|---|---|")
     rows: list[tuple[list[str], list[int]]] = []
     for bit, count in enumerate(counts):
         shares = [f"{seen / count.changed:.0%}" if count.changed else "-" for seen in count.seen.values()]
@@ -268,23 +329,33 @@ def table(title: str, counts: list[Count]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20, help="flips a bit of what is computed; a quarter in memory")
+    parser.add_argument("--where", choices=("everywhere", "memory", "sum", "step"), default="everywhere")
+    parser.add_argument("--large", type=int, default=2048, help="rows and columns of a large gradient")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     chance = random.Random(arguments.seed)
     plans = [
         (torch.float32, 32, in_memory, ("weight", "exp_avg", "exp_avg_sq"), max(1, arguments.trials // 4)),
+        (torch.float32, 32, in_a_sum, ("in memory", "on its way", "sum of one copy", "sum of all"), arguments.trials),
         (torch.float32, 32, in_a_step, ("gradient", "activation", "backward"), arguments.trials),
         (torch.bfloat16, 16, in_a_step, ("activation", "backward"), arguments.trials),
     ]
+    wanted = {"memory": in_memory, "sum": in_a_sum, "step": in_a_step}.get(arguments.where)
     for dtype, bits, trial, sites, trials in plans:
+        if wanted not in (None, trial):
+            continue
         pair = Pair(dtype)
         for site in sites:
             counts = [Count() for _ in range(bits)]
             for bit, count in enumerate(counts):
                 for _ in range(trials):
                     trial(pair, site, bit, count, chance)
-            table(f"{site}, {str(dtype).removeprefix('torch.')} compute", counts)
+            place = f"gradients, {site}" if trial is in_a_sum else site
+            table(f"{place}, {str(dtype).removeprefix('torch.')} compute", counts)
+    if wanted in (None, in_a_sum):
+        size = arguments.large
+        table(f"a sum of two matrices {size} x {size}", in_a_large_sum(size, arguments.trials, chance))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Copies:
 
     def __init__(self, state: Callable[[], Mapping[str, Tensor]], processes: Processes) -> None:
         self._state, self._processes = state, processes
-        self._groups = _groups(processes, {_copied_on(tensor, processes) for tensor in state().values()})
+        self._groups = meshes_over(processes, {_copied_on(tensor, processes) for tensor in state().values()})
         self._latest: dict[str, Tensor] = {}
         self._watched = False
 
@@ -169,7 +169,7 @@ def _copied_on(tensor: Tensor, processes: Processes) -> tuple[str, ...]:
     return tuple(axis for axis in COPY_AXES if axis not in split and getattr(processes.layout, axis) > 1)
 
 
-def _groups(processes: Processes, here: set[tuple[str, ...]]) -> list[tuple[tuple[str, ...], DeviceMesh]]:
+def meshes_over(processes: Processes, here: set[tuple[str, ...]]) -> list[tuple[tuple[str, ...], DeviceMesh]]:
     """A mesh for every set of axes that some process needs, made by all of them in one order."""
     active = [axis for axis in COPY_AXES if getattr(processes.layout, axis) > 1]
     sets = [axes for size in range(1, len(active) + 1) for axes in combinations(active, size)]

@@ -106,10 +106,14 @@ class Engine:
         """What follows is of this step, counted from 1: dropout is drawn for it."""
         self._step = step
 
-    def forward_backward(self, batch: Batch, watch: Watch = nullcontext) -> Tensor:
+    def forward_backward(
+        self, batch: Batch, watch: Watch = nullcontext, before_sum: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Leave the gradients of the mean loss of the global batch; returns that mean (a scalar; of next tokens in nats
-        a token), the same on all processes. `watch` of a pass's number is entered around that pass."""
+        a token), the same on all processes. `watch` of a pass's number is entered around that pass; `before_sum` is
+        called when this process has made all of its own."""
         total = self._run_passes(batch, self._rows, watch)
+        before_sum()
         self._sum_gradients()
         return self._sum_losses(total)
 

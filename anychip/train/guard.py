@@ -25,6 +25,7 @@ from anychip.recipe.schema import GuardConfig
 from anychip.train.copies import Difference, Flip
 from anychip.train.output import where_there_is_room
 from anychip.train.replay import ReplayFault
+from anychip.train.sums import SumFault
 
 _FEWEST_NORMS = 8
 
@@ -108,7 +109,7 @@ class BadSteps:
         if self._writes:
             self._record(step, f"{problem}, and not when computed again", "recompute", {})
 
-    def fault(self, step: int, fault: ReplayFault | Flip, rank: int) -> Literal["recompute", "reload"]:
+    def fault(self, step: int, fault: ReplayFault | SumFault | Flip, rank: int) -> Literal["recompute", "reload"]:
         """Write down a fault of a chip and say what it takes: the step again, or the newest checkpoint. Raises
         UnfitError, on all processes, when a rank is suspected too often: on its own a SuspectError, if it is the only
         one."""

@@ -6,7 +6,7 @@ gradient is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +72,46 @@ def gather_rows(mine: Tensor, group: dist.ProcessGroup | None, device: torch.dev
     return [row.cpu() for row in rows]
 
 
+@contextmanager
+def hooked(engine: Engine, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Around one pass: `note` is called with the name of each parameter and the gradient that backward computed, also
+    where FSDP then sums and shards it, and once more when layers are computed again. A pipeline's schedule may compute
+    gradients of weights apart; they are read when it has ended."""
+    if engine.pipelined:
+        yield
+        for name, parameter in engine.trainable.items():
+            if parameter.grad is not None:
+                note(name, parameter.grad)
+        return
+    sharded = any(map(_is_sharded, engine.parts))
+    handles = _hook_shards(engine, note) if sharded else list(_hook(iter(engine.trainable.items()), note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(named: Iterator[tuple[str, nn.Parameter]], note: Callable[[str, Tensor], None]) -> Iterator[RemovableHandle]:
+    for name, parameter in ((name, p) for name, p in named if p.requires_grad):
+        yield parameter.register_hook(partial(note, name))
+
+
+def _hook_shards(engine: Engine, note: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
+    """FSDP puts whole parameters in a module's place before its forward: they are hooked there and then."""
+    handles: list[RemovableHandle] = []
+
+    def hook(prefix: str, module: nn.Module, inputs: object) -> None:
+        whole = ((n, p) for n, p in module.named_parameters(prefix) if "shard" not in sharded_axes(p))
+        handles.extend(_hook(whole, note))
+
+    for part in engine.parts:
+        for prefix, module in part.named_modules():
+            if _is_sharded(module):
+                handles.append(module.register_forward_pre_hook(partial(hook, prefix)))
+    return handles
+
+
 class Printer:
     """Takes the fingerprint of a pass of an engine."""
 
@@ -82,22 +122,10 @@ class Printer:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Around one pass. Hooks see what backward computed, also where FSDP then sums and shards it. A pipeline's
-        schedule may compute gradients of weights apart; they are read when it has ended."""
+        """Around one pass."""
         self._noted = {}
-        if self._engine.pipelined:
+        with hooked(self._engine, self._note):
             yield
-            for name, parameter in self._engine.trainable.items():
-                if parameter.grad is not None:
-                    self._note(name, parameter.grad)
-            return
-        sharded = any(map(_is_sharded, self._engine.parts))
-        handles = self._hook_shards() if sharded else list(self._hook(iter(self._engine.trainable.items())))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def take(self) -> Print:
         """Of the pass watched last. Parameters without a gradient have zeros."""
@@ -107,24 +135,6 @@ class Printer:
         )
         noted = [self._noted.get(name, nothing) for name in self._engine.trainable]
         return Print(*(torch.stack(column).cpu() for column in zip(*noted, strict=True)))
-
-    def _hook(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[RemovableHandle]:
-        for name, parameter in ((name, p) for name, p in named if p.requires_grad):
-            yield parameter.register_hook(partial(self._note, name))
-
-    def _hook_shards(self) -> list[RemovableHandle]:
-        """FSDP puts whole parameters in a module's place before its forward: they are hooked there and then."""
-        handles: list[RemovableHandle] = []
-
-        def hook(prefix: str, module: nn.Module, inputs: object) -> None:
-            whole = ((n, p) for n, p in module.named_parameters(prefix) if "shard" not in sharded_axes(p))
-            handles.extend(self._hook(whole))
-
-        for part in self._engine.parts:
-            for prefix, module in part.named_modules():
-                if _is_sharded(module):
-                    handles.append(module.register_forward_pre_hook(partial(hook, prefix)))
-        return handles
 
     def _note(self, name: str, gradient: Tensor) -> None:
         self._noted[name] = digest(gradient), self._sketch(local(gradient.detach()))

@@ -10,8 +10,8 @@ optimizer changed anything, which is all the repair there needs to be (arXiv 260
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from anychip.recipe.schema import GuardConfig
 from anychip.train.copies import list_suspects, share_suspects
 from anychip.train.engine import Engine
 from anychip.train.prints import Print, Printer, gather_rows
+from anychip.train.sums import SumCheck, SumFault
 
 _Computation = tuple[int, Print]
 
@@ -110,6 +111,7 @@ class Replay:
             )
         self._config, self._key, self._engine, self._processes = config, key, engine, processes
         self._printer, self._beat = Printer(engine, processes.device), beat
+        self._sums = SumCheck(engine, processes)
         self._group = processes.group("replicate", "shard")
         self._readers, self._reader = layout.readers, layout.reader(processes.rank)
         self._ranks = [processes.rank] if self._group is None else dist.get_process_group_ranks(self._group)
@@ -117,20 +119,23 @@ class Replay:
     def due(self, step: int) -> bool:
         return step % self._config.replay_interval == 0
 
-    def forward_backward(self, step: int, batch: Batch) -> tuple[Tensor, ReplayFault | None]:
-        """As Engine.forward_backward, and what a repeated pass showed. The repetition comes first: then there are no
-        gradients yet that would have to be kept beside its own."""
+    def forward_backward(self, step: int, batch: Batch) -> tuple[Tensor, ReplayFault | SumFault | None]:
+        """As Engine.forward_backward, and what a repeated pass showed, or the sum. The repetition comes first: then
+        there are no gradients yet that would have to be kept beside its own."""
         sample = draw(self._key, step, self._engine.passes, self._readers)
         replayed = self._repeat(batch, sample.number, sample.shift)
 
-        def watch(number: int) -> AbstractContextManager[None]:
-            return self._printer.watch() if number == sample.number else nullcontext()
+        @contextmanager
+        def watch(number: int) -> Iterator[None]:
+            with self._sums.watch(), self._printer.watch() if number == sample.number else nullcontext():
+                yield
 
-        loss = self._engine.forward_backward(batch, watch)
+        loss = self._engine.forward_backward(batch, watch, self._sums.before_sum)
+        wrong_sum = self._sums.fault()
         own = self._printer.take()
         if self._processes.any(not self._equal(own, replayed, sample.shift)):
             return loss, self._vote(batch, sample, own, replayed)
-        return loss, None
+        return loss, wrong_sum
 
     def _equal(self, own: Print, replayed: Print, shift: int) -> bool:
         """Whether all passes of this group of readers came out twice the same. Bit for bit, two numbers each tell."""

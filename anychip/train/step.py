@@ -19,13 +19,14 @@ from anychip.train.job import NewParts
 from anychip.train.observe import Observer
 from anychip.train.optimizer import Optimizer
 from anychip.train.replay import ReplayFault
+from anychip.train.sums import SumFault
 
 
 @dataclass(frozen=True)
 class Checks:
     """What looks for silent faults in a step; both answer the same on all processes whether there was one."""
 
-    replayed: Callable[[Batch], tuple[Tensor, ReplayFault | None]] | None = None
+    replayed: Callable[[Batch], tuple[Tensor, ReplayFault | SumFault | None]] | None = None
     flipped: Callable[[], Flip | None] | None = None
 
 
@@ -53,7 +54,7 @@ class StepResult:
     grad_norm: float
     problem: str = ""
     bad_tensor: str = ""
-    fault: ReplayFault | Flip | None = None
+    fault: ReplayFault | SumFault | Flip | None = None
     passing: str = ""
 
 
@@ -75,7 +76,7 @@ def train_step(
     Gradients judged bad are computed once more: the data's fault comes back, a passing one of a chip does not
     (arXiv 2604.00726).
     """
-    fault: ReplayFault | Flip | None
+    fault: ReplayFault | SumFault | Flip | None
     loss, grad_norm, fault = _gradients(engine, processes, batch, heartbeat, checks, growth)
     passing = "" if fault else guard.problem(loss, grad_norm)
     if passing:
@@ -106,7 +107,7 @@ def _gradients(
     heartbeat: Heartbeat,
     checks: Checks,
     growth: Growth | None,
-) -> tuple[float, float, ReplayFault | None]:
+) -> tuple[float, float, ReplayFault | SumFault | None]:
     """Leaves the gradients; loss, norm and what a replay showed."""
     heartbeat.beat("forward_backward")
     loss, fault = checks.replayed(batch) if checks.replayed else (engine.forward_backward(batch), None)

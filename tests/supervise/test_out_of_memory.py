@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from many_hosts import wait_for
 from tiny_run import finish, start, write_tiny_recipe
 
 from anychip.supervise.decide import Policy, kind_of_exit
 from anychip.supervise.out_of_memory import MemoryKills, kills, own_events
+from anychip.train.checkpoint import CheckpointStore
 
 
 def test_the_control_group_counts_kills(tmp_path: Path) -> None:
@@ -73,20 +75,31 @@ def test_it_is_not_tried_for_ever() -> None:
     assert decide.after("oom", "0", 9, 2.0) == "restart"  # it came further
 
 
-def test_a_real_one_is_named_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(600)
+def test_a_real_one_is_named_explained_and_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes again at every start, with twenty restarts allowed."""
     hooks = Path(__file__).with_name("injuries")
     monkeypatch.setenv("PYTHONPATH", f"{hooks}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("INJURIES", str(tmp_path))
-    write_tiny_recipe(tmp_path)
+    write_tiny_recipe(tmp_path, steps=2000, eval_interval=0)
     finish(tmp_path, "data", "prepare", "tiny.yaml")
+    run = tmp_path / "runs" / "tiny"
+    store = CheckpointStore(run / "checkpoints")
+    process = start(
+        tmp_path, "supervise", "tiny.yaml", "--processes", "2", "--restarts", "20", "--set", "checkpoint.keep=3"
+    )
+    wait_for(store.steps)
     (tmp_path / "rank-1").write_text("memory")
-    process = start(tmp_path, "supervise", "tiny.yaml", "--processes", "2", "--restarts", "0")
     _, err = process.communicate(timeout=200)
     assert process.returncode == 1, err
-    run = tmp_path / "runs" / "tiny"
     rows = [json.loads(line) for line in (run / "logs" / "incidents.jsonl").read_text().splitlines()]
-    assert [(row["kind"], row["rank"]) for row in rows] == [("oom", 1)] * len(rows)
-    assert rows[-1]["action"] == "stop" and len(rows) <= 2
+    found = [(row["rank"], row["action"]) for row in rows if row["kind"] == "oom"]  # a busy machine sees hangs too
+    assert found[-1] == (1, "stop") and {rank for rank, _ in found} == {1}
+    assert len(found) <= 3
+    newest = store.latest()
+    assert newest is not None
+    assert newest.step == max(store.steps())
+    assert len(dict(store.read(newest))) == len(newest.tensors)  # reads and compares every byte
     text = finish(tmp_path, "explain", str(run))
     assert "rank 1" in text and "ran out of memory" in text and "training.micro_batch_size" in text
     shutil.rmtree(run)

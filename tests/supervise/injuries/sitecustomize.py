@@ -5,7 +5,8 @@ gone.
 the interpreter up, `read` waits for a token of the corpus, `sleep` makes each step longer by 0.6 s, `memory` takes more
 than it may have, `wrong` computes gradients that are a thousandth too large. `die at SPOT` is an end by signal 9,
 once, where a phase of a step begins or at one of the SPOTS of a start, of a save, or of a copy in memory
-(anychip/supervise/chaos/spots.py).
+(anychip/supervise/chaos/spots.py). `wait at SPOT`
+waits there as long as there is a file INJURIES/waiting, which it makes of the wish.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def _die_at(path: Path, spot: str) -> None:
     if _wish(path) == f"die at {spot}":
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if _wish(path) == f"wait at {spot}":
+        path.rename(waiting := path.with_name("waiting"))
+        while waiting.exists():
+            time.sleep(0.01)
 
 
 def _make_mortal(path: Path) -> None:
