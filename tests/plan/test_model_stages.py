@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,21 @@ def test_what_does_not_fit_is_said_and_the_others_are_planned(capsys: pytest.Cap
     assert code == 0
     assert "model 0 (of 0 to 2): 52.8 B" in out and "model 2 (of 0 to 2): 1,083.8 B" in out
     assert "in none of" in out and "all models: not all of them fit" in out
+
+
+def test_where_no_model_fits_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch that divides over no layout; the models are told in figures of their own size."""
+    path = small(tmp_path, training={**SMALL["training"], "global_batch_size": 33, "micro_batch_size": 3, "steps": 900})
+    code, out, _ = run(capsys, "plan", str(path), "--chip", "ascend-910b3", "--devices", "4096")
+    assert code == 3 and "all models: not all of them fit" in out
+    assert re.search(r"model 0 \(of 0 to 1\): \d+\.\d M parameters, 26\.\d M tokens from 0 on", out)
+    assert re.search(r"model 1 .* tokens from 26\.\d M on", out)
+
+
+def test_what_fits_nowhere_is_unfit(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "plan", str(ROOT / "recipes/telechat2-115b.yaml"), "--chip", "ascend-910b3",
+                       "--devices", "8")  # fmt: skip
+    assert code == 3 and "is nearest, stage" in err
 
 
 def test_an_explanation_is_of_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
