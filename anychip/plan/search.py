@@ -36,6 +36,7 @@ from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 Objective = Callable[[Predictions], Floats]
 CHUNK = 20_000
+_MICRO_BATCHES = "the schedule does not work with so many micro-batches"
 _BATCH = "global batch does not divide by dp x micro-batch"
 
 
@@ -214,8 +215,7 @@ def _starved(space: Space, layout: Layout, sizes: list[int], counts: list[int], 
     for (size, count), schedule in product(zip(sizes, counts, strict=True), space.schedules if layout.pp > 1 else ()):
         if reason := lacks_micro_batches(schedule, layout.pp, count, space.trained_here):
             chosen = replace(layout, micro_batch=size, schedule=schedule)
-            kind = f"too few micro-batches for {schedule}, or none that divide"
-            found.append(Rejected(chosen, reason, f"{degrees} mbs{size} {schedule}", kind))
+            found.append(Rejected(chosen, reason, f"{degrees} mbs{size} {schedule}", _MICRO_BATCHES))
     return found
 
 
