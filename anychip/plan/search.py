@@ -107,7 +107,7 @@ def search(
 
 def possible(workload: Workload, machine: Machine, site: Site) -> tuple[list[Rejected], bool]:
     """One layout for each reason why degrees do not divide, and whether there are others that do."""
-    grid = _grid(workload, machine, _default_space(workload, site))
+    grid = _grid(workload, machine, _default_space(workload, site, "ring"))
     return grid.refused, len(grid.table) > 0
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from anychip.cli import main
 from anychip.errors import InputError
-from anychip.plan.models import model_stages
+from anychip.plan.models import amount, model_stages
 from anychip.plan.saved import predicted_rate
 from anychip.recipe import load_recipe
 
@@ -99,12 +99,15 @@ def test_what_does_not_fit_is_said_and_the_others_are_planned(capsys: pytest.Cap
 
 
 def test_where_no_model_fits_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A batch that divides over no layout; the models are told in figures of their own size."""
-    path = small(tmp_path, training={**SMALL["training"], "global_batch_size": 33, "micro_batch_size": 3, "steps": 900})
-    code, out, _ = run(capsys, "plan", str(path), "--chip", "ascend-910b3", "--devices", "4096")
+    wide = {"hidden_size": 65_536, "intermediate_size": 262_144, "num_attention_heads": 512}
+    path = small(tmp_path, model={**SMALL["model"], **wide})
+    code, out, _ = run(capsys, "plan", str(path), "--chip", "ascend-910b3", "--devices", "8")
     assert code == 3 and "all models: not all of them fit" in out
-    assert re.search(r"model 0 \(of 0 to 1\): \d+\.\d M parameters, 26\.\d M tokens from 0 on", out)
-    assert re.search(r"model 1 .* tokens from 26\.\d M on", out)
+    assert re.search(r"model 0 \(of 0 to 1\): [\d,.]+ B parameters, 26\.\d M tokens from 0 on", out)
+
+
+def test_figures_keep_digits() -> None:
+    assert [amount(count) for count in (0, 5e6, 52.8e9, 1.0838e12)] == ["0", "5.0 M", "52.8 B", "1,083.8 B"]
 
 
 def test_what_fits_nowhere_is_unfit(capsys: pytest.CaptureFixture[str]) -> None:
