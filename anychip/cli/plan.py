@@ -32,6 +32,10 @@ ImbalanceOption = Annotated[
     float | None,
     typer.Option("--expert-imbalance", help="Load of the busiest rank of experts over the mean, such as 1.3."),
 ]
+SoftwareOption = Annotated[
+    str,
+    typer.Option(help="Whose memory is counted: anychip, or megatron, mindspeed, mindformers, fsdp, deepspeed, jax."),
+]
 RunsCsvOption = Annotated[list[Path], typer.Option("--runs", help="A CSV of measured runs; may be given again.")]
 
 
@@ -43,12 +47,15 @@ def layouts(
     devices: DevicesOption = None,
     seq_length: SeqLengthOption = None,
     site: SiteOption = None,
-    tokens: Annotated[float | None, typer.Option(help="Tokens of the whole job, such as 10e12.")] = None,
+    software: SoftwareOption = "anychip",
+    tokens: Annotated[str | None, typer.Option(help="Tokens of the whole job: 10T, 300B or 1e13.")] = None,
     model_stage: ModelStageOption = None,
     expert_imbalance: ImbalanceOption = None,
     fixed: Annotated[bool, typer.Option("--fixed", help="The recipe's own layout instead of a search.")] = False,
     bench: BenchOption = None,
-    html: Annotated[Path | None, typer.Option(help="File for a page with pictures.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="File for a page with pictures; folders that are missing are made.")
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the plan with the run: the log will show it.")] = False,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -57,19 +64,22 @@ def layouts(
     import json
 
     from anychip.errors import InputError
-    from anychip.plan.question import ask, with_imbalance
+    from anychip.plan.models import tokens_of
+    from anychip.plan.question import HERE, ask, with_imbalance
     from anychip.plan.recipe_plan import as_json as plan_json
-    from anychip.plan.recipe_plan import as_text, plan_recipe
+    from anychip.plan.recipe_plan import as_text, exit_code, plan_recipe
     from anychip.plan.saved import save_plan
     from anychip.report.plan_page import write_plan_page
     from anychip.rundir import RunDirectory
 
     question = ask(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
-        bench=bench, model_stage=model_stage, tokens=tokens,
+        bench=bench, model_stage=model_stage, tokens=None if tokens is None else tokens_of(tokens), software=software,
     )  # fmt: skip
     _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
     question = with_imbalance(question, expert_imbalance)
+    if save and software != HERE:
+        raise InputError("--save keeps a plan of our own training.", do="Leave --software out.")
     if html is not None and len(question.models) > 1:
         raise InputError("--html shows one model, and this recipe grows.", do="Say which with --model-stage.")
     if len(question.machines) > 1:
@@ -87,6 +97,8 @@ def layouts(
     if html is not None:
         write_plan_page(plans[0].answered, html)
     typer.echo(json.dumps(plan_json(plans), indent=2) if as_json else as_text(plans))
+    if code := exit_code(plans):
+        raise typer.Exit(code)
 
 
 def explain(
@@ -98,6 +110,7 @@ def explain(
     devices: DevicesOption = None,
     seq_length: SeqLengthOption = None,
     site: SiteOption = None,
+    software: SoftwareOption = "anychip",
     bench: BenchOption = None,
     model_stage: ModelStageOption = None,
     expert_imbalance: ImbalanceOption = None,
@@ -107,14 +120,14 @@ def explain(
     import json
 
     from anychip.errors import InputError
-    from anychip.plan.answer import answer_plan, prediction_json
+    from anychip.plan.answer import answer_plan, explained_json
     from anychip.plan.layouts import parse_layout
     from anychip.plan.question import ask, with_imbalance
-    from anychip.plan.text import explanation
+    from anychip.plan.text import explained_as_text
 
     question = ask(
         recipe, overrides or [], cluster=cluster, chip=chip, devices=devices, seq_length=seq_length, site=site,
-        bench=bench, model_stage=model_stage,
+        bench=bench, model_stage=model_stage, software=software,
     )  # fmt: skip
     _doubt((constants, machine.chip) for constants, machine in zip(question.sites, question.machines, strict=True))
     question = with_imbalance(question, expert_imbalance)
@@ -125,28 +138,28 @@ def explain(
             do="Leave out --cluster and name one with --chip and --devices; `plan` explains the best mixed one.",
         )
     (machine,), (constants,) = question.machines, question.sites
-    answers = [
-        answer_plan(
-            model.workload, machine, constants, model.tokens, parse_layout(layout, model.workload, machine.devices),
-            question.failures,
-        )
-        for model in question.models
-    ]  # fmt: skip
+    answers = []
+    for model in question.models:
+        asked = parse_layout(
+            layout, model.workload, machine.devices, trained_here=constants.trained_here,
+            context_method=model.recipe.parallel.context_method,
+        )  # fmt: skip
+        answers.append(answer_plan(model.workload, machine, constants, model.tokens, asked, question.failures))
     if as_json:
-        found = [prediction_json(answer.chosen) for answer in answers]
+        found = [explained_json(answer) for answer in answers]
         typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=2))
         return
-    pairs = zip(question.models, answers, strict=True)
-    titled = [
-        f"{model.title}\n{explanation(answer)}" if len(answers) > 1 else explanation(answer) for model, answer in pairs
-    ]
-    typer.echo("\n\n".join(titled))
+    texts = [explained_as_text(answer) for answer in answers]
+    titled = [f"{model.title}\n{text}" for model, text in zip(question.models, texts, strict=True)]
+    typer.echo("\n\n".join(titled if len(titled) > 1 else texts))
 
 
 def validate(
     runs: RunsCsvOption,
     site: SiteOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for every row's prediction.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for every row's prediction; missing folders are made.")
+    ] = None,
 ) -> None:
     """How far the planner is from measured runs, beside the one-line baseline."""
     from anychip.files import write_json

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from anychip.errors import InputError
+from anychip.errors import UnfitError
 from anychip.plan.goodput import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     SECONDS_A_DAY,
@@ -19,9 +19,20 @@ from anychip.plan.goodput import (
 from anychip.plan.layouts import overrides_of
 from anychip.plan.pipeline import simulate_pipeline
 from anychip.plan.predict import predict
+from anychip.plan.rules import left_out
 from anychip.plan.search import Rejections, search, simulated, stage_times
 from anychip.plan.shapes import num_parameters
-from anychip.plan.types import Layout, Machine, Prediction, SearchResult, Site, Timeline, Workload
+from anychip.plan.types import (
+    ContextMethod,
+    Layout,
+    Machine,
+    Prediction,
+    Rejected,
+    SearchResult,
+    Site,
+    Timeline,
+    Workload,
+)
 from anychip.plan.usable import search_usable
 from anychip.recipe.cluster import FailureConfig
 
@@ -41,8 +52,15 @@ class PlanAnswer:
     total_tokens: float
     failures: FailureConfig
     goodput: Goodput  # of the chosen layout
+    left_out: tuple[str, ...] = ()  # why the search would not offer the chosen layout, memory aside
     notes: tuple[str, ...] = ()
     idle_devices: int = 0  # of the cluster, that no layout uses; `machine` is without them
+
+    @property
+    def overrides(self) -> list[str]:
+        """What a recipe must be given to train in the chosen layout; empty where this software cannot, or another one
+        is planned for."""
+        return overrides_for(self.chosen, self.site) if not self.left_out else []
 
     @property
     def days(self) -> float:
@@ -57,10 +75,11 @@ def answer_plan(
     total_tokens: float,
     layout: Layout | None = None,
     failures: FailureConfig = _NOTHING_FAILS,
+    context_method: ContextMethod = "ring",
 ) -> PlanAnswer:
     """Search all layouts for the most tokens a day after failures, or predict the one given.
 
-    Raises InputError when no layout divides, or none fits.
+    Raises InputError when no layout divides, UnfitError when none fits.
     """
     idle, left_idle = "", 0
     if layout is not None:
@@ -74,15 +93,20 @@ def answer_plan(
             machine,
             site,
             lambda part: search(
-                workload, part, site, objective_after_failures(reliability_of(workload, part, failures))
+                workload,
+                part,
+                site,
+                objective_after_failures(reliability_of(workload, part, failures)),
+                context_method=context_method,
             ),
         )
         left_idle = whole.devices - machine.devices
         chosen = result.best[0] if result.best else None
     held = reliability_of(workload, machine, failures)
     if chosen is None:
-        raise InputError(
-            f"{workload.name} fits on {machine.name} in none of {result.considered:,} layouts: {result.notes[0]}.",
+        raise UnfitError(
+            f"{workload.name} fits on {machine.name} in none of {result.considered:,} layouts: "
+            f"{'; '.join(result.notes)}.",
             do="Take more devices or a smaller micro-batch, or shorten seq_length.",
         )
     return PlanAnswer(
@@ -95,6 +119,7 @@ def answer_plan(
         total_tokens=total_tokens,
         failures=failures,
         goodput=goodput(chosen.step_seconds, site.relative_sigma, workload.tokens, total_tokens, held, _watts(machine)),
+        left_out=left_out(workload, chosen.layout, machine, site),
         notes=(*([idle] if idle else []), *(f"assumed: {what}" for what in machine.assumed)),
         idle_devices=left_idle,
     )
@@ -145,10 +170,11 @@ def as_json(answer: PlanAnswer) -> dict[str, Any]:
         "total_tokens": answer.total_tokens,
         "days_without_failures": answer.days,
         "goodput": goodput_json(answer.goodput),
-        "chosen": prediction_json(answer.chosen),
-        "best": [prediction_json(prediction) for prediction in answer.search.best],
+        "chosen": chosen_json(answer),
+        "best": [prediction_json(prediction, answer.site) for prediction in answer.search.best],
         "considered": answer.search.considered,
         "rejected": rejected_counts(answer.search),
+        "rejected_layouts": [{"layout": one.name, "reason": one.reason} for one in answer.search.rejected],
         "search_seconds": answer.search.seconds,
         "notes": list(answer.notes),
     }
@@ -161,10 +187,21 @@ def goodput_json(found: Goodput) -> dict[str, Any]:
     return {name: None if value == math.inf else value for name, value in values.items()}
 
 
-def prediction_json(prediction: Prediction) -> dict[str, Any]:
+def explained_json(answer: PlanAnswer) -> dict[str, Any]:
+    """The chosen layout, with what becomes of it and what was assumed."""
+    return {**chosen_json(answer), "goodput": goodput_json(answer.goodput), "notes": list(answer.notes)}
+
+
+def chosen_json(answer: PlanAnswer) -> dict[str, Any]:
+    values = prediction_json(answer.chosen, answer.site)
+    return {**values, "overrides": answer.overrides, "left_out": list(answer.left_out)}
+
+
+def prediction_json(prediction: Prediction, site: Site) -> dict[str, Any]:
     return {
         "layout": str(prediction.layout),
-        "overrides": overrides_of(prediction.layout),
+        "stage_layers": list(prediction.layout.stage_layers),
+        "overrides": overrides_for(prediction, site),
         "step_seconds": prediction.step_seconds,
         "interval_seconds": list(prediction.interval),
         "tokens_per_second_per_device": prediction.tokens_per_second_per_device,
@@ -176,6 +213,16 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
         "memory_bytes": prediction.memory_bytes,
         "memory_by_stage": {term: [float(value) for value in values] for term, values in prediction.memory.items()},
     }
+
+
+def overrides_for(prediction: Prediction, site: Site) -> list[str]:
+    """The options of a layout that fits, where the site has the memory of this software."""
+    return overrides_of(prediction.layout) if prediction.fits and site.trained_here else []
+
+
+def nearest_rejected(result: SearchResult, count: int) -> list[Rejected]:
+    """Of the layouts that memory keeps out, those that lack least of it."""
+    return result.rejected.nearest(count) if isinstance(result.rejected, Rejections) else []
 
 
 def rejected_counts(result: SearchResult) -> dict[str, int]:

@@ -116,12 +116,20 @@ def measured(machine: Machine, site: Site) -> Machine:
 
 
 def peak_memory(w: Work, table: Table, site: Site) -> Floats:
-    """Bytes of the fullest rank, [n]: it is the first, the fullest inner one right after it, or the last."""
-    first, inner, last = (
-        np.asarray(sum(rank_memory(w, table, rank_at(w, table, where), site).values()))
-        for where in ("first", "inner", "last")
-    )
-    return np.asarray(np.maximum(np.maximum(first, inner), last))
+    """Bytes of the fullest rank, [n]."""
+    return fullest_rank(w, table, site)[0]
+
+
+def fullest_rank(w: Work, table: Table, site: Site) -> tuple[Floats, Floats]:
+    """Bytes of the fullest rank, and which one it is, each [n]: the first, the fullest inner one right after it, or the
+    last."""
+    places = {"first": np.zeros(len(table)), "inner": table.inner_place, "last": table.pp - 1}
+    held = np.stack([
+        np.broadcast_to(np.asarray(sum(rank_memory(w, table, rank_at(w, table, where), site).values())), (len(table),))
+        for where in places
+    ])  # fmt: skip
+    chosen, every = held.argmax(axis=0), np.arange(len(table))
+    return held[chosen, every], np.stack(list(places.values()))[chosen, every]
 
 
 def memory_by_rank(w: Work, table: Table, layout: Layout, site: Site) -> dict[str, Floats]:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from anychip.chips.catalog import find_chip
 from anychip.errors import InputError
+from anychip.plan.calibrate import BASES, base_site, chip_family
 from anychip.plan.local import machine_of_bench, memory_here, read_bench, site_of_bench
 from anychip.plan.machine import ASSUMED_INTER_NODE_GBIT_PER_S, machines_of
 from anychip.plan.models import ModelStage, model_stages
+from anychip.plan.rows import Software
 from anychip.plan.sites import default_site, load_site, trained_here
 from anychip.plan.types import Machine, Site, Workload
 from anychip.recipe import Recipe, load_recipe
 from anychip.recipe.cluster import Cluster, FailureConfig, NodeGroup, load_cluster
+
+HERE = "anychip"
+SOFTWARE = (HERE, *BASES)
+_MEMORY = (
+    "gradient_bytes", "optimizer_bytes", "logits_bytes", "layer_gradient_scratch", "reserved_bytes", "allocator_slack",
+    "fused_attention", "dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,22 @@ def ask(
     bench: Path | None = None,
     model_stage: int | None = None,
     tokens: float | None = None,
+    software: str = HERE,
 ) -> Question:
-    """Read what the flags of `anychip plan` name. Raises InputError when they name no machine, or contradict."""
+    """Read what the flags of `anychip plan` name. Raises InputError when they name no machine, or contradict.
+
+    `software` is what is to train, and its memory is counted: this one, or one of `calibrate.BASES`.
+    """
+    if software not in SOFTWARE:
+        raise InputError(f"--software is {software!r}.", do=f"Allowed: {', '.join(SOFTWARE)}.")
     read = load_recipe(recipe, overrides)
     models = model_stages(read, tokens, model_stage)
     if seq_length is not None:
         models = [replace(model, workload=with_seq_length(model.workload, seq_length)) for model in models]
     if devices is not None and devices < 1:
         raise InputError(f"--devices is {devices}.", do="Give at least 1.")
+    if bench is not None and software != HERE:
+        raise InputError("--bench measures our own operators, and --software names others'.", do="Leave one out.")
     if bench is not None:
         return _of_bench(read, models, bench, devices or 1, site)
     if cluster is not None:
@@ -73,7 +91,7 @@ def ask(
         models=tuple(models),
         name=asked.name,
         machines=machines,
-        sites=tuple(trained_here(load_site(site) if site else default_site(machine.chip)) for machine in machines),
+        sites=tuple(_site_of(machine.chip, site, software) for machine in machines),
         failures=asked.failures,
         between_bytes_per_s=between * 1e9 / 8,
     )
@@ -104,6 +122,18 @@ def _of_bench(recipe: Recipe, models: list[ModelStage], path: Path, processes: i
     machine = machine_of_bench(bench, processes, memory_here())
     chosen = load_site(site) if site else site_of_bench(bench, models[0].workload.dtype, processes)
     return Question(recipe, tuple(models), machine.name, (machine,), (trained_here(chosen),), FailureConfig(), 0.0)
+
+
+def _site_of(chip: str, site: str | None, software: str) -> Site:
+    """Speeds of a site, by default that of the chip, and the memory of the software that is to train."""
+    if software == HERE:
+        return trained_here(load_site(site) if site else default_site(chip))
+    if site is not None:
+        return load_site(site)
+    name = cast(Software, software)
+    speeds, own = default_site(chip, name), base_site(name, chip_family(chip))
+    memory: dict[str, Any] = {field: getattr(own, field) for field in _MEMORY}
+    return replace(speeds, name=f"{speeds.name}, memory of {software}", **memory)
 
 
 def cluster_of(chip: str, devices: int) -> Cluster:

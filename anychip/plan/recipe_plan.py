@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anychip.errors import InputError
+from anychip.errors import InputError, UnfitError
 from anychip.plan.answer import PlanAnswer, answer_plan
 from anychip.plan.answer import as_json as answer_json
 from anychip.plan.layouts import layout_of
 from anychip.plan.models import ModelStage
 from anychip.plan.question import Question
-from anychip.plan.text import answer_as_text
+from anychip.plan.text import answer_as_text, days_text
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,29 @@ class ModelPlan:
 def plan_recipe(question: Question, *, fixed: bool = False) -> list[ModelPlan]:
     """Plan each model of the question on its one kind of chips; `fixed`: in the recipe's own layout.
 
-    Raises InputError when there is one model and it fits nowhere. Of several, the others are still planned.
+    Raises InputError or UnfitError when there is one model and it fits nowhere. Of several, the others are planned.
     """
     (machine,), (site,) = question.machines, question.sites
     plans = []
     for model in question.models:
         wanted = layout_of(model.recipe, machine.devices) if fixed else None
         try:
-            answer = answer_plan(model.workload, machine, site, model.tokens, wanted, question.failures)
-        except InputError as error:
+            answer = answer_plan(
+                model.workload, machine, site, model.tokens, wanted, question.failures,
+                model.recipe.parallel.context_method,
+            )  # fmt: skip
+        except (InputError, UnfitError) as error:
             if len(question.models) == 1:
                 raise
             plans.append(ModelPlan(model, None, error.what))
         else:
             plans.append(ModelPlan(model, answer))
     return plans
+
+
+def exit_code(plans: Sequence[ModelPlan]) -> int:
+    """0 where any model can be trained."""
+    return 0 if any(plan.answer is not None for plan in plans) else UnfitError.exit_code
 
 
 def as_text(plans: Sequence[ModelPlan]) -> str:
@@ -66,7 +74,10 @@ def _sum_in_words(plans: Sequence[ModelPlan]) -> str:
         return "all models: not all of them fit on this machine"
     low, high = total["days_interval"]
     energy = "" if total["energy_mwh"] is None else f", {total['energy_mwh']:,.0f} MWh"
-    return f"all models: {total['days']:,.1f} days ({low:,.1f} to {high:,.1f}){energy}, growing itself not counted"
+    return (
+        f"all models: {days_text(total['days'])} days ({days_text(low)} to {days_text(high)}){energy}, "
+        f"growing itself not counted"
+    )
 
 
 def totals(plans: Sequence[ModelPlan]) -> dict[str, Any] | None:

@@ -13,12 +13,14 @@ import numpy as np
 from anychip.errors import InputError
 from anychip.plan.cost import rank_seconds
 from anychip.plan.pipeline import StageTimes, pipeline_seconds
-from anychip.plan.predict import GIB, Predictions, hardware_for, peak_memory, predict, predict_many
+from anychip.plan.predict import GIB, Predictions, fullest_rank, hardware_for, predict, predict_many
+from anychip.plan.rules import lacks_micro_batches, misfit, unshared, untrained_degrees
 from anychip.plan.shapes import work_of
 from anychip.plan.table import METHODS, Table, layers_by_rank, layout_at, rank_ends, stage_layers, table_of
 from anychip.plan.types import (
     RECOMPUTES,
     SCHEDULES,
+    ContextMethod,
     Floats,
     Layout,
     Machine,
@@ -33,7 +35,9 @@ from anychip.plan.types import (
 from anychip.recipe.schema import TWO_STAGE_SCHEDULES
 
 Objective = Callable[[Predictions], Floats]
-FITS, CHUNK = 0, 20_000
+CHUNK = 20_000
+_MICRO_BATCHES = "the schedule does not work with so many micro-batches"
+_BATCH = "global batch does not divide by dp x micro-batch"
 
 
 def tokens_per_second(predictions: Predictions) -> Floats:
@@ -54,6 +58,7 @@ class Space:
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     schedules: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
     max_vpp: int = 8
+    context_method: ContextMethod = "ring"
     trained_here: bool = False  # only what this software trains
 
 
@@ -64,16 +69,17 @@ def search(
     objective: Objective = tokens_per_second,
     *,
     space: Space | None = None,
+    context_method: ContextMethod = "ring",
     keep: int = 10,
     settle: int = 24,
 ) -> SearchResult:
     """The best layouts of a workload on one kind of devices.
 
-    The `settle` best of the closed form are simulated with the layers shared out anew, then ranked again. Raises
-    InputError when no layout at all divides.
+    The `settle` best of the closed form are simulated with the layers shared out anew, then ranked again. Without a
+    `space`, context parallelism goes by `context_method`. Raises InputError when no layout at all divides.
     """
     started = time.perf_counter()
-    space = space or _default_space(workload, site)
+    space = space or _default_space(workload, site, context_method)
     grid = _grid(workload, machine, space)
     if not len(grid.table):
         raise InputError(
@@ -81,14 +87,15 @@ def search(
             f"{workload.layers} layers and {workload.heads} heads.",
             do="Change the global batch size or the number of devices.",
         )
-    scores, over = _evaluate(workload, grid.table, machine, site, objective)
-    order = np.argsort(-np.where(over > 0, -np.inf, scores), kind="stable")
+    scores, over, fullest = _evaluate(workload, grid.table, machine, site, objective)
+    order = np.lexsort((over, -np.where(over > 0, -np.inf, scores)))
     order = _distinct(grid.table, order[: 8 * settle], scores)[:settle]
     fitting = [index for index in order if over[index] <= 0]
     settled = [_settled(workload, layout_at(grid.table, index), machine, site) for index in fitting]
     ranked = sorted(settled, key=lambda pair: -_score(pair, workload, machine, site, objective))
-    rejections = Rejections(grid.table, over, grid.refused)
-    notes = () if ranked else (f"nothing fits: {rejections.nearest()}",)
+    rejections = Rejections(grid.table, over, fullest, grid.refused)
+    nearest = rejections.nearest(1)
+    notes = () if ranked or not nearest else (f"{nearest[0].layout} is nearest, {nearest[0].reason}",)
     return SearchResult(
         best=[prediction for prediction, _ in ranked[:keep]],
         rejected=rejections,
@@ -100,15 +107,15 @@ def search(
 
 def possible(workload: Workload, machine: Machine, site: Site) -> tuple[list[Rejected], bool]:
     """One layout for each reason why degrees do not divide, and whether there are others that do."""
-    grid = _grid(workload, machine, _default_space(workload, site))
+    grid = _grid(workload, machine, _default_space(workload, site, "ring"))
     return grid.refused, len(grid.table) > 0
 
 
 class Rejections(Sequence[Rejected]):
     """All layouts that cannot run, each with its reason; made when they are looked at, because there are very many."""
 
-    def __init__(self, table: Table, over: Floats, refused: list[Rejected]) -> None:
-        self._table, self._over, self._refused = table, over, refused
+    def __init__(self, table: Table, over: Floats, fullest: Floats, refused: list[Rejected]) -> None:
+        self._table, self._over, self._fullest, self._refused = table, over, fullest, refused
         self._indices = np.flatnonzero(over > 0)
 
     def __len__(self) -> int:
@@ -127,8 +134,7 @@ class Rejections(Sequence[Rejected]):
             raise IndexError(index)
         if index < len(self._refused):
             return self._refused[index]
-        place = int(self._indices[index - len(self._refused)])
-        return Rejected(layout_at(self._table, place), f"its fullest stage is {self._over[place] / GIB:.1f} GiB over")
+        return self._over_memory(int(self._indices[index - len(self._refused)]))
 
     def __iter__(self) -> Iterator[Rejected]:
         return (self[index] for index in range(len(self)))
@@ -137,13 +143,23 @@ class Rejections(Sequence[Rejected]):
         """How many were rejected for memory and for each other reason."""
         found = {"over memory": len(self._indices)} if len(self._indices) else {}
         for rejected in self._refused:
-            found[rejected.reason] = found.get(rejected.reason, 0) + 1
+            kind = rejected.kind or rejected.reason
+            found[kind] = found.get(kind, 0) + 1
         return found
 
-    def nearest(self) -> str:
-        """The layout that lacks least memory."""
-        place = int(self._indices[self._over[self._indices].argmin()])
-        return f"{layout_at(self._table, place)} is nearest, {self._over[place] / GIB:.1f} GiB over"
+    def nearest(self, count: int) -> list[Rejected]:
+        """Of those that only memory keeps out, the ones that lack least of it."""
+        order = np.argsort(self._over[self._indices], kind="stable")[:count]
+        return [self._over_memory(int(place)) for place in self._indices[order]]
+
+    def _over_memory(self, place: int) -> Rejected:
+        reason = f"stage {self._fullest[place]:.0f} is {missing_memory(self._over[place])} over"
+        return Rejected(layout_at(self._table, place), reason)
+
+
+def missing_memory(size: float) -> str:
+    """GiB, with digits enough that what is missing is never 0.0."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / GIB:.2g} GiB"
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,7 @@ class _Grid:
     refused: list[Rejected] = field(default_factory=list)
 
 
-def _default_space(workload: Workload, site: Site) -> Space:
+def _default_space(workload: Workload, site: Site, context_method: ContextMethod) -> Space:
     """Selective recomputation saves nothing where attention is fused; long sequences alone need context parallelism."""
     recompute: tuple[Recompute, ...] = ("none", "full") if site.fused_attention else ("none", "selective", "full")
     if site.trained_here:
@@ -160,31 +176,47 @@ def _default_space(workload: Workload, site: Site) -> Space:
     lengths = tuple(2**power for power in range(7) if workload.seq_length // 2**power >= 2048) or (1,)
     cp = lengths if workload.seq_length > 8192 else (1,)
     zero = (0, 1, 3) if site.trained_here else (1, 2, 3)
-    return Space(cp=cp, recompute=recompute, zero=zero, trained_here=site.trained_here)
+    return Space(cp=cp, recompute=recompute, zero=zero, context_method=context_method, trained_here=site.trained_here)
 
 
 def _grid(workload: Workload, machine: Machine, space: Space) -> _Grid:
-    """Every combination of degrees that divides, as arrays; of the others one with each reason is kept."""
+    """Every combination of degrees that divides, as arrays, and the others with their reasons."""
     refused: list[Rejected] = []
     blocks: list[dict[str, Floats]] = []
     for tp, pp, cp in product(_tensor(workload, space), _pipeline(workload, space), space.cp):
-        reason = _misfit(workload, machine, tp, pp, cp)
+        reason = misfit(workload, machine, tp, pp, cp)
         if not reason and space.trained_here:
-            reason = _untrained(workload, tp, pp, cp)
+            reason = untrained_degrees(workload, tp, pp, cp)
         if reason:
-            refused.append(Rejected(Layout(tp=tp, pp=pp, cp=cp), reason))
+            refused.append(Rejected(Layout(tp=tp, pp=pp, cp=cp), reason, f"tp{tp} pp{pp} cp{cp}"))
             continue
         dp = machine.devices // (tp * pp * cp)
+        degrees = f"dp{dp} tp{tp} pp{pp} cp{cp}"
         sizes = [size for size in space.micro_batch if workload.global_batch % (dp * size) == 0]
+        for size in sorted({*space.micro_batch} - {*sizes}):
+            reason = f"global batch {workload.global_batch} does not divide by dp {dp} x micro-batch {size}"
+            refused.append(Rejected(Layout(dp=dp, tp=tp, pp=pp, cp=cp), reason, f"{degrees} mbs{size}", _BATCH))
         if not sizes:
-            reason = f"global batch {workload.global_batch} does not divide by dp {dp}"
-            refused.append(Rejected(Layout(dp=dp, tp=tp, pp=pp, cp=cp), reason))
             continue
-        schedules = _schedules(workload, space, pp, [workload.global_batch // (dp * size) for size in sizes])
+        counts = [workload.global_batch // (dp * size) for size in sizes]
+        schedules = _schedules(workload, space, pp, counts)
+        refused += _starved(space, Layout(dp=dp, tp=tp, pp=pp, cp=cp), sizes, counts, degrees)
+        if not schedules:
+            continue
         experts = _experts(workload, space, dp, cp, tp)
         blocks.append(_block(tp, pp, cp, dp, sizes, schedules, experts, space))
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in (blocks[0] if blocks else {})}
-    return _Grid(_table(columns, workload) if blocks else table_of([], np.zeros(0)), refused)
+    return _Grid(_table(columns, workload, space) if blocks else table_of([], np.zeros(0)), refused)
+
+
+def _starved(space: Space, layout: Layout, sizes: list[int], counts: list[int], degrees: str) -> list[Rejected]:
+    """Schedules that a pipeline of this length has too few micro-batches for."""
+    found = []
+    for (size, count), schedule in product(zip(sizes, counts, strict=True), space.schedules if layout.pp > 1 else ()):
+        if reason := lacks_micro_batches(schedule, layout.pp, count, space.trained_here):
+            chosen = replace(layout, micro_batch=size, schedule=schedule)
+            found.append(Rejected(chosen, reason, f"{degrees} mbs{size} {schedule}", _MICRO_BATCHES))
+    return found
 
 
 def _tensor(workload: Workload, space: Space) -> tuple[int, ...]:
@@ -200,33 +232,6 @@ def _pipeline(workload: Workload, space: Space) -> tuple[int, ...]:
     return tuple(sorted(count for count in powers | divisors if count <= workload.layers))
 
 
-def _misfit(workload: Workload, machine: Machine, tp: int, pp: int, cp: int) -> str:
-    if tp > machine.tiers[0].devices and len(machine.tiers) > 1 and machine.tiers[1].name != "supernode":
-        return f"TP {tp} crosses nodes"
-    if len(machine.tiers) > 1 and tp > machine.tiers[1].devices:
-        return f"TP {tp} crosses super-nodes"
-    if workload.kv_heads % tp and tp % workload.kv_heads:
-        return f"{workload.kv_heads} groups of heads do not divide by TP {tp}"
-    if machine.devices % (tp * pp * cp):
-        return f"TP x PP x CP = {tp * pp * cp} does not divide {machine.devices} devices"
-    if workload.seq_length % (tp * cp):
-        return f"sequence length {workload.seq_length} does not divide by TP x CP = {tp * cp}"
-    if cp > 1 and workload.seq_length // cp < 1024:
-        return f"CP {cp} leaves {workload.seq_length // cp} tokens a rank"
-    return ""
-
-
-def _untrained(workload: Workload, tp: int, pp: int, cp: int) -> str:
-    """What the training code has no way to split (`parallel.layout` refuses it too)."""
-    if tp > 1 and (workload.experts or workload.latent):
-        return "experts and latent attention are not split by TP"
-    if pp > 1 and (workload.tied_embeddings or workload.predicted_tokens):
-        return "tied embeddings and modules for further tokens do not go through a pipeline"
-    if cp > 1 and workload.predicted_tokens:
-        return "modules for further tokens look at whole sequences, which CP takes apart"
-    return ""
-
-
 def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> list[tuple[int, int, int]]:
     """(index of micro-batch size, schedule, chunks) that are possible together."""
     found: list[tuple[int, int, int]] = []
@@ -235,11 +240,13 @@ def _schedules(workload: Workload, space: Space, pp: int, counts: list[int]) -> 
             found.append((position, SCHEDULES.index("1f1b"), 1))
             continue
         for schedule in space.schedules:
+            if lacks_micro_batches(schedule, pp, count, space.trained_here):
+                continue
             if schedule == "interleaved":
                 chunks = [v for v in range(2, space.max_vpp + 1) if workload.layers % (pp * v) == 0]
-                found += [(position, SCHEDULES.index(schedule), v) for v in chunks if count % pp == 0]
+                found += [(position, SCHEDULES.index(schedule), v) for v in chunks]
             elif schedule in TWO_STAGE_SCHEDULES:
-                if 2 * pp <= workload.layers and count >= 2 * pp:
+                if 2 * pp <= workload.layers:
                     found.append((position, SCHEDULES.index(schedule), 2))
             else:
                 found.append((position, SCHEDULES.index(schedule), 1))
@@ -262,8 +269,8 @@ def _block(
     """All combinations of what is left once tp, pp, cp and dp stand."""
     zeros = [zero for zero in space.zero if dp * cp > 1 or zero == space.zero[0]]
     zeros = [zero for zero in zeros if zero < 2 or pp == 1]  # a pipeline would reduce or gather for every micro-batch
-    if space.trained_here and pp == 1:
-        zeros = [zero for zero in zeros if zero != 1]  # shards without a pipeline gather layer by layer
+    if space.trained_here:
+        zeros = [zero for zero in zeros if not unshared(Layout(dp=dp, tp=tp, pp=pp, cp=cp, zero=zero))]
     recompute = [RECOMPUTES.index(kind) for kind in space.recompute]
     chosen, ep, zero, kind = (
         axis.ravel() for axis in np.meshgrid(np.arange(len(schedules)), experts, zeros, recompute, indexing="ij")
@@ -287,7 +294,7 @@ def _block(
     }
 
 
-def _table(columns: dict[str, Floats], workload: Workload) -> Table:
+def _table(columns: dict[str, Floats], workload: Workload, space: Space) -> Table:
     """Columns of the grid as a table; layers are shared out evenly."""
     one = np.ones(len(columns["pp"]))
     kinds, which = np.unique(
@@ -305,7 +312,7 @@ def _table(columns: dict[str, Floats], workload: Workload) -> Table:
         shard=columns["dp"] * columns["cp"],
         sp=(columns["tp"] > 1) * one,
         recompute_layers=0 * one,
-        method=METHODS.index("ring") * one,
+        method=METHODS.index(space.context_method) * one,
         overlap_tensor=one,
         overlap_data=one,
         first_layers=ends[:, 0],
@@ -317,29 +324,30 @@ def _table(columns: dict[str, Floats], workload: Workload) -> Table:
 
 def _evaluate(
     workload: Workload, table: Table, machine: Machine, site: Site, objective: Objective
-) -> tuple[Floats, Floats]:
-    """Score of each layout, and bytes over the device's memory; layouts that do not fit are not timed."""
+) -> tuple[Floats, Floats, Floats]:
+    """Score of each layout, bytes over the device's memory, and the stage that has most of them; layouts that do not
+    fit are not timed."""
     w = work_of(workload)
-    scores, over = np.full(len(table), -np.inf), np.empty(len(table))
+    scores, over, fullest = np.full(len(table), -np.inf), np.empty(len(table)), np.empty(len(table))
     for start in range(0, len(table), CHUNK):
         part = slice(start, min(start + CHUNK, len(table)))
-        over[part] = peak_memory(w, table.take(part), site) - machine.memory_bytes
+        held, fullest[part] = fullest_rank(w, table.take(part), site)
+        over[part] = held - machine.memory_bytes
     fitting = np.flatnonzero(over <= 0)
     for start in range(0, len(fitting), CHUNK):
         chosen = fitting[start : start + CHUNK]
         scores[chosen] = objective(predict_many(workload, table.take(chosen), machine, site))
-    return scores, over
+    return scores, over, fullest
 
 
 def _distinct(table: Table, order: np.ndarray, scores: Floats) -> np.ndarray:
-    """Leave out layouts that score alike and differ only in a ZeRO degree that no memory asked for."""
+    """Of layouts that score alike and differ only in what saves memory (ZeRO, recomputation), the first: `order` has
+    the one with the most room before the others."""
     seen: set[tuple[float, ...]] = set()
     kept: list[int] = []
     for index in order:
-        key = tuple(
-            float(getattr(table, name)[index]) for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs", "recompute")
-        )
-        key += (float(table.schedule[index]), round(float(scores[index]), 9))
+        key = tuple(float(getattr(table, name)[index]) for name in ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs"))
+        key += (float(table.schedule[index]), float(f"{scores[index]:.9g}"))
         if key not in seen:
             seen.add(key)
             kept.append(int(index))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anychip.plan.answer import PlanAnswer, days_of, rejected_counts
+from anychip.plan.answer import PlanAnswer, days_of, nearest_rejected, rejected_counts
 from anychip.plan.calibrate import Calibration
 from anychip.plan.goodput import Goodput
-from anychip.plan.layouts import overrides_of
 from anychip.plan.predict import GIB
 from anychip.plan.types import Machine, Prediction, Site
 from anychip.plan.validate import Metrics, ValidationReport
 
-_REASONS_SHOWN = 5
+_REASONS_SHOWN = _NEAREST_SHOWN = 5
 
 
 def answer_as_text(answer: PlanAnswer) -> str:
@@ -27,15 +26,31 @@ def answer_as_text(answer: PlanAnswer) -> str:
         parts.append(_layouts_table(answer))
     parts += [explanation(answer), goodput_text(answer.goodput)]
     if rejected := rejected_counts(answer.search):
-        shown = sorted(rejected.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
-        lines = [f"  {count:>9,}  {reason}" for reason, count in shown]
-        left = len(rejected) - len(shown)
-        parts.append(
-            f"{answer.search.considered:,} layouts predicted in {answer.search.seconds:.2f} s; rejected:\n"
-            + "\n".join(lines + ([f"  and {left} other reasons (--json lists all)"] if left > 0 else []))
-        )
+        parts.append(_rejections(answer, rejected))
     parts += answer.notes[1:] if answer.idle_devices else answer.notes
     return "\n\n".join(parts)
+
+
+def _rejections(answer: PlanAnswer, rejected: dict[str, int]) -> str:
+    """How many layouts were rejected for what, and those that lack least memory."""
+    shown = sorted(rejected.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
+    predicted = counted(answer.search.considered, "layout")
+    lines = [f"{predicted} predicted in {answer.search.seconds:.2f} s; rejected (--json lists each with its reason):"]
+    lines += [f"  {count:>9,}  {reason}" for reason, count in shown]
+    if left := len(rejected) - len(shown):
+        lines.append(f"  and for {counted(left, 'other reason')}")
+    if near := nearest_rejected(answer.search, _NEAREST_SHOWN):
+        lines += ["nearest to fitting:", *(f"  {one.name}: {one.reason}" for one in near)]
+    return "\n".join(lines)
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def days_text(days: float) -> str:
+    """A tenth of a day, or what two figures take."""
+    return f"{days:,.1f}" if days >= 1 or days == 0 else f"{days:.2g}"
 
 
 def _layouts_table(answer: PlanAnswer) -> str:
@@ -48,7 +63,7 @@ def _layouts_table(answer: PlanAnswer) -> str:
                 f"{prediction.step_seconds:.2f} s",
                 f"{prediction.tokens_per_second_per_device:,.0f}",
                 f"{prediction.mfu:.1%}",
-                f"{days_of(prediction, answer.workload, answer.total_tokens):,.1f}",
+                days_text(days_of(prediction, answer.workload, answer.total_tokens)),
                 f"{prediction.memory_bytes / GIB:.1f}",
                 _shares(prediction),
             ]
@@ -67,37 +82,58 @@ def explanation(answer: PlanAnswer) -> str:
     chosen = answer.chosen
     low, high = chosen.interval
     lines = [
-        f"layout {chosen.layout}" + ("" if chosen.fits else "  DOES NOT FIT: " + "; ".join(chosen.reasons)),
+        f"layout {chosen.layout}{_uneven(chosen)}"
+        + ("" if chosen.fits else "  DOES NOT FIT: " + "; ".join(chosen.reasons)),
         f"step {chosen.step_seconds:.3g} s (8 of 10 such predictions fall in {low:.3g} to {high:.3g} s), "
         f"{chosen.tokens_per_second_per_device:,.0f} tokens/s a device, {chosen.tflops:.1f} model TFLOP/s, "
-        f"mfu {chosen.mfu:.1%}, {answer.days:,.1f} days without failures",
+        f"mfu {chosen.mfu:.1%}, {days_text(answer.days)} days without failures",
         "",
         time_table(chosen),
         "",
         memory_table(chosen, answer.machine),
-        "",
-        "to train with it: " + " ".join(f"--set {override}" for override in overrides_of(chosen.layout)),
     ]
+    if answer.left_out:
+        lines += ["", "the search leaves this out: " + "; ".join(answer.left_out)]
+    if answer.overrides:
+        lines += ["", "to train with it: " + " ".join(f"--set {override}" for override in answer.overrides)]
     return "\n".join(lines)
+
+
+def explained_as_text(answer: PlanAnswer) -> str:
+    """One layout that was asked for, with what becomes of it where failures are given, and what was assumed."""
+    failing = [goodput_text(answer.goodput)] if answer.goodput.failures else []
+    return "\n\n".join([explanation(answer), *failing, *answer.notes])
+
+
+def _uneven(prediction: Prediction) -> str:
+    """The layers of stages as a layout is written, where they are not the even split."""
+    layers = prediction.layout.stage_layers
+    return " layers" + "-".join(map(str, layers)) if layers else ""
 
 
 def goodput_text(found: Goodput) -> str:
     """Days with failures and what they cost; energy where it is known."""
     low, high = found.days_interval
     lines = [
-        f"{found.days:,.1f} days (8 of 10 such jobs take {low:,.1f} to {high:,.1f}), useful time {found.effective:.1%}"
+        f"{days_text(found.days)} days (8 of 10 such jobs take {days_text(low)} to {days_text(high)}), "
+        f"useful time {found.effective:.1%}"
     ]
     if found.failures:
         lost = ", ".join(f"{name} {share:.1%}" for name, share in found.losses.items() if share >= 5e-4)
         saves = f"a save to storage every {found.storage_interval_s / 60:.1f} min"
         if found.memory_interval_s is not None:
             saves = f"a copy to memory every {found.memory_interval_s / 60:.2f} min, " + saves
-        lines.append(f"{found.failures:,.0f} failures; lost: {lost or 'nothing'}; best is {saves}")
+        lines.append(f"{_failures(found.failures)}; lost: {lost or 'nothing'}; best is {saves}")
     else:
         lines.append("failures are off: a cluster file's section `failures` turns them on")
     if found.energy_mwh is not None:
         lines.append(f"{found.energy_mwh:,.0f} MWh at the chips' rated power or the nodes' stated one")
     return "\n".join(lines)
+
+
+def _failures(count: float) -> str:
+    """Expected stops; less than one of a short job."""
+    return counted(round(count), "failure") if count >= 1 else f"{count:.2g} failures"
 
 
 def time_table(prediction: Prediction) -> str:
@@ -137,7 +173,7 @@ def validation_as_text(report: ValidationReport) -> str:
         for skipped in report.skipped:
             reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
         lines = [f"  {count:>5}  {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-        parts.append(f"{len(report.skipped)} rows skipped:\n" + "\n".join(lines))
+        parts.append(f"{counted(len(report.skipped), 'row')} skipped:\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -167,8 +203,8 @@ def calibration_as_text(calibration: Calibration, start: Site) -> str:
         )
     return "\n".join(
         [
-            f"{calibration.runs} runs; mean error of {start.name}: {calibration.before:.1%}, of the new site: "
-            f"{calibration.fitted:.1%}",
+            f"{counted(calibration.runs, 'run')}; mean error of {start.name}: {calibration.before:.1%}, of the new "
+            f"site: {calibration.fitted:.1%}",
             held,
             f"interval: 8 of 10 steps take from {1 - low:.1%} less to {high - 1:.1%} more than is predicted "
             f"(spread {calibration.site.relative_sigma:.1%}, one standard deviation of log time)",

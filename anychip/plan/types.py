@@ -116,10 +116,11 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"dp{self.dp}", f"tp{self.tp}", f"pp{self.pp}"]
-        parts += [
-            f"{name}{value}" for name, value in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if value > 1
-        ]
+        degrees = (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep), ("epnode", self.expert_node))
+        parts += [f"{name}{value}" for name, value in (*degrees, ("shard", self.shard)) if value > 1]
         parts += [f"mbs{self.micro_batch}", f"zero{self.zero}", f"recompute-{self.recompute}"]
+        if self.cp > 1:
+            parts.append(self.context_method)
         if self.pp > 1:
             parts.append(self.schedule)
         return " ".join(parts)
@@ -212,6 +213,12 @@ class Rejected:
 
     layout: Layout
     reason: str
+    words: str = ""  # what of the layout the reason is about, where the rest could be anything
+    kind: str = ""  # under which it is counted; empty: under its reason
+
+    @property
+    def name(self) -> str:
+        return self.words or str(self.layout)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from anychip.errors import InputError
 from anychip.files import write_text
-from anychip.plan.answer import PlanAnswer, rejected_counts, reliability_of
+from anychip.plan.answer import PlanAnswer, nearest_rejected, rejected_counts, reliability_of
 from anychip.plan.goodput import goodput
-from anychip.plan.layouts import overrides_of
 from anychip.plan.predict import GIB
 from anychip.plan.search import search
+from anychip.plan.text import days_text
 from anychip.plan.types import Machine, Prediction
 from anychip.report.charts import Series, line_chart
 from anychip.report.stacks import COLOURS, Block, Stack, stacked_chart, timeline_chart
@@ -22,7 +22,8 @@ from anychip.report.templates import render_template
 _MOST_STAGES, _MOST_BLOCKS = 24, 6000
 _COUNT_FACTORS = (0.125, 0.25, 0.5, 1, 2)
 _FAILURE_RATES = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
-_REASONS_SHOWN = 12
+_REASONS_SHOWN = _NEAREST_SHOWN = 12
+_MOST_REJECTED = 2000
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def render(answer: PlanAnswer) -> str:
         answer=answer,
         chosen=chosen,
         found=answer.goodput,
-        low=answer.goodput.days_interval[0],
-        high=answer.goodput.days_interval[1],
+        days=days_text(answer.goodput.days),
+        low=days_text(answer.goodput.days_interval[0]),
+        high=days_text(answer.goodput.days_interval[1]),
         rows=[_row(prediction) for prediction in answer.search.best],
-        overrides=" ".join(f"--set {value}" for value in overrides_of(chosen.layout)),
+        overrides=" ".join(f"--set {value}" for value in answer.overrides),
         terms=legend_of(terms),
         time=_time(answer, terms),
         kinds=legend_of(kinds),
@@ -66,6 +68,9 @@ def render(answer: PlanAnswer) -> str:
         losses=[(name, f"{share:.2%}") for name, share in answer.goodput.losses.items() if share >= 5e-5],
         rejected=rejected[:_REASONS_SHOWN],
         rejected_left=max(0, len(rejected) - _REASONS_SHOWN),
+        nearest=nearest_rejected(answer.search, _NEAREST_SHOWN),
+        each=answer.search.rejected[:_MOST_REJECTED],
+        each_left=max(0, len(answer.search.rejected) - _MOST_REJECTED),
     )
 
 
@@ -122,7 +127,9 @@ def _throughput_by_count(answer: PlanAnswer) -> Markup | None:
         if machine is None:
             continue
         try:
-            best = search(answer.workload, machine, answer.site).best
+            best = search(
+                answer.workload, machine, answer.site, context_method=answer.chosen.layout.context_method
+            ).best
         except InputError:
             continue
         if best:

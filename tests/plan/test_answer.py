@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from anychip.cli import main
-from anychip.errors import InputError
+from anychip.errors import InputError, UnfitError
 from anychip.plan.answer import answer_plan, as_json
 from anychip.plan.layouts import layout_of, overrides_of, parse_layout
 from anychip.plan.machine import machine_of_chip, machines_of
+from anychip.plan.models import tokens_of
 from anychip.plan.question import changed_cluster, cluster_of, with_seq_length
 from anychip.plan.shapes import workload_of
 from anychip.plan.sites import default_site
+from anychip.plan.text import counted, days_text
 from anychip.plan.types import Layout
 from anychip.recipe import Recipe, load_recipe
 from anychip.recipe.cluster import FailureConfig, load_cluster
@@ -67,12 +69,17 @@ def test_a_search_prefers_what_is_left_after_failures() -> None:
     assert found.goodput.effective < 1 and found.goodput.days > found.days
     values = json.loads(json.dumps(as_json(found)))
     assert values["rejected"]["over memory"] > 0
+    each = values["rejected_layouts"]
+    assert len(each) == sum(values["rejected"].values()) == len(found.search.rejected)
+    assert {"layout": "tp16 pp8 cp1", "reason": "TP 16 crosses nodes"} in each
+    over = [one for one in each if one["reason"].endswith("GiB over")]
+    assert len(over) == values["rejected"]["over memory"] and all("recompute-" in one["layout"] for one in over)
     assert values["goodput"]["days_interval"][0] < values["goodput"]["days"] < values["goodput"]["days_interval"][1]
 
 
 def test_what_fits_nowhere_is_refused_with_the_nearest() -> None:
     machine = machine_of_chip("ascend-910b3", 8)
-    with pytest.raises(InputError, match=r"is nearest, .* GiB over"):
+    with pytest.raises(UnfitError, match=r"is nearest, stage \d+ is [\d.]+ GiB over"):
         answer_plan(workload_of(recipe("training.global_batch_size=8")), machine, default_site("ascend-910b3"), 1e12)
 
 
@@ -90,7 +97,7 @@ def test_layouts_of_recipes_and_back() -> None:
     ("text", "expected"),
     [
         ("tp8 pp8 vpp3", Layout(dp=2, tp=8, pp=8, vpp=3, schedule="interleaved")),
-        ("dp16,tp8", Layout(dp=16, tp=8)),
+        ("dp16,tp8", Layout(dp=16, tp=8, zero=3)),
         ("tp4 pp4 dualpipe_v recompute-full zero2", Layout(dp=8, tp=4, pp=4, vpp=2, schedule="dualpipe_v",
                                                            recompute="full", zero=2)),
         ("tp8 pp2 layers50-46", Layout(dp=8, tp=8, pp=2, stage_layers=(50, 46))),
@@ -134,6 +141,10 @@ def test_the_verb_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert re.search(r"^ 1  dp\d+ tp8 .* s +\d+ +\d+\.\d%", out, re.MULTILINE)
     assert "to train with it: --set parallel.data_parallel_replicate=" in out and "TP 16 crosses nodes" in out
+    near = out.split("nearest to fitting:\n")[1].splitlines()
+    assert all(re.fullmatch(r"  dp\d+ .*: stage \d+ is [\d.]+ GiB over", line) for line in near[:5]) and not any(
+        near[5:6]
+    )
     assert "MWh" not in out  # nobody has published this chip's power
 
 
@@ -171,6 +182,31 @@ def test_the_verb_explains_one_layout(capsys: pytest.CaptureFixture[str]) -> Non
 def test_mistakes_get_a_paragraph(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     code, out, err = run(capsys, "plan", *words)
     assert code == 2 and message in err and not out
+
+
+@pytest.mark.parametrize("words", ["10T", "1e13", "10_000_000_000_000", "10000b"])
+def test_tokens_as_people_write_them(words: str) -> None:
+    assert tokens_of(words) == 1e13
+
+
+@pytest.mark.parametrize("words", ["nan", "inf", "-5", "0", "many", "", "T", "-2B", "1e999"])
+def test_tokens_that_are_no_number_are_refused(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    code, out, err = run(capsys, "plan", str(LARGE), "--chip", "ascend-910b3", "--devices", "4096", f"--tokens={words}")
+    assert code == 2 and "--tokens is" in err and "10T" in err and not out
+
+
+def test_one_is_not_many_and_short_jobs_have_figures() -> None:
+    assert [counted(count, "run") for count in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
+    assert [days_text(days) for days in (0.0, 0.00123, 0.5, 1234.56)] == ["0.0", "0.0012", "0.5", "1,234.6"]
+
+
+def test_folders_of_written_files_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "folder" / "plan.html"
+    words = ["plan", str(LARGE), "--chip", "ascend-910b3", "--devices", "1024", "--fixed", "--html", str(page)]
+    settings = ["parallel.tensor_parallel=8", "parallel.pipeline_parallel=16", "training.recompute=full"]
+    code, _, err = run(capsys, *words, *(word for setting in settings for word in ("--set", setting)))
+    assert code == 0, err
+    assert page.exists()
 
 
 def test_a_negative_bandwidth_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

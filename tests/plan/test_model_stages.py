@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from anychip.cli import main
 from anychip.errors import InputError
-from anychip.plan.models import model_stages
+from anychip.plan.models import amount, model_stages
 from anychip.plan.saved import predicted_rate
 from anychip.recipe import load_recipe
 
@@ -95,6 +96,24 @@ def test_what_does_not_fit_is_said_and_the_others_are_planned(capsys: pytest.Cap
     assert code == 0
     assert "model 0 (of 0 to 2): 52.8 B" in out and "model 2 (of 0 to 2): 1,083.8 B" in out
     assert "in none of" in out and "all models: not all of them fit" in out
+
+
+def test_where_no_model_fits_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"hidden_size": 65_536, "intermediate_size": 262_144, "num_attention_heads": 512}
+    path = small(tmp_path, model={**SMALL["model"], **wide})
+    code, out, _ = run(capsys, "plan", str(path), "--chip", "ascend-910b3", "--devices", "8")
+    assert code == 3 and "all models: not all of them fit" in out
+    assert re.search(r"model 0 \(of 0 to 1\): [\d,.]+ B parameters, 26\.\d M tokens from 0 on", out)
+
+
+def test_figures_keep_digits() -> None:
+    assert [amount(count) for count in (0, 5e6, 52.8e9, 1.0838e12)] == ["0", "5.0 M", "52.8 B", "1,083.8 B"]
+
+
+def test_what_fits_nowhere_is_unfit(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "plan", str(ROOT / "recipes/telechat2-115b.yaml"), "--chip", "ascend-910b3",
+                       "--devices", "8")  # fmt: skip
+    assert code == 3 and "is nearest, stage" in err
 
 
 def test_an_explanation_is_of_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 
@@ -11,8 +12,8 @@ from plan.workloads import DENSE, EXPERTS, LAYOUT, SITE, TELECHAT_115B, machine
 
 from anychip.errors import InputError
 from anychip.plan.machine import machine_of_chip
-from anychip.plan.predict import predict, predict_many
-from anychip.plan.search import Space, balance_layers, min_max_split, search, simulated
+from anychip.plan.predict import GIB, predict, predict_many
+from anychip.plan.search import Rejections, Space, balance_layers, min_max_split, search, simulated
 from anychip.plan.sites import default_site
 from anychip.plan.types import Experts, Layout, Workload
 
@@ -37,11 +38,42 @@ def test_every_rejected_layout_has_its_reason() -> None:
     found = search(TELECHAT_115B, machine(256), default_site("ascend-910b3"))
     reasons = [rejected.reason for rejected in found.rejected]
     assert len(reasons) == len(found.rejected) > 100
-    assert any("GiB over" in reason for reason in reasons)
+    named = [reason for reason in reasons if "GiB over" in reason]
+    assert named and all(re.fullmatch(r"stage \d+ is [\d,.]+ GiB over", reason) for reason in named)
     assert "TP 16 crosses nodes" in reasons
     assert found.rejected[-1].reason == reasons[-1]
     with pytest.raises(IndexError):
         found.rejected[len(found.rejected)]
+
+
+def test_a_reason_names_the_fullest_stage_and_what_it_lacks() -> None:
+    site = default_site("ascend-910b3")
+    found = search(TELECHAT_115B, machine(256), site)
+    assert isinstance(found.rejected, Rejections)
+    near = found.rejected.nearest(30)
+    stages = set()
+    for rejected in near:
+        exact = predict(TELECHAT_115B, rejected.layout, machine(256), site)
+        stage = int(exact.memory_by_stage.argmax())
+        stages.add(stage)
+        assert (
+            rejected.reason == f"stage {stage} is {(exact.memory_bytes - machine(256).memory_bytes) / GIB:.1f} GiB over"
+        )
+        assert rejected.reason in exact.reasons
+    assert len(stages) > 1
+    lacks = [float(rejected.reason.split()[3]) for rejected in near]
+    assert lacks == sorted(lacks) and lacks[0] < 1
+    assert sum(found.rejected.counts().values()) == len(found.rejected)
+
+
+def test_twins_are_told_once() -> None:
+    """Of layouts that take the same time and differ in what saves memory, the one with the most room."""
+    best = search(DENSE, machine(), SITE, keep=24).best
+    told = [
+        (str(replace(one.layout, recompute="none", zero=0, stage_layers=())), round(one.step_seconds, 9))
+        for one in best
+    ]
+    assert len(set(told)) == len(told)
 
 
 def test_nothing_fits_is_said_and_not_raised() -> None:

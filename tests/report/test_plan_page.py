@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 
 from anychip.plan.answer import PlanAnswer, answer_plan
 from anychip.plan.machine import machine_of_chip
-from anychip.plan.sites import default_site
+from anychip.plan.sites import default_site, trained_here
 from anychip.plan.types import Layout, Workload
 from anychip.recipe.cluster import FailureConfig
 from anychip.report.plan_page import render, write_plan_page
@@ -43,6 +44,22 @@ def test_a_layout_that_does_not_fit_says_so() -> None:
     machine = machine_of_chip("ascend-910b3", 64)
     page = render(answer_plan(big, machine, default_site("ascend-910b3"), 1e11, Layout(dp=64, zero=1)))
     assert "does not fit" in page and "GiB over" in page
+
+
+def test_each_rejected_layout_is_there_with_its_reason() -> None:
+    machine = machine_of_chip("ascend-910b3", 64)
+    big = replace(WORKLOAD, layers=48, hidden=8192, ffn=24_576, heads=64, global_batch=256)
+    found = answer_plan(big, machine, trained_here(default_site("ascend-910b3")), 1e11)
+    page = render(found)
+    assert "TP 16 crosses nodes" in page and "tp16 pp8 cp1" in page and "nearest to fitting" in page
+    assert len(re.findall(r"stage \d+ is [\d.]+ GiB over", page)) >= found.search.rejected.counts()["over memory"]  # type: ignore[attr-defined]
+    assert "--set parallel.tensor_parallel=" in page
+
+
+def test_a_layout_that_search_leaves_out_says_so() -> None:
+    machine, site = machine_of_chip("ascend-910b3", 64), trained_here(default_site("ascend-910b3"))
+    page = render(answer_plan(WORKLOAD, machine, site, 1e11, Layout(dp=16, pp=4, zero=3)))
+    assert "The search leaves this layout out" in page and "--set" not in page
 
 
 def test_hostile_names_stay_text() -> None:
