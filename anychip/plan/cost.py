@@ -75,7 +75,7 @@ def layer_cost(w: Work, t: Table, hardware: Hardware, site: Site) -> LayerCost:
     products = _products(w, t, tokens, share, hardware, site)
     core_forward, core_backward = _attention_core(w, t, tokens, hardware, site)
     bytes_forward = _pointwise_bytes(w, t, tokens, share, site)
-    rate = hardware.bandwidth * site.memory_efficiency
+    rate = hardware.bandwidth * site.memory_efficiency * site.pointwise_efficiency
     tensor = _tensor_seconds(w, t, tokens, hardware, site)
     context = _context_seconds(w, t, tokens, core_forward, hardware, site)
     expert = share * _expert_seconds(w, t, tokens, hardware, site)

@@ -19,8 +19,9 @@ from anychip.errors import InputError
 from anychip.plan.calibrate import BASES, KNOBS
 from anychip.plan.cost import ATTENTION_BACKWARD, ATTENTION_HALF_LENGTH
 from anychip.plan.gemm import product_seconds
-from anychip.plan.table import hardware_of
-from anychip.plan.types import LinkTier, Machine, Site
+from anychip.plan.predict import predict
+from anychip.plan.table import Hardware, hardware_of
+from anychip.plan.types import Layout, LinkTier, Machine, Site, Workload
 
 _FIELDS = ("gemm", "memory_gb_per_s", "device")
 
@@ -61,8 +62,11 @@ def share_of_bench(bench: dict[str, Any], processes: int) -> dict[str, Any]:
         kind: [{**case, "flops_per_second": case["flops_per_second"] / divisor} for case in measured.get(kind, [])]
         for kind in ("gemm", "attention")
     }
-    losses = [{**case, "seconds": case["seconds"] * divisor} for case in measured.get("loss") or []]
-    return {**measured, **faster, "loss": losses, "memory_gb_per_s": measured["memory_gb_per_s"] / divisor}
+    slower = {
+        kind: [{**case, "seconds": case["seconds"] * divisor} for case in measured.get(kind) or []]
+        for kind in ("loss", "pointwise")
+    }
+    return {**measured, **faster, **slower, "memory_gb_per_s": measured["memory_gb_per_s"] / divisor}
 
 
 def machine_of_bench(bench: dict[str, Any], processes: int, memory_bytes: float) -> Machine:
@@ -88,15 +92,49 @@ def site_of_bench(bench: dict[str, Any], dtype: str, processes: int = 1) -> Site
 
     Products are fitted by the least distance of log(time) over efficiency, half area and fill length, on a grid: three
     scalars do not need more. Attention is what its rate at the measured lengths, with the backward pass, says of very
-    long ones: that may pass the fastest product. The loss is as slow as measured, told as bytes.
+    long ones: that may pass the fastest product. The loss and the work between products are as slow as measured, told
+    as bytes and as a share of memory's rate.
     """
     share = share_of_bench(bench, processes)
     cases = _by_dtype(share).get(dtype)
     if not cases:
         known = ", ".join(sorted(_by_dtype(share)))
         raise InputError(f"no product was measured in {dtype}.", do=f"Measured types: {known}.")
+    machine, of_cpu = machine_of_bench(bench, processes, 1.0), bench.get("vendor") == "cpu"
     base = replace(BASES["fsdp"], name=f"{bench['device']}, {dtype}", memory_efficiency=1.0, intra_node_efficiency=1.0)
-    hardware = hardware_of([machine_of_bench(bench, processes, 1.0)], [dtype])
+    hardware = hardware_of([machine], [dtype])
+    products = _site_of_products(base, cases, hardware)
+    passes = (1 + ATTENTION_BACKWARD) / 3  # that the cost counts, to those that "forward+backward" does
+    attention = [
+        passes * case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
+        for case in _measured(share, "attention", dtype)
+        if case["pass"] == "forward+backward"
+    ]
+    losses = [
+        case["seconds"] / (case["tokens"] * case["vocabulary"]) * float(hardware.bandwidth)
+        for case in _measured(share, "loss", dtype)
+    ]
+    pointwise = [
+        _pointwise_seconds(case, machine, products) / case["seconds"] for case in _measured(share, "pointwise", dtype)
+    ]
+    return replace(
+        products,
+        attention_efficiency=statistics.median(attention or [base.attention_efficiency]),
+        loss_bytes=statistics.median(losses or [base.loss_bytes]),
+        pointwise_efficiency=statistics.median(pointwise or [1.0]),
+        data_overlap=0.0 if of_cpu else base.data_overlap,  # there sums take the cores that compute
+        reserved_bytes=3e8,  # interpreter and libraries of one process
+        relative_sigma=0.2,
+        source=f"anychip bench chip: {len(cases)} products",
+    )
+
+
+def _measured(bench: dict[str, Any], kind: str, dtype: str) -> list[dict[str, Any]]:
+    return [case for case in bench.get(kind) or [] if case["dtype"] == dtype]
+
+
+def _site_of_products(base: Site, cases: list[dict[str, Any]], hardware: Hardware) -> Site:
+    """The base with the efficiency, half area and fill length that come nearest to the measured products."""
     m, n, k = (np.array([case[name] for case in cases], dtype=np.float64) for name in ("m", "n", "k"))
     measured = 2 * m * n * k / np.array([case["flops_per_second"] for case in cases])
     area = KNOBS["matmul_half_area"]
@@ -106,27 +144,16 @@ def site_of_bench(bench: dict[str, Any], dtype: str, processes: int = 1) -> Site
         for half in np.geomspace(area.low / 100, area.high, 25)
         for fill in (0.0, 16.0, 64.0)
     ]
-    best = min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
-    passes = (1 + ATTENTION_BACKWARD) / 3  # that the cost counts, to those that "forward+backward" does
-    attention = [
-        passes * case["flops_per_second"] * (1 + ATTENTION_HALF_LENGTH / case["seq_length"]) / float(hardware.peak)
-        for case in share.get("attention", [])
-        if case["dtype"] == dtype and case["pass"] == "forward+backward"
-    ]
-    losses = [
-        case["seconds"] / (case["tokens"] * case["vocabulary"]) * float(hardware.bandwidth)
-        for case in share.get("loss") or []
-        if case["dtype"] == dtype
-    ]
-    return replace(
-        best,
-        attention_efficiency=statistics.median(attention or [base.attention_efficiency]),
-        loss_bytes=statistics.median(losses or [base.loss_bytes]),
-        fused_pointwise=bench.get("vendor") != "cpu",  # there each step of a norm or an activation is an operator
-        reserved_bytes=3e8,  # interpreter and libraries of one process
-        relative_sigma=0.2,
-        source=f"anychip bench chip: {len(cases)} products",
-    )
+    return min(candidates, key=lambda site: _distance(product_seconds(m, n, k, hardware, site), measured))
+
+
+def _pointwise_seconds(case: dict[str, Any], machine: Machine, site: Site) -> float:
+    """What the plan says of the measured work between products."""
+    layer = Workload(
+        "layer", 1, case["hidden_size"], case["intermediate_size"], case["num_attention_heads"],
+        case["num_key_value_heads"], case["head_dim"], 1, case["tokens"], 1, dtype=case["dtype"],
+    )  # fmt: skip
+    return predict(layer, Layout(zero=0), replace(machine, devices=1, devices_per_node=1), site).time["pointwise"]
 
 
 def _distance(predicted: np.ndarray, measured: np.ndarray) -> float:

@@ -172,6 +172,7 @@ class Site:
     low_precision_efficiency: float = 0.8  # of fp8 products against half-precision ones, conversions included
     attention_efficiency: float = 0.5  # of fused attention over long sequences, always in half precision
     memory_efficiency: float = 0.75
+    pointwise_efficiency: float = 1.0  # of memory's rate, in work between products that arithmetic bounds, as on a CPU
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.7
     expert_efficiency: float = 0.7  # of routed experts' products against dense ones of their shape: routing, imbalance

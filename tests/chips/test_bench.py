@@ -29,6 +29,9 @@ def test_everything_the_planner_reads_is_there(measured: dict[str, object]) -> N
         assert entry["flops_per_second"] > 1e6 and math.isfinite(entry["flops_per_second"])
     assert {"m", "n", "k"} <= set(result["gemm"][0])
     assert {"forward", "forward+backward"} == {entry["pass"] for entry in result["attention"]}
+    for kind in ("loss", "pointwise"):
+        assert {entry["dtype"] for entry in result[kind]} == {"fp32", "bf16"}
+        assert all(0 < entry["seconds"] < 10 for entry in result[kind] + result["shares"][kind])
     assert result["memory_gb_per_s"] > 0.1
     assert {entry["op"] for entry in result["collectives"]} == {"all_reduce", "all_gather", "reduce_scatter"}
     assert all(entry["world_size"] == 2 and entry["backend"] == "gloo" for entry in result["collectives"])

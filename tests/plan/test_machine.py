@@ -106,8 +106,8 @@ def test_a_measured_chip_becomes_a_machine_and_a_site(tmp_path: Path) -> None:
 
 
 def test_a_cpu_is_not_held_to_what_chips_with_matrix_units_do() -> None:
-    """Rates that do not fall with a short inner length, a loss that its exponentials bound, an operator for each step
-    of a norm."""
+    """Rates that do not fall with a short inner length, sums that take the cores that
+    compute."""
     measured = {**bench(), "vendor": "cpu"}
     rates = {(1024, 1024, 1024): 95e9, (1024, 1024, 64): 94e9, (512, 512, 512): 96e9}
     measured["gemm"] = [
@@ -116,10 +116,24 @@ def test_a_cpu_is_not_held_to_what_chips_with_matrix_units_do() -> None:
     measured["memory_gb_per_s"] = 1000.0
     on_cpu, elsewhere = site_of_bench(measured, "fp32"), site_of_bench({**measured, "vendor": "any"}, "fp32")
     assert on_cpu.matmul_fill_length == elsewhere.matmul_fill_length == 0.0
-    assert (on_cpu.fused_pointwise, elsewhere.fused_pointwise) == (False, True)
+    assert on_cpu.data_overlap == 0.0 < elsewhere.data_overlap
     pair = share_of_bench(measured, 2)
     assert pair["loss"][0]["seconds"] == 2 * bench()["loss"][0]["seconds"]  # type: ignore[index]
     assert site_of_bench(measured, "fp32", 2).loss_bytes == pytest.approx(on_cpu.loss_bytes)
+
+
+def test_work_between_products_is_as_slow_as_it_was_measured() -> None:
+    measured = bench()
+    machine = machine_of_bench(measured, 1, 8e9)
+    layer = replace(SMALL, layers=1, seq_length=512, global_batch=1)
+    expected = predict(layer, Layout(zero=0), machine, site_of_bench(measured, "fp32")).time["pointwise"]
+    case = {
+        "tokens": 512, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 64, "dtype": "fp32", "seconds": 3 * expected,
+    }  # fmt: skip
+    site = site_of_bench({**measured, "pointwise": [case]}, "fp32")
+    assert site.pointwise_efficiency == pytest.approx(1 / 3)
+    assert predict(layer, Layout(zero=0), machine, site).time["pointwise"] == pytest.approx(3 * expected)
 
 
 def test_gradients_of_the_ends_cost_what_they_move() -> None:

@@ -10,6 +10,7 @@ from anychip.chips.bench.attention import measure_attention
 from anychip.chips.bench.collectives import measure_collectives
 from anychip.chips.bench.losses import measure_losses
 from anychip.chips.bench.memory import measure_memory
+from anychip.chips.bench.pointwise import measure_pointwise
 from anychip.chips.bench.products import SHAPES as PRODUCT_SHAPES
 from anychip.chips.bench.products import measure_products
 from anychip.chips.bench.shares import measure_shares
@@ -28,7 +29,8 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
     """Measure for about `seconds` and return what `plan` reads, as JSON values:
 
     {"gemm": [{m, n, k, dtype, flops_per_second}], "attention": [{batch, heads, seq_length, head_dim, dtype, pass,
-    flops_per_second}], "loss": [{tokens, vocabulary, dtype, seconds}], "memory_gb_per_s",
+    flops_per_second}], "loss": [{tokens, vocabulary, dtype, seconds}], "pointwise":
+    [{tokens, hidden_size, ..., dtype, seconds}], "memory_gb_per_s",
     "collectives": [{op, backend, world_size, bytes, seconds, gb_per_s}], "collectives_missing", "shares", "torch",
     "cpu", "threads", "vendor", "chip", "device"}.
 
@@ -43,13 +45,14 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
     dtypes = _dtypes(backend, device)
     share = seconds / 10
     on_cpu = device.type == "cpu"
-    steps = len(dtypes) * (len(PRODUCT_SHAPES) + len(ATTENTION_SHAPES) + 1) + 3
+    steps = len(dtypes) * (len(PRODUCT_SHAPES) + len(ATTENTION_SHAPES) + 2) + 3
     with progress("measuring", steps, "cases") as bar:
         products = measure_products(device, dtypes, backend.synchronize, 4.5 * share / len(dtypes), bar.advance)
         attention = measure_attention(
             backend.vendor, device, dtypes, backend.synchronize, 1.5 * share / len(dtypes), bar.advance
         )
-        losses = measure_losses(backend.vendor, device, dtypes, backend.synchronize, share / 2, bar.advance)
+        losses = measure_losses(backend.vendor, device, dtypes, backend.synchronize, share / 4, bar.advance)
+        pointwise = measure_pointwise(backend.vendor, device, dtypes, backend.synchronize, share / 4, bar.advance)
         memory = measure_memory(device, backend.synchronize)
         bar.advance()
         collectives, missing = measure_collectives(backend.device_count(), on_cpu)
@@ -62,6 +65,7 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
         "gemm": products,
         "attention": attention,
         "loss": losses,
+        "pointwise": pointwise,
         "memory_gb_per_s": memory,
         "collectives": collectives,
         "collectives_missing": missing,

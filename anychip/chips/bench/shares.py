@@ -18,6 +18,7 @@ from typing import Any
 from anychip.chips.bench.attention import measure_attention
 from anychip.chips.bench.losses import measure_losses
 from anychip.chips.bench.memory import measure_memory
+from anychip.chips.bench.pointwise import measure_pointwise
 from anychip.chips.bench.products import measure_products
 from anychip.chips.detect import detect_backend
 
@@ -26,8 +27,8 @@ _START_SECONDS = 60
 
 
 def measure_shares(seconds: float) -> dict[str, Any] | None:
-    """{processes, gemm, attention, loss, memory_gb_per_s} of one of two processes, as in `measure_chip`; None where
-    there are no cores for two, or they fail."""
+    """{processes, gemm, attention, loss, pointwise, memory_gb_per_s} of one of two processes, as in `measure_chip`.
+    None where there are no cores for two, or they fail."""
     cores = os.cpu_count() or 1
     if cores < PROCESSES:
         return None
@@ -67,7 +68,8 @@ def _take_part(seconds: float) -> None:
     found = {
         "gemm": measure_products(device, dtypes, backend.synchronize, 0.7 * each, lambda: None),
         "attention": measure_attention("cpu", device, dtypes, backend.synchronize, 0.25 * each, lambda: None),
-        "loss": measure_losses("cpu", device, dtypes, backend.synchronize, 0.1 * each, lambda: None),
+        "loss": measure_losses("cpu", device, dtypes, backend.synchronize, 0.05 * each, lambda: None),
+        "pointwise": measure_pointwise("cpu", device, dtypes, backend.synchronize, 0.05 * each, lambda: None),
         "memory_gb_per_s": measure_memory(device, backend.synchronize),
     }
     print(json.dumps(found), flush=True)
