@@ -14,6 +14,8 @@ from anychip.train.heartbeat import STEP_PHASES
 # percentile of recent steps, and the longest silence in recent passes of a phase that comes now and then.
 LEAST_SECONDS, _TIMES = 4.0, 3.0
 _RECENT = 100  # steps, and passes of each phase
+# One flush or read of a shared disk now and then takes much longer than all before it, and is no hang.
+_OF_DISKS, _DISK_SECONDS = ("settle", "store", "restore", "grow", "save"), 30.0
 _UNIFORM, _ENOUGH = ("answer", "evaluate"), 3  # phases of equal pieces, and how many of them tell the next
 
 
@@ -94,7 +96,9 @@ class Limits:
         if phase in STEP_PHASES:
             return too_long(sorted(self._steps)[int(0.99 * (len(self._steps) - 1))])
         known = self._silences.limit(phase)
-        return self._patience.quiet if known is None else known
+        if known is None:
+            return self._patience.quiet
+        return max(known, min(_DISK_SECONDS, self._patience.quiet)) if phase in _OF_DISKS else known
 
 
 def too_long(usual: float) -> float:

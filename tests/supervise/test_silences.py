@@ -114,15 +114,28 @@ def test_progress_is_no_hang_however_long_it_takes_and_silence_is(fake: Fake, ph
     assert fake.look(100) is not None
 
 
-@pytest.mark.parametrize("phase", ["store", "snapshot", "settle", "restore", "grow", "save"])
-def test_a_phase_that_was_seen_whole_is_judged_by_its_longest_silence(fake: Fake, phase: str) -> None:
+def seconds_after_a_pass(fake: Fake, phase: str) -> float | None:
+    """Until silence in a phase is a hang whose longest silence was two seconds the time before."""
     fake.steps(1, 3)
     for silence in (0.5, 2.0, 0.5):
         fake.say(phase, 3)
         fake.silent(silence)
     fake.steps(4, 3)
     fake.say(phase, 6)
-    assert fake.look(60) == pytest.approx(6.0, abs=0.3)
+    return fake.look(60)
+
+
+def test_a_phase_that_was_seen_whole_is_judged_by_its_longest_silence(fake: Fake) -> None:
+    assert seconds_after_a_pass(fake, "snapshot") == pytest.approx(6.0, abs=0.3)
+
+
+@pytest.mark.parametrize("phase", ["store", "settle", "restore", "grow", "save"])
+@pytest.mark.parametrize(("quiet", "expected"), [(20.0, 20.0), (120.0, 30.0)])
+def test_disks_may_take_longer_than_before(
+    monkeypatch: pytest.MonkeyPatch, phase: str, quiet: float, expected: float
+) -> None:
+    fake = Fake(monkeypatch, Patience(start=50.0, quiet=quiet))
+    assert seconds_after_a_pass(fake, phase) == pytest.approx(expected, abs=0.3)
 
 
 def test_the_first_pass_is_given_the_quiet_seconds(fake: Fake) -> None:
