@@ -361,7 +361,14 @@ class CheckpointStore:
 
 
 def _verify(path: Path, manifest: Manifest, ranks: Ranks) -> None:
-    """Compare every byte with its digest; rank r of n takes every n-th chunk."""
+    """Compare every byte with its digest; rank r of n takes every n-th chunk. The first sees that no file is there that
+    the manifest does not name: two checkpoints were mixed."""
+    if ranks.rank == 0 and (strange := sorted({file.name for file in path.glob("rank-*")} - manifest.files.keys())):
+        raise UnfitError(
+            f"holds {', '.join(strange[:4])}, which its manifest does not name.",
+            where=path,
+            do="Move these files away if the rest was not copied over.",
+        )
     chunks = manifest.chunks()[ranks.rank :: ranks.size]
     nbytes = sum(chunk.nbytes for chunk in chunks)
     with ShardReader(path) as reader:
