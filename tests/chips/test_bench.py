@@ -12,7 +12,7 @@ import torch
 from anychip.chips.bench import describe, measure_chip
 from anychip.chips.bench.collectives import measure_collectives
 from anychip.chips.bench.products import SHAPES, measure_products
-from anychip.chips.bench.timing import Budget, median_seconds
+from anychip.chips.bench.timing import Bench, Budget, median_seconds
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_slow_dtype_does_not_take_minutes() -> None:
     """With a millisecond of budget one case is measured: no rate is known before the first."""
     advanced: list[int] = []
     dtypes = {"bf16": torch.bfloat16}
-    found = measure_products(torch.device("cpu"), dtypes, lambda: None, 1e-3, lambda: advanced.append(1))
+    found = measure_products(Bench("cpu", torch.device("cpu"), dtypes, lambda: None, lambda: advanced.append(1)), 1e-3)
     assert len(found) <= 1 and len(advanced) == len(SHAPES)
 
 
@@ -83,8 +83,8 @@ def test_a_failing_process_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_product_is_two_operations_an_entry_and_inner_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anychip.chips.bench.products.median_seconds", lambda call, synchronize, seconds: 0.5)
-    found = measure_products(torch.device("cpu"), {"fp32": torch.float32}, lambda: None, 3.0, lambda: None)
+    monkeypatch.setattr("anychip.chips.bench.timing.median_seconds", lambda call, synchronize, seconds: 0.5)
+    found = measure_products(Bench("cpu", torch.device("cpu"), {"fp32": torch.float32}, lambda: None), 3.0)
     m, n, k = SHAPES[0]
     assert found[0] == {"m": m, "n": n, "k": k, "dtype": "fp32", "flops_per_second": 2 * m * n * k / 0.5}
     assert list(SHAPES) == sorted(SHAPES, key=lambda shape: (math.prod(shape), shape))

@@ -6,14 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from anychip.chips.bench.attention import SHAPES as ATTENTION_SHAPES
-from anychip.chips.bench.attention import measure_attention
 from anychip.chips.bench.collectives import measure_collectives
-from anychip.chips.bench.losses import measure_losses
-from anychip.chips.bench.memory import measure_memory
-from anychip.chips.bench.pointwise import measure_pointwise
+from anychip.chips.bench.computing import measure_computing
 from anychip.chips.bench.products import SHAPES as PRODUCT_SHAPES
-from anychip.chips.bench.products import measure_products
 from anychip.chips.bench.shares import measure_shares
+from anychip.chips.bench.timing import Bench
 from anychip.chips.catalog import recognize_chip
 from anychip.chips.cpu import cpu_model
 from anychip.chips.detect import detect_backend
@@ -29,8 +26,8 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
     """Measure for about `seconds` and return what `plan` reads, as JSON values:
 
     {"gemm": [{m, n, k, dtype, flops_per_second}], "attention": [{batch, heads, seq_length, head_dim, dtype, pass,
-    flops_per_second}], "loss": [{tokens, vocabulary, dtype, seconds}], "pointwise":
-    [{tokens, hidden_size, ..., dtype, seconds}], "memory_gb_per_s",
+    flops_per_second}], "loss": [{tokens, vocabulary, dtype, seconds}],
+    "pointwise": [{tokens, hidden_size, ..., dtype, seconds}], "memory_gb_per_s",
     "collectives": [{op, backend, world_size, bytes, seconds, gb_per_s}], "collectives_missing", "shares", "torch",
     "cpu", "threads", "vendor", "chip", "device"}.
 
@@ -43,30 +40,20 @@ def measure_chip(seconds: float = 30.0) -> dict[str, Any]:
     backend.prepare_process()
     device = backend.device(0)
     dtypes = _dtypes(backend, device)
-    share = seconds / 10
     on_cpu = device.type == "cpu"
     steps = len(dtypes) * (len(PRODUCT_SHAPES) + len(ATTENTION_SHAPES) + 2) + 3
     with progress("measuring", steps, "cases") as bar:
-        products = measure_products(device, dtypes, backend.synchronize, 4.5 * share / len(dtypes), bar.advance)
-        attention = measure_attention(
-            backend.vendor, device, dtypes, backend.synchronize, 1.5 * share / len(dtypes), bar.advance
-        )
-        losses = measure_losses(backend.vendor, device, dtypes, backend.synchronize, share / 4, bar.advance)
-        pointwise = measure_pointwise(backend.vendor, device, dtypes, backend.synchronize, share / 4, bar.advance)
-        memory = measure_memory(device, backend.synchronize)
+        bench = Bench(backend.vendor, device, dtypes, backend.synchronize, bar.advance)
+        computing = measure_computing(bench, 0.65 * seconds)
         bar.advance()
         collectives, missing = measure_collectives(backend.device_count(), on_cpu)
         bar.advance()
-        shares = measure_shares(3 * share) if on_cpu else None
+        shares = measure_shares(0.3 * seconds) if on_cpu else None
         bar.advance()
     name = cpu_model() if device.type == "cpu" else _name(device)
     chip = recognize_chip(backend.vendor, name)
     return {
-        "gemm": products,
-        "attention": attention,
-        "loss": losses,
-        "pointwise": pointwise,
-        "memory_gb_per_s": memory,
+        **computing,
         "collectives": collectives,
         "collectives_missing": missing,
         "shares": shares,

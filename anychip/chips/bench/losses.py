@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from anychip.chips.bench.timing import median_seconds
+from anychip.chips.bench.timing import Bench
 from anychip.chips.operators import operators_for
-
-if TYPE_CHECKING:
-    import torch
 
 _TOKENS, _VOCABULARY = 512, 32_768
 
 
-def measure_losses(
-    vendor: str,
-    device: torch.device,
-    dtypes: dict[str, torch.dtype],
-    synchronize: Callable[[], None],
-    seconds: float,
-    advance: Callable[[], None],
-) -> list[dict[str, Any]]:
+def measure_losses(bench: Bench, seconds: float) -> list[dict[str, Any]]:
     """One entry {tokens, vocabulary, dtype, seconds} a dtype of the logits: cross-entropy and its gradient in fp32."""
     import torch
 
-    cross_entropy = operators_for(vendor).cross_entropy
-    target = torch.arange(_TOKENS, device=device)
+    cross_entropy = operators_for(bench.vendor).cross_entropy
+    target = torch.arange(_TOKENS, device=bench.device)
     found = []
-    for name, dtype in dtypes.items():
-        logits = torch.randn(_TOKENS, _VOCABULARY, device=device).to(dtype)
-        time = median_seconds(
-            lambda x=logits: cross_entropy(x, target, with_gradient=True),  # type: ignore[misc]
-            synchronize,
-            seconds / len(dtypes),
-        )
+    for name, dtype in bench.dtypes.items():
+        logits = torch.randn(_TOKENS, _VOCABULARY, device=bench.device).to(dtype)
+        call = partial(cross_entropy, logits, target, with_gradient=True)
+        time = bench.median_seconds(call, seconds)
         found.append({"tokens": _TOKENS, "vocabulary": _VOCABULARY, "dtype": name, "seconds": time})
-        advance()
+        bench.advance()
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from anychip.chips.bench.timing import median_seconds
+from anychip.chips.bench.timing import Bench
 from anychip.chips.operators import operators_for
 
 if TYPE_CHECKING:
@@ -21,38 +21,31 @@ LAYER = {
 }
 
 
-def measure_pointwise(
-    vendor: str,
-    device: torch.device,
-    dtypes: dict[str, torch.dtype],
-    synchronize: Callable[[], None],
-    seconds: float,
-    advance: Callable[[], None],
-) -> list[dict[str, Any]]:
+def measure_pointwise(bench: Bench, seconds: float) -> list[dict[str, Any]]:
     """One entry {**LAYER, dtype, seconds} a dtype: two norms, two residual sums, rotations of queries and keys and
     SwiGLU, forward and backward."""
     found = []
-    for name, dtype in dtypes.items():
-        time = median_seconds(_layer(vendor, device, dtype), synchronize, seconds / len(dtypes))
+    for name, dtype in bench.dtypes.items():
+        time = bench.median_seconds(_layer(bench, dtype), seconds)
         found.append({**LAYER, "dtype": name, "seconds": time})
-        advance()
+        bench.advance()
     return found
 
 
-def _layer(vendor: str, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _layer(bench: Bench, dtype: torch.dtype) -> Callable[[], object]:
     import torch
 
-    operators = operators_for(vendor)
+    operators = operators_for(bench.vendor)
     tokens, hidden, width = LAYER["tokens"], LAYER["hidden_size"], LAYER["head_dim"]
 
     def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(1, tokens, *shape, device=device).to(dtype).requires_grad_()
+        return torch.randn(1, tokens, *shape, device=bench.device).to(dtype).requires_grad_()
 
     x, y, z = leaf(hidden), leaf(hidden), leaf(hidden)
     queries, keys = leaf(LAYER["num_attention_heads"], width), leaf(LAYER["num_key_value_heads"], width)
     gate, up = leaf(LAYER["intermediate_size"]), leaf(LAYER["intermediate_size"])
-    weights = [torch.ones(hidden, device=device, requires_grad=True) for _ in range(2)]
-    angles = torch.rand(tokens, width // 2, device=device)
+    weights = [torch.ones(hidden, device=bench.device, requires_grad=True) for _ in range(2)]
+    angles = torch.rand(tokens, width // 2, device=bench.device)
     cos, sin = angles.cos(), angles.sin()
     leaves = [x, y, z, queries, keys, gate, up, *weights]
 

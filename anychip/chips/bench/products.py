@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from anychip.chips.bench.timing import Budget, median_seconds
-
-if TYPE_CHECKING:
-    import torch
+from anychip.chips.bench.timing import Bench, Budget
 
 _SIDES = (128, 256, 512, 1024, 2048, 4096, 8192)
 _THIN = (16, 64, 256)  # one short side shows how fast small micro-batches, heads and shards are
@@ -26,27 +23,21 @@ SHAPES = sorted(
 )  # (m, n, k) of [m, k] x [k, n], smallest first
 
 
-def measure_products(
-    device: torch.device,
-    dtypes: dict[str, torch.dtype],
-    synchronize: Callable[[], None],
-    seconds: float,
-    advance: Callable[[], None],
-) -> list[dict[str, Any]]:
+def measure_products(bench: Bench, seconds: float) -> list[dict[str, Any]]:
     """One entry {m, n, k, dtype, flops_per_second} a product, 2 m n k operations each; each dtype has `seconds`, and
     its larger shapes are left out when they do not fit."""
     import torch
 
     found = []
-    for name, dtype in dtypes.items():
+    for name, dtype in bench.dtypes.items():
         budget = Budget(seconds)
         for m, n, k in SHAPES:
             flops = 2.0 * m * n * k
             if budget.allows(flops):
-                left = torch.randn(m, k, device=device).to(dtype)
-                right = torch.randn(n, k, device=device).to(dtype).t()  # weights stand as [out, in]
-                time = median_seconds(lambda a=left, b=right: a @ b, synchronize, seconds / 40)  # type: ignore[misc]
+                left = torch.randn(m, k, device=bench.device).to(dtype)
+                right = torch.randn(n, k, device=bench.device).to(dtype).t()  # weights stand as [out, in]
+                time = bench.median_seconds(partial(torch.matmul, left, right), seconds / 40)
                 budget.spent(flops, time)
                 found.append({"m": m, "n": n, "k": k, "dtype": name, "flops_per_second": flops / time})
-            advance()
+            bench.advance()
     return found

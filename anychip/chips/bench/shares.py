@@ -15,11 +15,8 @@ import subprocess
 import sys
 from typing import Any
 
-from anychip.chips.bench.attention import measure_attention
-from anychip.chips.bench.losses import measure_losses
-from anychip.chips.bench.memory import measure_memory
-from anychip.chips.bench.pointwise import measure_pointwise
-from anychip.chips.bench.products import measure_products
+from anychip.chips.bench.computing import measure_computing
+from anychip.chips.bench.timing import Bench
 from anychip.chips.detect import detect_backend
 
 PROCESSES = 2
@@ -61,18 +58,11 @@ def _take_part(seconds: float) -> None:
     backend = detect_backend()
     backend.prepare_process()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    device, dtypes = backend.device(0), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    bench = Bench("cpu", backend.device(0), dtypes, backend.synchronize)
     print("ready", flush=True)
     sys.stdin.readline()
-    each = seconds / len(dtypes)
-    found = {
-        "gemm": measure_products(device, dtypes, backend.synchronize, 0.7 * each, lambda: None),
-        "attention": measure_attention("cpu", device, dtypes, backend.synchronize, 0.25 * each, lambda: None),
-        "loss": measure_losses("cpu", device, dtypes, backend.synchronize, 0.05 * each, lambda: None),
-        "pointwise": measure_pointwise("cpu", device, dtypes, backend.synchronize, 0.05 * each, lambda: None),
-        "memory_gb_per_s": measure_memory(device, backend.synchronize),
-    }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(measure_computing(bench, seconds)), flush=True)
 
 
 if __name__ == "__main__":

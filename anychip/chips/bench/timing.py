@@ -5,6 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _FEWEST, _MOST = 3, 50
 
@@ -21,6 +26,20 @@ def median_seconds(call: Callable[[], object], synchronize: Callable[[], None], 
         synchronize()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured on, in which dtypes by their names; `advance` is called after each case."""
+
+    vendor: str
+    device: torch.device
+    dtypes: dict[str, torch.dtype]
+    synchronize: Callable[[], None]
+    advance: Callable[[], None] = lambda: None
+
+    def median_seconds(self, call: Callable[[], object], seconds: float = 0.25) -> float:
+        return median_seconds(call, self.synchronize, seconds)
 
 
 class Budget:
