@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,12 @@ def finish(folder: Path, *arguments: str, timeout: float = 240) -> str:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err[-3000:]
     return out
+
+
+def prepare_and_run(folder: Path, *words: str) -> Path:
+    """The tiny recipe and its data in `folder`, as they are then in FOLDER/prepared, and `anychip WORDS` to the end."""
+    write_tiny_recipe(folder)
+    finish(folder, "data", "prepare", "tiny.yaml")
+    shutil.copytree(folder / "runs", folder / "prepared")
+    finish(folder, *words)
+    return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from leftovers import Leftovers
 from many_hosts import Job, assert_same, rows, state, wait_for
-from tiny_run import finish, start, write_tiny_recipe
+from tiny_run import prepare_and_run, start
 
 HOOKS = Path(__file__).with_name("injuries")
 STEPS = 300
@@ -37,12 +37,7 @@ EVERY_RANK = pytest.mark.parametrize("spots", [SPOTS, OTHERS], ids=["one rank", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run, and what it ends with when nothing happens."""
-    folder = tmp_path_factory.mktemp("deaths")
-    write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", "tiny.yaml")
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, "supervise", "tiny.yaml", "--processes", "2", *WORDS)
-    return folder
+    return prepare_and_run(tmp_path_factory.mktemp("deaths"), "supervise", "tiny.yaml", "--processes", "2", *WORDS)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from fake_hosts import Script, World
-from tiny_run import finish, write_tiny_recipe
+from many_hosts import wait_for
+from tiny_run import prepare_and_run
 
 from anychip.errors import EXIT_DISK
 from anychip.rundir import RunDirectory
@@ -39,12 +39,7 @@ WORDS = ["supervise", "tiny.yaml", "--processes", "2", *(word for each in SETTIN
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run `tiny` that two supervised processes trained in peace; `prepared` is how it was before."""
-    folder = tmp_path_factory.mktemp("full")
-    write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", "tiny.yaml")
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, *WORDS)
-    return folder
+    return prepare_and_run(tmp_path_factory.mktemp("full"), *WORDS)
 
 
 @pytest.fixture
@@ -67,14 +62,6 @@ def fill(disk: Path) -> None:
                 pass
         except OSError as error:
             assert error.errno == errno.ENOSPC
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-    return found
 
 
 def beat(run: Path, rank: int) -> dict[str, Any]:
@@ -101,10 +88,10 @@ def test_a_process_that_dies_while_the_disk_is_full_is_started_again_when_there_
                                    cwd=folder, stdout=out, stderr=log)  # fmt: skip
 
     def full_until(condition: Callable[[], Any]) -> None:
-        wait_for(lambda: (fill(disk), condition())[1])
+        wait_for(lambda: (fill(disk), condition())[1], 120)
 
     try:
-        wait_for(lambda: beat(run, 1)["step"] >= 13)
+        wait_for(lambda: beat(run, 1)["step"] >= 13, 120)
         full_until(lambda: beat(run, 1)["step"] >= 15)
         os.kill(beat(run, 1)["pid"], signal.SIGKILL)
         full_until(lambda: "was killed by SIGKILL" in said.read_text())

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_hosts import FakeAgent, Script, World
-from tiny_run import finish, write_tiny_recipe
+from many_hosts import wait_for
+from tiny_run import prepare_and_run
 
 from anychip.supervise.run import RunFailed
 from anychip.train.checkpoint import CheckpointStore
@@ -42,19 +42,7 @@ if os.environ.get("RANK") == "1":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run that two processes trained in peace; `prepared` is how it was before."""
-    folder = tmp_path_factory.mktemp("stop")
-    write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", "tiny.yaml")
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, *WORDS)
-    return folder
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 150.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
+    return prepare_and_run(tmp_path_factory.mktemp("stop"), *WORDS)
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import finish, start, write_tiny_recipe
+from tiny_run import finish, prepare_and_run, start
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.processes import heartbeat_folders
@@ -28,12 +28,7 @@ OPTIONS = ["--processes", "2", *(word for setting in SETTINGS for word in ("--se
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run `tiny` that two supervised processes trained without an incident."""
-    folder = tmp_path_factory.mktemp("supervise")
-    write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", "tiny.yaml")
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, "supervise", "tiny.yaml", *OPTIONS)
-    return folder
+    return prepare_and_run(tmp_path_factory.mktemp("supervise"), "supervise", "tiny.yaml", *OPTIONS)
 
 
 @pytest.fixture

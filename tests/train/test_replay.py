@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class Trial:
 
 
 def train_all(argument: tuple[Path, dict[str, Trial]]) -> None:
+    train_each(argument, train)
+
+
+def train_each(argument: tuple[Path, dict[str, Any]], train: Callable[[Path, Any], None]) -> None:
+    """Trials one after another, each with the step as it is."""
     folder, trials = argument
     torch.set_num_threads(1)
     for name, trial in trials.items():

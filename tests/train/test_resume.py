@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import finish, start, write_tiny_recipe
+from tiny_run import finish, prepare_and_run, start
 
 from anychip.train.checkpoint import CheckpointStore
 
@@ -35,12 +35,7 @@ def metric_rows(run: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run `tiny` that was trained without interruption."""
-    folder = tmp_path_factory.mktemp("resume")
-    recipe = write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", str(recipe))
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, "train", str(recipe))
-    return folder
+    return prepare_and_run(tmp_path_factory.mktemp("resume"), "train", "tiny.yaml")
 
 
 def assert_same_as_uninterrupted(folder: Path, runs: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_pool import run_ranks
 from test_copies import events, job_in
-from test_replay import COPIES, NAME, STEPS, WIDER, assert_same_end
+from test_replay import COPIES, NAME, STEPS, WIDER, assert_same_end, train_each
 
 from anychip.parallel.layout import Layout
 from anychip.parallel.processes import Processes
@@ -41,14 +41,7 @@ class Trial:
 
 
 def train_all(argument: tuple[Path, dict[str, Trial]]) -> None:
-    folder, trials = argument
-    torch.set_num_threads(1)
-    for name, trial in trials.items():
-        real = loop.train_step
-        try:
-            train(folder / name, trial)
-        finally:
-            loop.train_step = real
+    train_each(argument, train)
 
 
 def train(folder: Path, trial: Trial) -> None:

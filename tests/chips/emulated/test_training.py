@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from device_process import needs_device
-from tiny_run import finish, start, write_tiny_recipe
+from tiny_run import finish, prepare_and_run, start
 
 from anychip.chips.emulated.build import library
 from anychip.train.checkpoint import CheckpointStore
@@ -21,11 +21,7 @@ pytestmark = needs_device
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared run, `prepared`, and the CPU's training of it, `cpu`."""
     library()
-    folder = tmp_path_factory.mktemp("emulated")
-    write_tiny_recipe(folder)
-    finish(folder, "data", "prepare", "tiny.yaml")
-    shutil.copytree(folder / "runs", folder / "prepared")
-    finish(folder, "train", "tiny.yaml")
+    folder = prepare_and_run(tmp_path_factory.mktemp("emulated"), "train", "tiny.yaml")
     (folder / "runs").rename(folder / "cpu")
     return folder
 
