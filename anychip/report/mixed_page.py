@@ -11,9 +11,8 @@ from anychip.files import write_text
 from anychip.plan.mixed import MixedPlan
 from anychip.plan.mixed_answer import MixedAnswer
 from anychip.plan.mixed_text import alone_text, layers_text, stages_text, training_text
-from anychip.plan.predict import GIB
-from anychip.report.plan_page import legend_of
-from anychip.report.stacks import Stack, stacked_chart
+from anychip.report.plan_page import legend_of, memory_stack, terms_of, time_chart
+from anychip.report.stacks import stacked_chart
 from anychip.report.templates import render_template
 
 _REJECTED_SHOWN = 12
@@ -40,7 +39,7 @@ def render(answer: MixedAnswer) -> str:
     """The page as text."""
     result = answer.result
     best = result.best[0] if result.best else None
-    terms = [name for name in (best.time if best else ()) if any(plan.time[name] > 0 for plan in result.best)]
+    terms = terms_of(result.best) if best else []
     kinds = [name for name, held in best.memory.items() if held.max() > 0] if best else []
     return render_template(
         "mixed_page.html",
@@ -50,7 +49,7 @@ def render(answer: MixedAnswer) -> str:
         rows=[_row(plan) for plan in result.best],
         training=training_text(best, answer.machines) if best else "",
         terms=legend_of(terms),
-        time=_time(result.best, terms) if best else "",
+        time=time_chart(result.best, terms) if best else "",
         kinds=legend_of(kinds),
         memory=_memory(answer, best, kinds) if best else [],
         alone=[alone_text(name, part) for name, part in result.alone.items()],
@@ -70,20 +69,11 @@ def _row(plan: MixedPlan) -> Row:
     )
 
 
-def _time(plans: list[MixedPlan], terms: list[str]) -> Markup:
-    stacks = [Stack(str(plan.layout), plan.time, f"{plan.step_seconds:.3g} s") for plan in plans]
-    return stacked_chart(stacks, terms, "seconds of a step by term")
-
-
 def _memory(answer: MixedAnswer, plan: MixedPlan, kinds: list[str]) -> list[tuple[str, Markup]]:
     """A chart for each kind of chips, since each has its own limit."""
     charts = []
     for machine in answer.machines:
-        stacks = []
-        for stage, group in enumerate(plan.groups):
-            if group == machine.name:
-                held = {name: float(values[stage]) for name, values in plan.memory.items()}
-                stacks.append(Stack(f"stage {stage}", held, f"{sum(held.values()) / GIB:.1f} GiB"))
+        stacks = [memory_stack(plan, stage) for stage, group in enumerate(plan.groups) if group == machine.name]
         title = f"memory of each stage on {machine.name} by term"
         charts.append((machine.name, stacked_chart(stacks, kinds, title, machine.memory_bytes)))
     return charts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from anychip.errors import InputError
 from anychip.files import write_text
 from anychip.plan.answer import PlanAnswer, nearest_rejected, rejected_counts, reliability_of
 from anychip.plan.goodput import goodput
+from anychip.plan.mixed import MixedPlan
 from anychip.plan.predict import GIB
 from anychip.plan.search import search
 from anychip.plan.text import days_text
@@ -45,7 +47,8 @@ def write_plan_page(answer: PlanAnswer, path: Path) -> None:
 def render(answer: PlanAnswer) -> str:
     """The page as text."""
     chosen = answer.chosen
-    terms = [name for name, seconds in chosen.time.items() if seconds > 0]
+    shown = answer.search.best or [chosen]
+    terms = terms_of(shown)
     kinds = [name for name, held in chosen.memory.items() if held.max() > 0]
     rejected = sorted(rejected_counts(answer.search).items(), key=lambda item: -item[1])
     return render_template(
@@ -59,7 +62,7 @@ def render(answer: PlanAnswer) -> str:
         rows=[_row(prediction) for prediction in answer.search.best],
         overrides=" ".join(f"--set {value}" for value in answer.overrides),
         terms=legend_of(terms),
-        time=_time(answer, terms),
+        time=time_chart(shown, terms),
         kinds=legend_of(kinds),
         memory=_memory(chosen, answer.machine, kinds),
         timeline=_timeline(answer),
@@ -89,8 +92,12 @@ def legend_of(names: list[str]) -> list[tuple[str, str]]:
     return [(f"term-{index % COLOURS}", name.replace("_", " ")) for index, name in enumerate(names)]
 
 
-def _time(answer: PlanAnswer, terms: list[str]) -> Markup:
-    shown = answer.search.best or [answer.chosen]
+def terms_of(plans: Sequence[Prediction] | Sequence[MixedPlan]) -> list[str]:
+    """The terms that any of these spends time on."""
+    return [name for name in plans[0].time if any(plan.time[name] > 0 for plan in plans)]
+
+
+def time_chart(shown: Sequence[Prediction] | Sequence[MixedPlan], terms: list[str]) -> Markup:
     stacks = [Stack(str(p.layout), p.time, f"{p.step_seconds:.3g} s") for p in shown]
     return stacked_chart(stacks, terms, "seconds of a step by term")
 
@@ -99,11 +106,13 @@ def _memory(chosen: Prediction, machine: Machine, kinds: list[str]) -> Markup:
     """Every stage, or as many as fit a page with the ends among them."""
     stages = len(chosen.memory_by_stage)
     shown = range(stages) if stages <= _MOST_STAGES else [*range(_MOST_STAGES // 2), *range(stages - 12, stages)]
-    stacks = []
-    for stage in shown:
-        held = {name: float(values[stage]) for name, values in chosen.memory.items()}
-        stacks.append(Stack(f"stage {stage}", held, f"{sum(held.values()) / GIB:.1f} GiB"))
+    stacks = [memory_stack(chosen, stage) for stage in shown]
     return stacked_chart(stacks, kinds, "memory of each stage by term", machine.memory_bytes)
+
+
+def memory_stack(plan: Prediction | MixedPlan, stage: int) -> Stack:
+    held = {name: float(values[stage]) for name, values in plan.memory.items()}
+    return Stack(f"stage {stage}", held, f"{sum(held.values()) / GIB:.1f} GiB")
 
 
 def _timeline(answer: PlanAnswer) -> Markup | None:

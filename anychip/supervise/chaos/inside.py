@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from anychip.train.checkpoint.manifest import Chunk, Manifest
     from anychip.train.memory.parts import PartRecord
 
-_OWN_EXTRA = "attest"  # says when and by whom; the rest is state
+_STORY = "attest"  # how a checkpoint came to be, not what it is
 
 
 def wish_path(folder: Path, rank: int) -> Path:
@@ -189,16 +189,17 @@ def _tell_of_saves(teller: Teller) -> None:
 
 def _of_manifest(manifest: Manifest) -> dict[str, str]:
     boxes = ((name, e.dtype, e.shape, chunk) for name, e in manifest.tensors.items() for chunk in e.chunks)
-    return {"boxes": _sum(boxes), "extra": _digest(_state_of(manifest.extra))}
+    return {"boxes": _sum(boxes), "extra": _digest(state_of(manifest.extra))}
 
 
 def _of_part(record: PartRecord) -> dict[str, str]:
     boxes = ((box.name, box.dtype, box.shape, box.chunk) for box in record.boxes)
-    return {"boxes": _sum(boxes), "extra": _digest(_state_of(record.extra))}
+    return {"boxes": _sum(boxes), "extra": _digest(state_of(record.extra))}
 
 
-def _state_of(extra: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in extra.items() if key != _OWN_EXTRA}
+def state_of(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run goes on from besides tensors: where the data stands, the guard's memory."""
+    return {key: value for key, value in extra.items() if key != _STORY}
 
 
 def _sum(boxes: Iterable[tuple[str, str, list[int], Chunk]]) -> str:

@@ -11,10 +11,9 @@ import torch
 
 from anychip.errors import AnychipError
 from anychip.rundir import RunDirectory
+from anychip.supervise.chaos.inside import state_of
 from anychip.supervise.record import GENERATIONS_LOG
 from anychip.train.checkpoint import CheckpointStore
-
-_STORIES = ("attest",)  # of a checkpoint: how it came to be, not what it is
 
 
 def differences(calm: RunDirectory, rough: RunDirectory, steps: int) -> list[str]:
@@ -67,5 +66,4 @@ def _state(run: RunDirectory, steps: int) -> tuple[dict[str, torch.Tensor], dict
     """Tensors, and what else a run goes on from: where the data stands, the guard's memory."""
     store = CheckpointStore(run.checkpoints)
     info = store.open(steps)
-    extra = {key: value for key, value in info.extra.items() if key not in _STORIES}
-    return {name: tensor.clone() for name, tensor in store.read(info, info.tensors)}, extra
+    return {name: tensor.clone() for name, tensor in store.read(info, info.tensors)}, state_of(info.extra)
