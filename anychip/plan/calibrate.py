@@ -20,7 +20,7 @@ from anychip.plan.machine import machine_of_chip
 from anychip.plan.rows import Run, Skipped, Software
 from anychip.plan.shapes import Work, work_of
 from anychip.plan.table import Hardware, Table, hardware_of, table_of
-from anychip.plan.types import Floats, Machine, Site
+from anychip.plan.types import Floats, Machine, Site, eight_of_ten
 
 FACTS = (
     "fused_attention", "causal_skip", "fused_pointwise", "dropout", "loss_bytes", "reduce_bytes", "gradient_bytes",
@@ -77,7 +77,6 @@ _OVERHEADS = ("layer_overhead_s", "step_overhead_s")
 _RATES = ("matmul_efficiency", "attention_efficiency", "memory_efficiency", "intra_node_efficiency",
           "inter_node_efficiency")  # fmt: skip
 _STARTS_RUNS = 4  # runs that the spread of a calibration's start counts as
-TENTH_PERCENTILE = 1.2816  # of a standard normal distribution
 MODERN_KNOBS = tuple(name for name in KNOBS if name != "step_overhead_s")
 
 
@@ -369,8 +368,7 @@ class Calibration:
     @property
     def interval(self) -> tuple[float, float]:
         """Of predicted time: what 8 of 10 measured ones lie between, by the site's spread."""
-        spread = math.exp(TENTH_PERCENTILE * self.site.relative_sigma)
-        return 1 / spread, spread
+        return eight_of_ten(1.0, self.site.relative_sigma)
 
 
 def calibrate(

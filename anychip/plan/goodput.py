@@ -17,12 +17,11 @@ import numpy as np
 from anychip.errors import InputError
 from anychip.plan.predict import Predictions
 from anychip.plan.search import Objective
-from anychip.plan.types import Floats
+from anychip.plan.types import Floats, eight_of_ten
 from anychip.recipe.cluster import FailureConfig
 
 SECONDS_A_DAY = 86_400.0
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
-_TENTH_PERCENTILE = 1.2816  # of a standard normal distribution
 _MOST_COPIES_A_SAVE = 4096  # memory copies between two saves to storage
 
 
@@ -110,7 +109,6 @@ def goodput(
     seconds = work * running
     expected_failures = held.failures_per_s * work * factor
     chance = _cost_of_failure(held, memory, storage) * math.sqrt(expected_failures) / seconds if seconds else 0.0
-    spread = math.exp(_TENTH_PERCENTILE * math.hypot(relative_sigma, chance))
     days = seconds / SECONDS_A_DAY
     return Goodput(
         effective=1 / (running * held.stragglers),
@@ -119,7 +117,7 @@ def goodput(
         memory_interval_s=memory if held.survives else None,
         failures=expected_failures,
         days=days,
-        days_interval=(days / spread, days * spread),
+        days_interval=eight_of_ten(days, math.hypot(relative_sigma, chance)),
         energy_mwh=watts * seconds / 3.6e9 if watts else None,
         tokens_per_day=total_tokens / days if days else 0.0,
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,10 +16,9 @@ from anychip.plan.memory import rank_memory
 from anychip.plan.ranks import rank_at, rank_of
 from anychip.plan.shapes import Work, flops_per_token, work_of
 from anychip.plan.table import Hardware, Table, ends_meet, hardware_of, layers_by_rank, layout_at, table_of
-from anychip.plan.types import Floats, Layout, Machine, Prediction, Site, Workload
+from anychip.plan.types import Floats, Layout, Machine, Prediction, Site, Workload, eight_of_ten
 
 GIB = float(2**30)
-_TENTH_PERCENTILE = 1.2816  # of a standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ def predict(workload: Workload, layout: Layout, machine: Machine, site: Site) ->
     reasons = tuple(f"stage {rank} is {over[rank] / GIB:.1f} GiB over" for rank in np.flatnonzero(over > 0))
     step = float(many.step_seconds[0])
     rate = float(many.tokens_per_second_per_device[0])
-    spread = math.exp(_TENTH_PERCENTILE * site.relative_sigma)
     return Prediction(
         layout=layout,
         step_seconds=step,
@@ -92,7 +89,7 @@ def predict(workload: Workload, layout: Layout, machine: Machine, site: Site) ->
         memory_bytes=float(totals[fullest]),
         fits=not reasons,
         reasons=reasons,
-        interval=(step / spread, step * spread),
+        interval=eight_of_ten(step, site.relative_sigma),
     )
 
 

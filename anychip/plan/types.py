@@ -5,12 +5,15 @@ Units are bytes, seconds, FLOP/s and bytes/s unless a name says otherwise; bandw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+_TENTH_PERCENTILE = 1.2816  # of a standard normal distribution
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -277,3 +280,9 @@ class SearchResult:
     considered: int  # layouts evaluated by the closed form
     seconds: float
     notes: tuple[str, ...] = field(default=())
+
+
+def eight_of_ten(middle: float, sigma: float) -> tuple[float, float]:
+    """The 10th and 90th percentile around a median, when the logarithm has a normal spread of `sigma`."""
+    spread = math.exp(_TENTH_PERCENTILE * sigma)
+    return middle / spread, middle * spread
