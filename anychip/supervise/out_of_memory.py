@@ -10,7 +10,6 @@ from pathlib import Path
 
 # MemoryError and std::bad_alloc of the host; what PyTorch says of the host's and of a device's memory.
 _SAID = re.compile(r"\bMemoryError\b|OutOfMemoryError|std::bad_alloc|[Oo]ut of memory|[Cc]an(?:'t|not) allocate memory")
-_CGROUPS = Path("/sys/fs/cgroup")
 _RECORD_BYTES = 8192
 
 
@@ -28,14 +27,28 @@ class MemoryKills:
         return kills(self._events) > self._before or killed_by_kernel(pid, self._kernel_log)
 
 
-def own_events(membership: Path = Path("/proc/self/cgroup")) -> Path | None:
-    """The file in which the control group (version 2) of this process counts what its memory limit did."""
+def own_events(process: Path = Path("/proc/self")) -> Path | None:
+    """The file in which the control group of this process counts what its memory limit did.
+
+    Version 1 (`memory.oom_control`) where it governs memory, as in openEuler 20.03 and CentOS 7, else version 2
+    (`memory.events`). A container sees its group under another name than the host gave it, so the group is looked
+    for below the root of the mount (proc(5), mountinfo; cgroups(7)).
+    """
     try:
-        lines = membership.read_text().splitlines()
-    except OSError:
+        groups = dict(line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines())
+        mounts = [line.split(" - ") for line in (process / "mountinfo").read_text().splitlines()]
+    except (OSError, ValueError):
         return None
-    group = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    return None if group is None else _CGROUPS / group / "memory.events"
+    first = next((names for names in groups if "memory" in names.split(",")), "")
+    kind, option, name = ("cgroup", "memory", "memory.oom_control") if first else ("cgroup2", "", "memory.events")
+    for place, source in mounts:
+        root, point = place.split()[3:5]
+        type_, _, options = source.split(" ", 2)
+        if type_ == kind and option in ["", *options.split(",")]:
+            inside = groups.get(first, "/").removeprefix(root.rstrip("/"))
+            own = Path(point, inside.lstrip("/"), name)
+            return own if own.exists() else Path(point, name)
+    return None
 
 
 def kills(events: Path | None) -> int:
