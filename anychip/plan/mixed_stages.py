@@ -11,7 +11,7 @@ import numpy as np
 from anychip.plan.cost import EndCost, rank_seconds, step_terms
 from anychip.plan.memory import rank_memory
 from anychip.plan.pipeline import StageTimes
-from anychip.plan.predict import GIB, hardware_for
+from anychip.plan.predict import hardware_for, missing_memory
 from anychip.plan.ranks import rank_of
 from anychip.plan.search import min_max_split
 from anychip.plan.shapes import Work, work_of
@@ -141,7 +141,7 @@ def _shared(
         over = np.asarray(sum(memory.values())) - room
         if over.max() <= 0:
             return _Shared(split, memory)
-        reason = f"stage {over.argmax()} on {names[int(over.argmax())]} is {over.max() / GIB:.1f} GiB over"
+        reason = f"stage {over.argmax()} on {names[int(over.argmax())]} is {missing_memory(over.max())} over"
         most = [
             min(limit, count) - 1 if lack > 0 else limit for limit, count, lack in zip(most, split, over, strict=True)
         ]

@@ -64,6 +64,11 @@ def predict_many(workload: Workload, layouts: Sequence[Layout] | Table, machine:
     )
 
 
+def missing_memory(size: float) -> str:
+    """GiB, with digits enough that what is missing is never 0.0."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / GIB:.2g} GiB"
+
+
 def predict(workload: Workload, layout: Layout, machine: Machine, site: Site) -> Prediction:
     """One layout in full. Raises InputError when the layout cannot exist at all."""
     if refused := refusals(workload, layout, machine):
@@ -74,7 +79,7 @@ def predict(workload: Workload, layout: Layout, machine: Machine, site: Site) ->
     totals = np.asarray(sum(memory.values()))
     fullest = int(totals.argmax())
     over = totals - machine.memory_bytes
-    reasons = tuple(f"stage {rank} is {over[rank] / GIB:.1f} GiB over" for rank in np.flatnonzero(over > 0))
+    reasons = tuple(f"stage {rank} is {missing_memory(float(over[rank]))} over" for rank in np.flatnonzero(over > 0))
     step = float(many.step_seconds[0])
     rate = float(many.tokens_per_second_per_device[0])
     return Prediction(

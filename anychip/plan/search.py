@@ -13,7 +13,7 @@ import numpy as np
 from anychip.errors import InputError
 from anychip.plan.cost import rank_seconds
 from anychip.plan.pipeline import StageTimes, pipeline_seconds
-from anychip.plan.predict import GIB, Predictions, fullest_rank, hardware_for, predict, predict_many
+from anychip.plan.predict import Predictions, fullest_rank, hardware_for, missing_memory, predict, predict_many
 from anychip.plan.rules import lacks_micro_batches, misfit, unshared, untrained_degrees
 from anychip.plan.shapes import work_of
 from anychip.plan.table import METHODS, Table, layers_by_rank, layout_at, rank_ends, stage_layers, table_of
@@ -155,11 +155,6 @@ class Rejections(Sequence[Rejected]):
     def _over_memory(self, place: int) -> Rejected:
         reason = f"stage {self._fullest[place]:.0f} is {missing_memory(self._over[place])} over"
         return Rejected(layout_at(self._table, place), reason)
-
-
-def missing_memory(size: float) -> str:
-    """GiB, with digits enough that what is missing is never 0.0."""
-    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / GIB:.2g} GiB"
 
 
 @dataclass(frozen=True)
