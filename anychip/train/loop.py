@@ -223,6 +223,8 @@ def run_training(job: TrainingJob) -> int:
             if due:
                 heartbeat.beat("save")
                 saves.save(step, cursor, last=leaving)
+            if log:
+                log.catch_up()
             if leaving:
                 break
     heartbeat.beat("leave")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def _duration(seconds: float) -> str:
 class MetricsLog:
     """Appends to `metrics.jsonl` and TensorBoard. Opened at `step`, it forgets what an interrupted run logged later.
 
-    While the disk fails, rows are kept in memory, and written when it is back: a full disk does not stop training.
+    While the disk fails, rows are kept in memory: a full disk does not stop training. `catch_up`, called every step,
+    writes them when it is back, before a state that is saved later can outlive them.
     """
 
     def __init__(self, directory: Path, tensorboard: Path | None, step: int) -> None:
@@ -98,6 +100,12 @@ class MetricsLog:
         row = asdict(metrics)
         further = row.pop("experts") | row.pop("measured")
         self.write(row | further)
+
+    def catch_up(self) -> None:
+        """Write the rows that wait for room, if there is room now."""
+        if self._waiting:
+            with suppress(OSError):
+                self._append()
 
     def forget_after(self, step: int) -> None:
         """Training went back to `step`: drop the rows of what it undid."""

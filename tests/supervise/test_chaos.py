@@ -30,6 +30,7 @@ SETTINGS = [
     "checkpoint.keep=4",
     "checkpoint.memory_interval=2",
     "guard.digest_interval=1",
+    "log.interval=3",
 ]
 
 
