@@ -13,6 +13,8 @@ import pytest
 import yaml
 from tiny_run import finish, start, write_tiny_recipe
 
+from anychip.supervise.watch import read_beat
+
 HOOKS = Path(__file__).with_name("slow_phases")
 QUIET = 8.0  # seconds; the pieces below take longer together
 SETTINGS = {
@@ -83,10 +85,10 @@ def test_a_long_phase_that_gets_on_is_no_hang(
     seen: dict[str, tuple[float, float]] = {}
     while run._process.poll() is None:
         for path in (run.path / "logs" / "heartbeats").glob("generation-*/rank-00000"):
-            row = json.loads(path.read_text() or "{}")
-            if row.get("phase") == phase:
-                first, _ = seen.get(phase, (row["at"], 0.0))
-                seen[phase] = first, row["at"]
+            beat = read_beat(path)
+            if beat is not None and beat.phase == phase:
+                first, _ = seen.get(phase, (beat.at, 0.0))
+                seen[phase] = first, beat.at
         time.sleep(0.05)
     run.end()
     assert run.incidents() == []
