@@ -182,7 +182,7 @@ def test_an_error_inside_a_stream_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()) and store.latest() is None
 
 
-@pytest.mark.parametrize("extra", [{"x": float("nan")}, {"x": object()}, {1: 2}, {"x": (1, 2)}], ids=str)
+@pytest.mark.parametrize("extra", [{"x": float("nan")}, {"x": {1}}, {1: 2}, {"x": (1, 2)}], ids=str)
 def test_extra_must_be_json(tmp_path: Path, extra: dict[str, object]) -> None:
     with pytest.raises(InputError, match="extra"):
         CheckpointStore(tmp_path).save(1, {}, extra)
