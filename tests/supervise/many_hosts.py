@@ -17,6 +17,7 @@ import torch
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.processes import heartbeat_folders
+from anychip.supervise.watch import process_state
 from anychip.train.checkpoint import CheckpointStore
 
 ADDRESSES = {"one": "127.0.0.1", "two": "127.0.0.2", "three": "127.0.0.3", "four": "127.0.0.4"}
@@ -110,7 +111,13 @@ class Job:
             return {"step": 0, "pid": 0}
 
     def wait_for_step(self, step: int, generation: int = 1, rank: int = 0) -> None:
-        wait_for(lambda: self.generation() >= generation and self.beat(rank)["step"] >= step)
+        """Of a process that lives: a generation is written down before its processes have begun."""
+
+        def is_there() -> bool:
+            beat = self.beat(rank)
+            return beat["step"] >= step and process_state(beat["pid"]) not in ("", "Z")
+
+        wait_for(lambda: self.generation() >= generation and is_there())
 
     def kill_rank(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.beat(rank)["pid"], number)
