@@ -35,9 +35,11 @@ def show_sample(recipe: Recipe, run: RunDirectory, stage: str, step: int, sample
         total = sum(len(part) + 1 for _, part in parts)
         learned = sum(int((part.labels != IGNORE_LABEL).sum()) for _, part in parts)
         head = f"step {step}, sample {number} of {len(rows)}{title}: {total:,} tokens, {learned:,} learned"
-        console.print(f"{head}; template {recipe.tune.template}", style="bold", markup=False, highlight=False)
+        console.print(
+            f"{head}; template {recipe.tune.template}", style="bold", markup=False, highlight=False, soft_wrap=True
+        )
         for name, part in parts:
-            console.print(f"-- {name}", style="cyan", markup=False, highlight=False)
+            console.print(f"-- {name}", style="cyan", markup=False, highlight=False, soft_wrap=True)
             _print(pieces(part, tokenizer), console)
 
 
