@@ -35,13 +35,17 @@ def own_events(process: Path = Path("/proc/self")) -> Path | None:
     for below the root of the mount (proc(5), mountinfo; cgroups(7)).
     """
     try:
-        groups = dict(line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines())
-        mounts = [line.split(" - ") for line in (process / "mountinfo").read_text().splitlines()]
-    except (OSError, ValueError):
+        return _events((process / "cgroup").read_text(), (process / "mountinfo").read_text())
+    except (OSError, ValueError):  # not there, or not in the form that they have
         return None
+
+
+def _events(membership: str, mounts: str) -> Path | None:
+    groups = dict(line.split(":", 2)[1:] for line in membership.splitlines())
     first = next((names for names in groups if "memory" in names.split(",")), "")
     kind, option, name = ("cgroup", "memory", "memory.oom_control") if first else ("cgroup2", "", "memory.events")
-    for place, source in mounts:
+    for line in mounts.splitlines():
+        place, source = line.split(" - ")
         root, point = place.split()[3:5]
         type_, _, options = source.split(" ", 2)
         if type_ == kind and option in ["", *options.split(",")]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -29,17 +30,16 @@ def show_sample(recipe: Recipe, run: RunDirectory, stage: str, step: int, sample
     rows, tokenizer = (_sft_rows if stage == "sft" else _dpo_rows)(recipe, run, step)
     if sample is not None and not 0 <= sample < len(rows):
         raise InputError(f"there is no sample {sample} in a step of {len(rows)}.", do="Samples are counted from 0.")
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     chosen = range(len(rows)) if sample is None else [sample]
     for number in chosen:
         title, parts = rows[number]
         total = sum(len(part) + 1 for _, part in parts)
         learned = sum(int((part.labels != IGNORE_LABEL).sum()) for _, part in parts)
         head = f"step {step}, sample {number} of {len(rows)}{title}: {total:,} tokens, {learned:,} learned"
-        console.print(
-            f"{head}; template {recipe.tune.template}", style="bold", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"{head}; template {recipe.tune.template}", style="bold")
         for name, part in parts:
-            console.print(f"-- {name}", style="cyan", markup=False, highlight=False, soft_wrap=True)
+            say(f"-- {name}", style="cyan")
             _print(pieces(part, tokenizer), console)
 
 
