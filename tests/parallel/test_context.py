@@ -193,12 +193,19 @@ def measure(method: str) -> dict[str, float]:
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         return result, sent[0] / unit, peak / unit - 4
 
-    found: dict[str, float] = {}
-    out, found["forward_sent"], found["forward_peak"] = observed(
-        lambda: attend(q, k, v, scale=SCALE, causal=True, mask=None)
-    )
-    _, found["backward_sent"], found["backward_peak"] = observed(lambda: torch.autograd.grad(out, (q, k, v), grad))
-    return found
+    def once() -> dict[str, float]:
+        out, forward_sent, forward_peak = observed(lambda: attend(q, k, v, scale=SCALE, causal=True, mask=None))
+        _, backward_sent, backward_peak = observed(lambda: torch.autograd.grad(out, (q, k, v), grad))
+        return {
+            "forward_sent": forward_sent,
+            "forward_peak": forward_peak,
+            "backward_sent": backward_sent,
+            "backward_peak": backward_peak,
+        }
+
+    # A library's threads may let go of a message a little after it has come: the least of some runs is what it takes.
+    runs = [once() for _ in range(5)]
+    return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
 def work(folder: Path) -> None:
