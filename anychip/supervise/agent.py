@@ -206,8 +206,11 @@ class Agent:
     def _keep_lease(self) -> None:
         if self._generation is not None and time.monotonic() > self._lease_until:
             print("no coordinator within the lease: this host's processes are ended", file=sys.stderr, flush=True)
+            number = self._generation.number
             self._end()
             self._reported = 0.0
+            if self._joined == self._client.connected:  # else the join will tell
+                self._client.send({"kind": "ended", "generation": number})
 
     def _report(self) -> None:
         """How this host's processes are; at once when one has ended."""

@@ -37,6 +37,7 @@ class Link:
         self._connection: Connection | None = None
         self._heard = time.monotonic()
         self._begun = self._ended = 0  # generations: the newest that it was told to start, up to which none is alive
+        self._asked = 0  # the newest generation that it was asked to end
         self._lost = False
 
     @property
@@ -60,6 +61,11 @@ class Link:
     def send(self, message: dict[str, Any]) -> None:
         if self._connection is not None and self._connection.is_open:
             self._connection.send(message)
+
+    def end(self, generation: int) -> None:
+        """Ask it to end a generation."""
+        self._asked = max(self._asked, generation)
+        self.send({"kind": "end", "generation": generation})
 
     def begin(self, generation: int) -> None:
         """It is told to start a generation, or was by another coordinator."""
@@ -93,11 +99,11 @@ class Link:
         if generation == self._begun:
             self.ranks = {int(row["rank"]): row | {"heard": self._heard} for row in rows}
             self.steps += [(row["rank"], step) for row in rows for step in row["steps"]]
-        elif self.ranks:  # it ran it before: its lease ran out
-            self._ended, self._lost = max(self._ended, self._begun), True
 
     def hear_ended(self, generation: int) -> None:
         self._ended = max(self._ended, generation)
+        if generation == self._begun > self._asked:  # its lease ran out, maybe before its first report
+            self._lost = True
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +216,7 @@ class FarGeneration:
             if time.monotonic() - told > _END_AGAIN_SECONDS:
                 told = time.monotonic()
                 for link in alive:
-                    link.send({"kind": "end", "generation": self.number})
+                    link.end(self.number)
                     link.drop_if_deaf(began)
             self.pause(0.02)
         self._ended()

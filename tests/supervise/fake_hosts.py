@@ -36,7 +36,8 @@ class Clock:
 
 
 class FakeAgent:
-    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears."""
+    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears,
+    `stalls` freezes it in its next start."""
 
     def __init__(self, world: World, name: str, slots: int = 1) -> None:
         self.world, self.name, self.slots = world, name, slots
@@ -48,7 +49,8 @@ class FakeAgent:
         self.over: int | None = None
         self.notes: list[str] = []
         self.started: list[int] = []
-        self.cut = self.deaf = self.frozen = False
+        self.cut = self.deaf = self.frozen = self.stalls = False
+        self.given_up = 0  # what it ended for want of a lease, and has not told
         self.job = world.job
 
     def step(self) -> None:
@@ -56,16 +58,21 @@ class FakeAgent:
             return
         for message in [] if self.deaf else self.client.poll(0.0):
             self.obey(message)
+        if self.frozen:
+            return
         if self.generation and self.world.clock.now > self.lease_until:
-            self.generation = 0
+            self.generation, self.given_up = 0, self.generation
         if self.client.silent_seconds > 3:
             self.client.close()
         if self.cut or not self.client.ready:
             return
         if self.joined != self.client.connected:
-            self.joined = self.client.connected
+            self.joined, self.given_up = self.client.connected, 0
             self.say("join", name=self.name, address="127.0.0.1", slots=self.slots, start=self.start_id, job=self.job,
                      generation=self.generation, leaving=False)  # fmt: skip
+        if self.given_up:  # a connection that stays loses nothing
+            self.say("ended", generation=self.given_up)
+            self.given_up = 0
         self.step_made += 1
         self.say("report", generation=self.generation, ranks=[self.row(rank) for rank in self.ranks_now()])
 
@@ -92,6 +99,7 @@ class FakeAgent:
             self.started.append(message["generation"])
             self.generation, self.codes = message["generation"], {}
             self.ranks = range(message["first_rank"], message["first_rank"] + self.slots)
+            self.frozen, self.stalls = self.stalls, False
         elif kind == "signal" and message["number"] == 15:
             self.kind, self.codes = "preempted", dict.fromkeys(self.ranks, 130)
         elif kind == "end":

@@ -17,6 +17,7 @@ from many_hosts import wait_for
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.agent import Agent, Host
+from anychip.supervise.processes import Generation
 from anychip.supervise.run import RunFailed, Stop
 from anychip.supervise.watch import process_state
 from anychip.supervise.wire import Client, Connection, Server
@@ -38,7 +39,7 @@ class Coordinator:
         self.server = Server("127.0.0.1", 0, TOKEN)
         self.report: dict[str, Any] = {"generation": 0, "ranks": []}
         self.connection: Connection | None = None
-        self.joins = 0
+        self.joins, self.heard = 0, list[dict[str, Any]]()
         self.answers, self.lease = True, 2.0
         self.run, self.stop, self.ended = RunDirectory(folder / "run"), Stop(), "not yet"
         client = Client("127.0.0.1", self.server.port, TOKEN)
@@ -60,6 +61,7 @@ class Coordinator:
             for connection, message in self.server.poll(0.01):
                 self.joins += message["kind"] == "join"
                 self.connection = connection
+                self.heard.append(message)
                 if message["kind"] == "report":
                     self.report = message
                 if self.answers and "sent" in message:
@@ -145,6 +147,44 @@ def test_without_answers_its_processes_end_with_the_lease_and_not_before(coordin
     assert coordinator.report["generation"] == 0  # a generation that is over does not come back
     coordinator.start(8)
     coordinator.until(lambda: coordinator.report["generation"] == 8)
+
+
+def test_a_lease_that_ends_during_a_start_is_told_though_no_process_was(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*given: Any) -> Generation:
+        time.sleep(2 * coordinator.lease)
+        return Generation(*given)
+
+    monkeypatch.setattr("anychip.supervise.agent.Generation", slow)
+    coordinator.lease = 0.5
+    coordinator.until(lambda: len(coordinator.heard) > 5)
+    coordinator.start(7)
+    (told,) = coordinator.until(lambda: [message for message in coordinator.heard if message["kind"] == "ended"])
+    assert told["generation"] == 7
+    assert coordinator.joins == 1
+    assert all(message["generation"] == 0 for message in coordinator.heard if message is not told)
+
+
+def test_one_that_comes_back_after_its_lease_says_first_who_it_is_and_that_it_runs_nothing(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll = Client.poll
+
+    def late(client: Client, seconds: float) -> list[dict[str, Any]]:
+        before, messages = client.connected, poll(client, seconds)
+        if client.connected > before:
+            time.sleep(coordinator.lease + 0.1)
+        return messages
+
+    coordinator.start(7)
+    coordinator.until(lambda: len(alive(coordinator.pids())) == 2)
+    monkeypatch.setattr(Client, "poll", late)
+    coordinator.heard.clear()
+    assert coordinator.connection is not None
+    coordinator.connection.close()
+    coordinator.until(lambda: coordinator.heard)
+    assert (coordinator.heard[0]["kind"], coordinator.heard[0]["generation"]) == ("join", 0)
 
 
 def test_a_broken_connection_within_the_lease_ends_nothing(coordinator: Coordinator) -> None:

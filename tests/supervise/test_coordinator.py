@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hosts import FakeAgent, Script, World
 
 from anychip.errors import InputError
+from anychip.supervise.far_processes import Link
 from anychip.supervise.incidents import read_incidents
 from anychip.supervise.record import Record, only_coordinator
 from anychip.supervise.run import RunFailed
@@ -99,6 +101,48 @@ def test_a_host_is_given_up_only_after_its_lease_and_taken_back_when_it_returns(
 
     world.play(script())
     assert kinds(world)[0] == ("lost", "b", "restart")
+
+
+@pytest.mark.parametrize("connection", ["stays", "breaks"])
+def test_a_lease_that_ends_before_the_first_report_is_seen_at_once(world: World, connection: str) -> None:
+    """As when the disk holds up a start for longer than the lease, but not so long that the host is given up."""
+    a, b = world.agent("a"), world.agent("b")
+    b.stalls = True
+
+    def script() -> Script:
+        yield lambda: b.frozen
+        begun = world.clock.now
+        yield lambda: world.clock.now > b.lease_until
+        b.frozen = False
+        if connection == "breaks":
+            b.client.close()
+        yield world.running(a, b, number=2)
+        assert world.clock.now < begun + 10
+        yield lambda: finish(a, b)
+
+    world.play(script())
+    assert kinds(world) == [("lost", "b", "restart")]
+
+
+def test_a_host_is_not_lost_by_what_it_said_before_it_was_told_nor_by_an_end_that_it_was_asked_for() -> None:
+    link = Link("a", 6.0)
+    nothing: dict[str, Any] = {"generation": 0, "ranks": []}
+    for number in (1, 2):
+        link.begin(number)
+        link.hear_report(nothing)  # sent before it had read of the start
+        assert not link.is_lost(number)
+        link.end(number)
+        link.hear_ended(number)
+        link.hear_report(nothing)
+        assert link.has_ended(number)
+        assert not link.is_lost(number)
+    link.begin(3)
+    link.hear_ended(2)  # asked for twice, answered twice
+    assert not link.is_lost(3)
+    assert not link.has_ended(3)
+    link.hear_ended(3)
+    assert link.is_lost(3)
+    assert link.has_ended(3)
 
 
 def test_a_death_elsewhere_does_not_shorten_the_lease_of_a_host_that_is_cut_off(world: World) -> None:
