@@ -155,10 +155,14 @@ class Server:
 
 
 class Client:
-    """Reaches a server, again and again when it must; without a connection messages are dropped."""
+    """Reaches a server, again and again when it must; without a connection messages are dropped.
+
+    Its name is looked up once: where the network is cut that may take longer than a lease.
+    """
 
     def __init__(self, host: str, port: int, token: bytes, bind: str | None = None) -> None:
         self._place, self._token, self._bind = (host, port), token, bind
+        self._found: tuple[int, int, Any] | None = None  # family, kind and address of the server
         self._connection: Connection | None = None
         self._try_at, self._wait = 0.0, _FIRST_WAIT_SECONDS
         self.connected = 0  # how often a connection was made
@@ -215,7 +219,8 @@ class Client:
 
     def _connect(self) -> Connection | None:
         try:
-            family, kind, _, _, address = socket.getaddrinfo(*self._place, type=socket.SOCK_STREAM)[0]
+            self._found = self._found or _look_up(*self._place)
+            family, kind, address = self._found
             sock = socket.socket(family, kind)
         except OSError:
             return None
@@ -230,6 +235,11 @@ class Client:
             sock.close()
             return None
         return Connection(sock, self._token, is_server=False)
+
+
+def _look_up(host: str, port: int) -> tuple[int, int, Any]:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, kind, address
 
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 1.0

@@ -207,6 +207,25 @@ def test_one_that_never_greets_is_let_go(server: Server, monkeypatch: pytest.Mon
         assert data == b""
 
 
+def test_a_name_is_looked_up_until_it_is_found_and_never_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the name service hangs no lease could be kept."""
+    look_up, asked = socket.getaddrinfo, list[bool]()
+
+    def late(host: str, *more: Any, **named: Any) -> list[Any]:
+        asked.append(host == "coordinator")
+        if len(asked) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "not yet")
+        return look_up("127.0.0.2", *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    client = Client("coordinator", server.port, TOKEN)
+    for times in (1, 2, 3):
+        assert exchange(server, client)
+        assert client.connected == times
+        client.close()
+    assert asked == [True, True]
+
+
 def test_a_client_comes_back_by_itself(server: Server) -> None:
     client = Client("127.0.0.2", server.port, TOKEN)
     assert exchange(server, client)
