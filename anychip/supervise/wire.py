@@ -219,7 +219,7 @@ class Client:
 
     def _connect(self) -> Connection | None:
         try:
-            self._found = self._found or _look_up(*self._place)
+            self._found = self._found or _look_up(*self._place, self._bind)
             family, kind, address = self._found
             sock = socket.socket(family, kind)
         except OSError:
@@ -237,8 +237,10 @@ class Client:
         return Connection(sock, self._token, is_server=False)
 
 
-def _look_up(host: str, port: int) -> tuple[int, int, Any]:
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+def _look_up(host: str, port: int, bind: str | None) -> tuple[int, int, Any]:
+    """Family, kind and address of a server, reached from `bind`: a name may have addresses of both families."""
+    own = socket.AF_UNSPEC if bind is None else socket.getaddrinfo(bind, 0, flags=socket.AI_NUMERICHOST)[0][0]
+    family, kind, _, _, address = socket.getaddrinfo(host, port, own, socket.SOCK_STREAM)[0]
     return family, kind, address
 
 

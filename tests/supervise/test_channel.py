@@ -226,6 +226,22 @@ def test_a_name_is_looked_up_until_it_is_found_and_never_again(server: Server, m
     assert asked == [True, True]
 
 
+def test_a_name_with_addresses_of_both_families(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the family of this host's own address is taken."""
+    look_up = socket.getaddrinfo
+
+    def both(host: str, port: int, family: int = 0, *more: Any, **named: Any) -> list[Any]:
+        if host != "coordinator":
+            return look_up(host, port, family, *more, **named)
+        found = [row for address in ("::1", "127.0.0.2") for row in look_up(address, port, 0, *more, **named)]
+        return [row for row in found if family in (0, row[0])]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    client = Client("coordinator", server.port, TOKEN, bind="127.0.0.3")
+    assert exchange(server, client)
+    client.close()
+
+
 def test_a_client_comes_back_by_itself(server: Server) -> None:
     client = Client("127.0.0.2", server.port, TOKEN)
     assert exchange(server, client)
