@@ -34,42 +34,38 @@ def opened(run: Path) -> MemoryFolder:
 
 
 _USE = """
-import os, subprocess, sys, time
+import subprocess, sys, time
 from pathlib import Path
 from test_memory_folder import opened
 folder = opened(Path(sys.argv[1]))
 if sys.argv[2] == "renewed":
     folder.renew()
 (folder.path / "precious").touch()
-children = [subprocess.Popen(["sleep", "60"], close_fds=False).pid, os.fork()]
-if not children[1]:
-    time.sleep(60)
-    os._exit(0)
-print(folder.path, *children, flush=True)
+child = subprocess.Popen(["sleep", "60"], close_fds=False).pid
+print(folder.path, child, flush=True)
 time.sleep(60)
 """
 
 
 @contextmanager
 def used_by_a_process(run: Path, how: str = "opened") -> Iterator[Path]:
-    """The folder of a run, until the process that uses it is killed; its children live on to the end of the test."""
+    """The folder of a run, until the process that uses it is killed; its child lives on to the end of the test."""
     paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
     environment = {**os.environ, "PYTHONPATH": paths}
     process = subprocess.Popen(
         [sys.executable, "-c", _USE, run, how], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
-    path, *children = process.stdout.readline().split()
+    path, child = process.stdout.readline().split()
     try:
         yield Path(path)
         process.kill()
         process.wait()
         opened(run.with_name("one more"))
-        assert not Path(path).exists(), "children hold what only their parent used"
+        assert not Path(path).exists(), "a child holds what only its parent used"
     finally:
         process.kill()
-        for child in children:
-            os.kill(int(child), 9)
+        os.kill(int(child), 9)
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path, error: int) -> None:

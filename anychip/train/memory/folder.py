@@ -22,7 +22,7 @@ from anychip.errors import EXIT_DISK, AnychipError, InputError
 from anychip.files import write_json
 from anychip.train.checkpoint.ranks import Ranks
 from anychip.train.memory.hosts import Hosts
-from anychip.train.memory.stay import alone_in, leave, stay_in
+from anychip.train.memory.stay import alone_in, stay_in
 
 FOLDER_VARIABLE = "ANYCHIP_MEMORY_FOLDER"
 _RECORD, _OWNER, _PREFIX = "memory.json", "owner.json", "anychip-copies-"
@@ -76,7 +76,7 @@ class MemoryFolder:
         if self._hosts.is_leader:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._stay >= 0:
-            leave(self._stay)
+            os.close(self._stay)
             self._stay = -1
 
     def _take_new_name(self) -> None:
@@ -99,7 +99,7 @@ class MemoryFolder:
 
 
 def _move_into(path: Path, run: Path) -> int:
-    """Make the folder where it lacks, and stay in it; what `leave` takes."""
+    """Make the folder where it lacks, and stay in it; the descriptor that holds it."""
     while True:
         path.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):  # another process was about to remove it, and now has

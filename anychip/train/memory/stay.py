@@ -1,7 +1,6 @@
 """Who uses a folder holds a lock on it, so that nobody else removes it.
 
-The lock ends with the process, however that ends. Children have none of it: one that outlives its parent would keep a
-folder that nobody uses.
+The lock ends with the process, however that ends; what it starts does not inherit it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_held: set[int] = set()
-
 
 def stay_in(folder: Path) -> int:
-    """Hold the folder until `leave` gets what this returns. Waits for who removes it, and raises FileNotFoundError
-    when it is gone then."""
+    """Hold the folder until the descriptor that this returns is closed. Waits for who removes it, and raises
+    FileNotFoundError when it is gone then."""
     descriptor = _open(folder)
     try:
         with suppress(OSError):  # a file system without locks: nobody is `alone_in` a folder of it
@@ -27,13 +24,7 @@ def stay_in(folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
-    _held.add(descriptor)
     return descriptor
-
-
-def leave(descriptor: int) -> None:
-    _held.discard(descriptor)
-    os.close(descriptor)
 
 
 @contextmanager
@@ -53,12 +44,3 @@ def alone_in(folder: Path) -> Iterator[bool]:
 
 def _open(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _leave_to_the_parent() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_leave_to_the_parent)
