@@ -220,11 +220,11 @@ def run_training(job: TrainingJob) -> int:
                 step, cursor = saves.restore()
                 clock = _go_on_from(job, step, cursor, log, batches, bar)
                 continue
+            if log:
+                log.catch_up()
             if due:
                 heartbeat.beat("save")
                 saves.save(step, cursor, last=leaving)
-            if log:
-                log.catch_up()
             if leaving:
                 break
     heartbeat.beat("leave")

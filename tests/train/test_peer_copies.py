@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -172,6 +173,100 @@ def _fill_up(folder: Path) -> None:
         assert found_step(copies, ROWS) == 4
     expected = 1 if dist.get_rank() == 0 else 0
     assert said.getvalue().count("rank 1: No space left on device") == said.getvalue().count("warning") == expected
+
+
+def die_in_the_copy_of_step_2(argument: tuple[Path, int]) -> None:
+    """`writers` processes write their parts of it, then all are killed."""
+    folder, writers = argument
+    copies, write_part = open_copies(folder), copies_module.write_part
+    make(copies, 1)
+
+    def write_and_die(*arguments: Any) -> Any:
+        if not dist.is_initialized() or dist.get_rank() < writers:
+            write_part(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    copies_module.write_part = write_and_die
+    make(copies, 2)
+
+
+def cut_short(folder: Path, layout: list[int], writers: int) -> None:
+    with pytest.raises(AssertionError, match="exit codes"):
+        run_hosts(layout, die_in_the_copy_of_step_2, (folder, writers), folder)
+    assert steps_on(folder, 0) == [1, 2]
+
+
+def steps_on(folder: Path, host: int) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in memory_of(folder, host).glob("*/step-*"))
+
+
+class TwoCopies:
+    """The memory of a host has room for two copies of the size of the largest; `beside` is what lies there when a part
+    of each step is about to be written."""
+
+    def __init__(self) -> None:
+        self.beside: dict[int, list[int]] = {}
+        self._write_part = copies_module.write_part
+        copies_module.write_part = self._write
+
+    def _write(self, directory: Path, step: int, *rest: Any) -> Any:
+        others = {path: copies_module._bytes_below(path) for path in directory.parent.glob("step-*")}
+        others.pop(directory, None)
+        self.beside[step] = sorted(int(path.name.split("-")[1]) for path in others)
+        if sum(others.values()) > max(others.values()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._write_part(directory, step, *rest)
+
+
+def test_a_copy_that_a_kill_cut_short_takes_no_room_from_the_next(tmp_path: Path) -> None:
+    cut_short(tmp_path, [1, 1], writers=1)
+    run_hosts([1, 1], _go_on_from_the_whole_one, tmp_path, tmp_path)
+
+
+def _go_on_from_the_whole_one(folder: Path) -> None:
+    copies, room = open_copies(folder), TwoCopies()
+    assert found_step(copies, ROWS) == 1
+    assert steps_on(folder, 0) == [1, 2], "nothing is removed by looking"
+    make(copies, 3)
+    assert room.beside == {3: [1]}
+    assert found_step(copies, ROWS) == 3 and steps_on(folder, 0) == [3]
+
+
+def test_nor_does_the_one_before_a_newer_one_that_is_whole(tmp_path: Path) -> None:
+    cut_short(tmp_path, [1], writers=1)
+    run_hosts([1], _go_on_from_the_newer_one, tmp_path, tmp_path)
+
+
+def _go_on_from_the_newer_one(folder: Path) -> None:
+    copies, room = open_copies(folder), TwoCopies()
+    assert found_step(copies, {}) == 2
+    make(copies, 3)
+    assert room.beside == {3: [2]} and found_step(copies, {}) == 3
+
+
+def test_what_too_few_hosts_hold_lets_the_one_before_stay_as_long_as_there_is_room(tmp_path: Path) -> None:
+    cut_short(tmp_path, [1, 1], writers=2)
+    run_hosts([1, 1], _go_on_from_the_newer_of_two_hosts, tmp_path, tmp_path)
+
+
+def _go_on_from_the_newer_of_two_hosts(folder: Path) -> None:
+    copies, room = open_copies(folder), TwoCopies()
+    assert found_step(copies, ROWS) == 2
+    make(copies, 3)
+    assert steps_on(folder, 0) == [1, 2], "there was no room"
+    make(copies, 4)
+    assert room.beside == {3: [1, 2], 4: [2]} and found_step(copies, ROWS) == 4
+
+
+def test_before_a_state_was_looked_for_nothing_is_removed_for_room(tmp_path: Path) -> None:
+    cut_short(tmp_path, [1], writers=1)
+    run_hosts([1], _make_without_looking, tmp_path, tmp_path)
+
+
+def _make_without_looking(folder: Path) -> None:
+    TwoCopies()
+    make(open_copies(folder), 3)
+    assert steps_on(folder, 0) == [1, 2]
 
 
 def test_a_run_that_went_back_never_finds_what_it_left_behind(tmp_path: Path) -> None:

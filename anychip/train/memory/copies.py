@@ -4,7 +4,8 @@ Each process writes its part into its host's memory and sends it to the process 
 (GEMINI, SOSP 2023): losing a host loses no copy. All of it happens in a thread, over a process group of its own;
 training waits only while its state is copied to host memory. A copy counts once all hosts have verified all parts they
 hold of it; then the one before it is removed. What is left after a failure is looked for on all hosts: a copy is whole
-when some host holds each of its parts, whoever wrote it, in whatever layout.
+when some host holds each of its parts, whoever wrote it, in whatever layout. Memory holds two copies and no third: what
+a kill left beside the one that was gone back to is removed before the next is written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from anychip.train.memory.parts import (
     copy_name,
     record_name,
     shard_name,
+    step_of,
     write_part,
 )
 from anychip.train.memory.search import Found, fetch_missing, find_whole_copies
@@ -54,7 +57,7 @@ class MemoryCopies:
 
     def __init__(self, run: Path, peers: int, group: dist.ProcessGroup | None) -> None:
         self._group, self._ranks = group, Ranks(group)
-        self._hosts = Hosts.of_environment(self._ranks)
+        self._hosts, self._peers = Hosts.of_environment(self._ranks), peers
         self._folder = MemoryFolder(run, self._hosts, self._ranks)
         mirrors = [self._hosts.mirrors(rank, peers) for rank in range(self._ranks.size)]
         self._mirrors = mirrors[self._ranks.rank]
@@ -64,6 +67,10 @@ class MemoryCopies:
         # A copy has a name that no other has, whoever wrote it before, so that parts of two are never taken together.
         self._start = self._ranks.broadcast(secrets.token_hex(ATTEMPT_DIGITS // 2 - 4))
         self._copies = 0
+        # The copy to go back to, "" for none; None until it is decided what training goes on from.
+        self._good: str | None = None
+        self._keep_older = False  # those before it too: it is not on enough hosts
+        self._tidy = False  # nothing else is left in the folder
         self._thread: threading.Thread | None = None
         self._task = alive.Task()  # of the thread
         self._failure: AnychipError | None = None
@@ -134,6 +141,7 @@ class MemoryCopies:
         """The state comes from elsewhere: no copy so far is of what is trained from here on."""
         self.wait()
         self._folder.renew()
+        self._go_on_from("", keep_older=False)
 
     def remove(self) -> None:
         """The run is over, its last state is elsewhere."""
@@ -152,9 +160,33 @@ class MemoryCopies:
 
         Raises InputError when the copy does not fit `wanted`, UnfitError when what arrives is damaged.
         """
-        return fetch_missing(found, self._folder.path, wanted, part, self._hosts, self._ranks, self._group)
+        info = fetch_missing(found, self._folder.path, wanted, part, self._hosts, self._ranks, self._group)
+        # A kill may have come before enough hosts had all of it: if one is lost now, an older one may be the newest.
+        enough = min(self._peers + 1, len(self._hosts.ranks_on))
+        self._go_on_from(found.name, keep_older=any(len(hosts) < enough for hosts in found.holders.values()))
+        return info
 
     # Inside
+
+    def _go_on_from(self, good: str, *, keep_older: bool) -> None:
+        self._good, self._keep_older, self._tidy = good, keep_older, False
+
+    def _make_room(self) -> None:
+        """Remove what earlier processes left beside the copy to go back to, before anyone on this host writes."""
+        good = self._good
+        if self._tidy or good is None:
+            return
+        self._remove(lambda name: name != good and not (self._keep_older and step_of(name) < step_of(good)))
+        self._ranks.exchange("")
+        self._tidy = True
+
+    def _remove(self, unwanted: Callable[[str], bool]) -> None:
+        """On this host."""
+        if self._hosts.is_leader:
+            with suppress(OSError):
+                for path in copies_in(self._folder.path):
+                    if unwanted(path.name):
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _write(
         self, step: int, attempt: str, extra: dict[str, Any], parts: SaveParts, staged: Mapping[Any, Tensor]
@@ -162,6 +194,7 @@ class MemoryCopies:
         """Write, send, receive, verify; the copy is there for all or for none."""
         me, directory = self._ranks.rank, self._folder.path / copy_name(step, attempt)
         problem, sizes = "", [0, 0]
+        self._make_room()
         try:
             record = write_part(directory, step, attempt, (me, self._ranks.size), extra, parts, staged.__getitem__)
             sizes = [record.file.nbytes if record.file else 0, len(record.to_bytes())]
@@ -172,11 +205,11 @@ class MemoryCopies:
         if not any(problems):
             problems = self._ranks.exchange(self._mirror(directory, [sizes for _, sizes in told]))
         whole = not any(problems)
-        if self._hosts.is_leader:
-            for other in copies_in(self._folder.path):
-                if (other != directory) == whole:
-                    shutil.rmtree(other, ignore_errors=True)
-        if not whole:
+        self._remove(lambda name: (name != directory.name) == whole)
+        if whole:
+            self._good, self._tidy = directory.name, True
+        else:
+            self._keep_older = self._tidy = False  # it may have been their room that it lacked
             first = next(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
             raise CheckpointError(
                 f"copy of step {step} in memory could not be made: {first.rstrip('.')}.",

@@ -78,6 +78,10 @@ def copy_name(step: int, attempt: str) -> str:
     return f"{step_name(step)}-{attempt}"
 
 
+def step_of(copy: str) -> int:
+    return int(copy.split("-")[1])
+
+
 def shard_name(rank: int) -> str:
     return f"rank-{rank:04d}.safetensors"
 
