@@ -97,12 +97,6 @@ class Generation:
             self._begin_log(log)
         self.heartbeats.mkdir(parents=True, exist_ok=True)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        try:
-            for rank, slot in zip(self.ranks, place.slots, strict=True):
-                self._processes[rank] = self._start(rank, slot, command)
-        except BaseException:
-            self._end_processes()
-            raise
         self._memory, self._deaths = MemoryKills(), dict[int, Death]()
         self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
         self._steps_read = dict.fromkeys(self.ranks, 0)
@@ -110,6 +104,12 @@ class Generation:
         if 0 in self._logs:
             self._shown = self._logs[0].open("rb")
             self._shown.seek(0, os.SEEK_END)
+        try:
+            for rank, slot in zip(self.ranks, place.slots, strict=True):
+                self._processes[rank] = self._start(rank, slot, command)
+        except BaseException:
+            self.kill()
+            raise
 
     def _begin_log(self, path: Path) -> None:
         with path.open("ab", buffering=0) as log:
