@@ -23,6 +23,7 @@ from anychip.recipe.schema import (
 )
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.copies import Difference
 from anychip.train.guard import BadSteps, Guard, GuardState
 from anychip.train.loop import run_training
 
@@ -182,6 +183,16 @@ def test_a_damaged_record_of_left_out_batches_is_refused(text: str, tmp_path: Pa
     run.skipped.write_text(text)
     with pytest.raises(InputError, match=r"skipped\.json"):
         DataCursor.of_run(run)
+
+
+def test_copies_without_a_majority_are_counted_beside_rollbacks(tmp_path: Path) -> None:
+    bad_steps = BadSteps(GuardConfig(on_bad_step="rollback", patience=2), tmp_path / "guard.jsonl", writes=True)
+    differs = [Difference("norm", (1,), (0, 1, 2)), Difference("head", (), (0, 1))]
+    assert bad_steps.react(1, 0, "loss is nan", "none", [], 1) == "rollback"
+    assert bad_steps.heal(2, differs, 0)
+    bad_steps.go_back(differs)
+    with pytest.raises(UnfitError, match=r"head differs between ranks 0, 1, .* times that this was so: 2"):
+        bad_steps.go_back(differs)
 
 
 def test_a_full_disk_costs_the_record_and_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
