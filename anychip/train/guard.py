@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,10 +157,17 @@ class BadSteps:
         row = json.dumps({"step": step, "problem": problem, "action": action, **more})
         with where_there_is_room(f"{self._log.name}: {row}"):
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as handle:
-                handle.write(row + "\n")
+            _append(self._log, row.encode() + b"\n")
         if action != "stop":
             print(f"step {step}: {problem}; {_SAID[action]}", flush=True)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Behind what a full disk left torn. That stays: other processes may have written behind it by now."""
+    with path.open("a+b") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
+        is_torn = handle.read(1) not in (b"", b"\n")
+        handle.write(b"\n" + line if is_torn else line)
 
 
 LOG_NAME = "guard.jsonl"

@@ -199,3 +199,15 @@ def test_a_full_disk_costs_the_record_and_not_the_run(capsys: pytest.CaptureFixt
     BadSteps(GuardConfig(), Path("/dev/full"), writes=True).leave_out(3, 2, "damaged", ["a.txt"])
     said = capsys.readouterr().out
     assert "No space left on device" in said and "a.txt" in said and "training goes on" in said
+
+
+def test_a_row_behind_a_torn_one_begins_a_line(tmp_path: Path) -> None:
+    bad_steps, log = BadSteps(GuardConfig(), tmp_path / "guard.jsonl", writes=True), tmp_path / "guard.jsonl"
+    bad_steps.leave_out(3, 2, "damaged", ["a.txt"])
+    with log.open("a") as handle:
+        handle.write('{"step": 4, "prob')
+    for step in 5, 6:
+        bad_steps.leave_out(step, step - 1, "damaged", ["b.txt"])
+    rows = log.read_text().splitlines()
+    assert rows.pop(1) == '{"step": 4, "prob'
+    assert [json.loads(row)["step"] for row in rows] == [3, 5, 6]
