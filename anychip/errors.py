@@ -47,7 +47,7 @@ class UnfitError(AnychipError):
 
 
 class SuspectError(UnfitError):
-    """The chip of this process computes wrongly, as others found; theirs do not (exit code 4). What supervises the
+    """This process alone is suspected of wrong results or of memory that changes (exit code 4). What supervises the
     process goes on without the chip."""
 
     exit_code = EXIT_SUSPECT

@@ -87,12 +87,12 @@ def _task(job: Job, number: int, first_node: int) -> dict[str, Any]:
     the starts of a job in an annotation."""
     group = job.groups[number]
     fields = {
-        "ANYCHIP_GENERATION": "metadata.annotations['volcano.sh/job-version']",
+        "ANYCHIP_JOB_VERSION": "metadata.annotations['volcano.sh/job-version']",
         **job.facts.scheduling.pod_fields,
     }
     pod = pod_spec(
         job, group, container="anychip", port_name="rendezvous", node=f'"$(({first_node} + VC_TASK_INDEX))"',
-        endpoint=f"{job.name}-{_task_name(0)}-0.{job.name}:{job.launch.port}", generation='"$ANYCHIP_GENERATION"',
+        endpoint=f"{job.name}-{_task_name(0)}-0.{job.name}:{job.launch.port}", generation='"$ANYCHIP_JOB_VERSION"',
         fields=fields,
     )  # fmt: skip
     spec = {"restartPolicy": "Never", **pod}

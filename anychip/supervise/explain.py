@@ -5,16 +5,18 @@ Everything is read as it was left, torn lines and all, by whoever was killed whi
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from anychip.rundir import TUNING_STAGES, RunDirectory
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
-from anychip.supervise.left import modified, rows_of, tail, written
+from anychip.supervise.left import is_cut, modified, rows_of, tail, written
 from anychip.supervise.processes import generation_number, heartbeat_folders
 from anychip.supervise.record import quarantined
 from anychip.supervise.watch import Beat, describe_last, process_state, read_beat
@@ -22,7 +24,8 @@ from anychip.train.checkpoint.directory import complete_steps
 from anychip.train.heartbeat_page import read_message
 
 _SHOWN = 5
-_LEMON = 3
+_LEMON, _LEMON_SECONDS = 3, 600.0  # as for the strikes after which the supervisor leaves a chip out
+_JUDGED = ("skip", "rollback", "stop")  # what the guard does after a step that it judged bad
 _AGAIN = "Start it again: it goes on from the newest good checkpoint."
 _CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", "connectFullMesh", "Broken pipe")
 
@@ -206,23 +209,34 @@ def _left_out(run: RunDirectory) -> list[str]:
 
 
 def _guard(logs: Path) -> list[str]:
-    rows = rows_of(logs / "guard.jsonl")
-    if not rows:
-        return []
-    last = rows[-1]
-    text = f"{len(rows)} steps were judged bad; the last: step {last.get('step')}, {last.get('problem')}."
-    documents = last.get("documents")
-    if not isinstance(documents, list) or not documents:
-        return [text]
-    return [text, f"  Its documents: {', '.join(map(str, documents[:_SHOWN]))}"]
+    """Bad steps, then what else it wrote down: damaged data, and faults of chips and memory."""
+    path = logs / "guard.jsonl"
+    rows, at_least = rows_of(path), "at least " if is_cut(path) else ""
+    judged = [row for row in rows if row.get("action") in _JUDGED]
+    others = [row for row in rows if row.get("action") not in _JUDGED]
+    lines = []
+    if judged:
+        last, documents = judged[-1], judged[-1].get("documents")
+        lines.append(f"Steps judged bad: {at_least}{len(judged)}; the last: {_step_and_problem(last)}.")
+        if isinstance(documents, list) and documents:
+            lines.append(f"  Its documents: {', '.join(map(str, documents[:_SHOWN]))}")
+    if others:
+        lines.append(
+            f"Other findings of the guard: {at_least}{len(others)}; the last: {_step_and_problem(others[-1])}."
+        )
+    return lines
+
+
+def _step_and_problem(row: dict[str, Any]) -> str:
+    return f"step {row.get('step')}, {row.get('problem')}"
 
 
 def _advice(run: RunDirectory, incidents: Sequence[Incident]) -> str:
-    worst = Counter((i.node, i.rank) for i in incidents if i.kind in ("crash", "hang")).most_common(1)
+    ends = [incident for incident in incidents if incident.kind != "slow"]
+    worst = Counter((i.node, i.rank) for i in _last_failures(ends)).most_common(1)
     if worst and worst[0][1] >= _LEMON:
         (node, rank), count = worst[0]
         return f"rank {rank} on {node} failed {count} times: take its chip out and run `anychip doctor` there."
-    ends = [incident for incident in incidents if incident.kind != "slow"]
     if ends and (advise := _ADVICE.get(ends[-1].kind)):
         return advise(ends[-1])
     slow = [incident for incident in incidents if incident.kind == "slow"]
@@ -231,6 +245,22 @@ def _advice(run: RunDirectory, incidents: Sequence[Incident]) -> str:
     if _stop_of_guard(run.logs):
         return "look at the documents above; start again with a lower learning rate or guard.on_bad_step=rollback."
     return _AGAIN
+
+
+def _last_failures(ends: Sequence[Incident]) -> list[Incident]:
+    """Crashes and hangs of the minutes up to the last incident, if that is one of them."""
+    failures = [incident for incident in ends if incident.kind in ("crash", "hang")]
+    if not failures or failures[-1] is not ends[-1]:
+        return []
+    return [incident for incident in failures if abs(_at(ends[-1]) - _at(incident)) < _LEMON_SECONDS]
+
+
+def _at(incident: Incident) -> float:
+    """NaN for a time that makes no sense."""
+    try:
+        return datetime.fromisoformat(incident.time).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return math.nan
 
 
 def _of_hang(incident: Incident) -> str:

@@ -75,7 +75,7 @@ class Incident:
         if self.kind == "disk":
             return f"ended because the disk did not take what it wrote ({last})"
         if self.kind == "suspect":
-            return "computes wrongly, as replays of its work by others showed,"
+            return "was the one suspected of wrong results or of memory that changes,"
         if self.code is not None and self.code < 0:
             return f"was killed by {_signal_name(-self.code)}"
         return f"ended with exit code {self.code} ({last})"

@@ -33,6 +33,14 @@ def tail(path: Path) -> str:
         return ""
 
 
+def is_cut(path: Path) -> bool:
+    """Whether a file is longer than its `tail`."""
+    try:
+        return path.stat().st_size > _TAIL_BYTES
+    except OSError:
+        return False
+
+
 def modified(path: Path) -> float:
     try:
         return path.stat().st_mtime

@@ -23,8 +23,8 @@ from anychip.supervise.channel import read_token
 from anychip.supervise.coordinating import CoordinatorProcess
 from anychip.supervise.coordinator import Hosts, Terms, job_id
 from anychip.supervise.decide import Policy
+from anychip.supervise.lock import only_supervisor
 from anychip.supervise.processes import train_command
-from anychip.supervise.record import only_coordinator
 from anychip.supervise.run import Limits, Supervisor, check_layout, is_possible, stop_signals
 from anychip.supervise.wire import Client, Server
 from anychip.train.output import where_there_is_room
@@ -70,7 +70,7 @@ def coordinate(recipe: Recipe, run: RunDirectory, place: Place, terms: Terms, li
     """Be the coordinator until the run is over. Raises RunFailed when it failed, InputError for what cannot work."""
     token, job = read_token(place.token_file), job_id(recipe, run)
     address, port = own_address(place), place.coordinator[1]
-    with only_coordinator(run), stop_signals() as stop:
+    with only_supervisor(run), stop_signals() as stop:
         try:
             server = Server(address, port, token)
         except OSError as error:

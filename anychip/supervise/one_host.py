@@ -11,6 +11,7 @@ from anychip.errors import InputError
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips
+from anychip.supervise.lock import only_supervisor
 from anychip.supervise.processes import Generation, Place, Running, next_number, open_store, train_command
 from anychip.supervise.run import Limits, Stop, Supervisor, check_layout, is_possible, stop_signals
 
@@ -26,13 +27,14 @@ def supervise(
     min_processes: int = 0,
 ) -> None:
     """Run `anychip train ARGUMENTS` in this many processes until it is done; with fewer than `min_processes` (0: than
-    `processes`) it is never tried. Raises RunFailed when it cannot be done, InputError for what cannot work."""
+    `processes`) it is never tried. Raises RunFailed when it cannot be done, InputError for what cannot work,
+    and while another supervisor holds the run."""
     if min_processes > processes:
         do = f"Give at most {processes}."
         raise InputError(f"{min_processes} is more than --processes {processes}.", where="--min-processes", do=do)
     check_layout(recipe, processes)
     chips = Chips(list(range(processes)), min_processes or processes, lambda count: is_possible(recipe, count))
-    with stop_signals() as stop:
+    with only_supervisor(run), stop_signals() as stop:
         Supervisor(run, OneHost(run, chips, train_command(arguments)), limits, stop).run()
 
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from anychip.parallel.layout import PREFIX_VARIABLE
 from anychip.parallel.messages import Message
 from anychip.rundir import RunDirectory
 from anychip.supervise.decide import kind_of_exit
+from anychip.supervise.left import tail
 from anychip.supervise.out_of_memory import MemoryKills
 from anychip.supervise.watch import Beat, Watched, process_state, read_beat, training_stack
 from anychip.train.heartbeat import FOLDER_VARIABLE
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 0.3
 _LAST_LINES = 15
+_KEPT_HEARTBEATS = 16  # generations; long enough that none of an older one is alive
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,9 @@ class Generation:
         for log in self._logs.values():
             self._begin_log(log)
         self.heartbeats.mkdir(parents=True, exist_ok=True)
+        if place.first_rank == 0:  # of all hosts one
+            forget_old_heartbeats(run)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        try:
-            for rank, slot in zip(self.ranks, place.slots, strict=True):
-                self._processes[rank] = self._start(rank, slot, command)
-        except BaseException:
-            self._end_processes()
-            raise
         self._memory, self._deaths = MemoryKills(), dict[int, Death]()
         self._dumped = dict.fromkeys(self.ranks, 0)  # bytes of stacks that were there before SIGUSR1
         self._steps_read = dict.fromkeys(self.ranks, 0)
@@ -110,6 +109,12 @@ class Generation:
         if 0 in self._logs:
             self._shown = self._logs[0].open("rb")
             self._shown.seek(0, os.SEEK_END)
+        try:
+            for rank, slot in zip(self.ranks, place.slots, strict=True):
+                self._processes[rank] = self._start(rank, slot, command)
+        except BaseException:
+            self.kill()
+            raise
 
     def _begin_log(self, path: Path) -> None:
         with path.open("ab", buffering=0) as log:
@@ -187,10 +192,7 @@ class Generation:
         return self.heartbeats / f"rank-{rank:05d}{suffix}"
 
     def last_lines(self, rank: int) -> list[str]:
-        try:
-            lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
+        lines = tail(self._logs[rank]).splitlines()
         begun = max((at for at, line in enumerate(lines) if line.startswith("--- generation ")), default=-1)
         return [line for line in lines[begun + 1 :] if line.strip()][-_LAST_LINES:]
 
@@ -269,6 +271,12 @@ def heartbeat_folders(run: RunDirectory) -> list[Path]:
     """Those of all generations, the newest last."""
     folders = (run.logs / "heartbeats").glob("generation-*")
     return sorted(filter(generation_number, folders), key=generation_number)
+
+
+def forget_old_heartbeats(run: RunDirectory) -> None:
+    """The newest stay, whose numbers the next one follows."""
+    for folder in heartbeat_folders(run)[:-_KEPT_HEARTBEATS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def next_number(run: RunDirectory) -> int:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from anychip.errors import InputError
@@ -19,7 +15,7 @@ from anychip.supervise.lines import Lines
 from anychip.supervise.members import Share
 from anychip.train.output import where_there_is_room
 
-_NAME, _LOCK = "coordinator.json", "coordinator.lock"
+_NAME = "coordinator.json"
 GENERATIONS_LOG = "generations.jsonl"
 
 
@@ -84,23 +80,3 @@ def quarantined(run: RunDirectory) -> dict[str, str]:
 def fence_of(run: RunDirectory, generation: int) -> str:
     """What processes of this generation compare themselves with (see anychip/train/fence.py)."""
     return f"{generation}:{(run.root / _NAME).resolve()}"
-
-
-@contextmanager
-def only_coordinator(run: RunDirectory) -> Iterator[None]:
-    """Hold the run. Raises InputError while another coordinator does, where the file system has locks."""
-    run.root.mkdir(parents=True, exist_ok=True)
-    path: Path = run.root / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                "another coordinator holds this run.", where=path, do="One run, one coordinator."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ class BadSteps:
     """What the policy makes of a bad step, and of copies that differ. `log` is a file for one line of JSON each."""
 
     def __init__(self, config: GuardConfig, log: Path, *, writes: bool) -> None:
-        self._config, self._log, self._writes, self._rollbacks = config, log, writes, 0
+        self._config, self._log, self._writes = config, log, writes
+        self._rollbacks, self._undecided = 0, 0
         self._strikes: Counter[int] = Counter()
 
     def react(
@@ -130,29 +132,42 @@ class BadSteps:
         return action
 
     def heal(self, step: int, differences: Sequence[Difference], rank: int) -> bool:
-        """Write down what copies differed after `step`; those outvoted are right again. Returns whether some were not
-        decided, so that all processes must go back to the newest checkpoint. Raises UnfitError when that goes on."""
+        """Write down what copies differed after `step`; those outvoted are right again. Returns whether some that this
+        process holds were not decided: then all processes call `go_back`."""
         for difference in differences:
             if rank == difference.reporter:
                 row = {"ranks": list(difference.wrong or difference.holders), "tensor": difference.name}
                 self._record(step, difference.describe(), "repair" if difference.wrong else "reload", row)
-        undecided = any(not difference.wrong for difference in differences)
-        self._rollbacks += undecided
-        if self._rollbacks >= self._config.patience:
-            raise UnfitError(
-                f"Training stopped: {differences[0].describe()}, and not for the first time.",
-                do="Take one of these chips out, and run `anychip doctor` on their hosts.",
-            )
-        return undecided
+        return any(not difference.wrong for difference in differences)
+
+    def go_back(self, differences: Sequence[Difference]) -> None:
+        """All processes go back to the newest checkpoint, those too that hold none of what was not decided. Raises
+        UnfitError, on all of them, when that goes on."""
+        self._undecided += 1
+        if self._undecided < self._config.patience:
+            return
+        here = [difference.describe() for difference in differences if not difference.wrong]
+        what = here[0] if here else "copies on other ranks differ, and no majority says which is right"
+        raise UnfitError(
+            f"Training stopped: {what}; times that this was so: {self._undecided}.",
+            do=f"Take out one of the chips whose ranks logs/{LOG_NAME} names, and run `anychip doctor` on their hosts.",
+        )
 
     def _record(self, step: int, problem: str, action: str, more: Mapping[str, object]) -> None:
         row = json.dumps({"step": step, "problem": problem, "action": action, **more})
         with where_there_is_room(f"{self._log.name}: {row}"):
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as handle:
-                handle.write(row + "\n")
+            _append(self._log, row.encode() + b"\n")
         if action != "stop":
             print(f"step {step}: {problem}; {_SAID[action]}", flush=True)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Behind what a full disk left torn. That stays: other processes may have written behind it by now."""
+    with path.open("a+b") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
+        is_torn = handle.read(1) not in (b"", b"\n")
+        handle.write(b"\n" + line if is_torn else line)
 
 
 LOG_NAME = "guard.jsonl"

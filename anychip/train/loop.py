@@ -277,8 +277,8 @@ def _compare(
     if copies is None:
         return "equal"
     differences = copies.compare()
-    undecided = bad_steps.heal(step, differences, processes.rank)
-    if processes.any(undecided):
+    if processes.any(bad_steps.heal(step, differences, processes.rank)):
+        bad_steps.go_back(differences)
         return "reload"
     return "recompute" if processes.any(bool(differences)) else "equal"
 

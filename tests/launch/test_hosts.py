@@ -128,7 +128,7 @@ def test_a_pods_command_starts_its_node(tmp_path: Path, kind: str) -> None:
     port = container["ports"][0]["containerPort"]
     command = [word.replace("tiny-nodes0-0.tiny", "127.0.0.2") for word in container["command"]]
     own = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
-    operator = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port), "ANYCHIP_GENERATION": "5", "WORLD_SIZE": "2"}
+    operator = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port), "ANYCHIP_JOB_VERSION": "5", "WORLD_SIZE": "2"}
     pods = [
         subprocess.Popen(
             command,

@@ -18,6 +18,7 @@ from anychip.launch.manifest import check, manifest_text
 from anychip.launch.write import MANIFESTS, write
 from anychip.recipe import parse_recipe
 from anychip.recipe.cluster import Cluster
+from anychip.train.fence import GENERATION_VARIABLE, LEASE_VARIABLE
 
 KINDS = sorted(MANIFESTS)
 
@@ -138,7 +139,13 @@ def test_every_start_meets_under_its_own_id() -> None:
     assert first != second
     environment = container("volcano", manifest("volcano"))["env"]
     generation = {"fieldRef": {"fieldPath": "metadata.annotations['volcano.sh/job-version']"}}
-    assert {"name": "ANYCHIP_GENERATION", "valueFrom": generation} in environment
+    assert {"name": "ANYCHIP_JOB_VERSION", "valueFrom": generation} in environment
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_variable_of_a_pod_is_one_that_fences_training(kind: str) -> None:
+    names = {entry["name"] for entry in container(kind, manifest(kind))["env"]}
+    assert not names & {GENERATION_VARIABLE, LEASE_VARIABLE}
 
 
 def test_one_node_has_no_workers() -> None:

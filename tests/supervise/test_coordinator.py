@@ -13,7 +13,7 @@ from fake_hosts import FakeAgent, Script, World
 from anychip.errors import InputError
 from anychip.supervise.far_processes import Link
 from anychip.supervise.incidents import read_incidents
-from anychip.supervise.record import Record, only_coordinator
+from anychip.supervise.record import Record
 from anychip.supervise.run import RunFailed
 
 
@@ -336,15 +336,6 @@ def test_whatever_happens_one_generation_at_a_time_and_the_run_ends(
 
     world.play(script(), 3000.0)
     assert history == sorted(set(history))
-
-
-def test_one_coordinator_a_run(world: World) -> None:
-    with (
-        only_coordinator(world.run),
-        pytest.raises(InputError, match="another coordinator"),
-        only_coordinator(world.run),
-    ):
-        pass
 
 
 def test_a_record_that_makes_no_sense_is_refused(world: World) -> None:

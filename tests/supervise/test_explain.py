@@ -82,6 +82,11 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 
         (incident("disk", code=5), "the disk did not take what it wrote", "make room"),
         (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
         (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
+        (
+            incident("suspect", code=4, action="shrink"),
+            "was the one suspected of wrong results or of memory that changes, in step 41",
+            "`anychip probe` on node-7",
+        ),
         (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
         (incident("of tomorrow"), "rank 5", "Start it again"),
     ],
@@ -99,6 +104,16 @@ def test_one_that_fails_again_and_again_is_to_be_taken_out(run: RunDirectory) ->
     for _ in range(3):
         IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-11))
     assert "rank 5 on node-7 failed 3 times: take its chip out" in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(slow_incident(Slow(3, 20, 24, 2.5, 0.6, "data"), 3, 99, "node-2"))
+    assert "take its chip out" in explain(run)
+    IncidentLog(run.logs / LOG_NAME).note(incident("bad_input", code=2, detail=["anychip: no such file"]))
+    assert "mend this before the next start: anychip: no such file" in explain(run)
+
+
+def test_failures_far_apart_are_no_reason_to_take_a_chip_out(run: RunDirectory) -> None:
+    for when in ["2026-03-01T09:40:00+00:00", "2026-03-01T09:55:00+00:00", "soon", "2026-03-01T10:00:00+00:00"]:
+        IncidentLog(run.logs / LOG_NAME).note(incident("crash", code=-9, time=when))
+    assert "find out who killed it" in explain(run).splitlines()[-1]
 
 
 def test_a_run_under_torchrun_is_explained_by_its_logs(run: RunDirectory) -> None:
@@ -203,6 +218,20 @@ def test_a_stop_by_the_guard_names_documents(run: RunDirectory) -> None:
     text = explain(run)
     assert "step 9, loss is nan" in text and "words/3, words/8" in text
     assert "look at the documents" in text.splitlines()[-1]
+
+
+def test_only_what_was_judged_bad_is_counted_as_such(run: RunDirectory) -> None:
+    path = run.logs / "guard.jsonl"
+    actions = ["skip", "repair", "rollback", "recompute", "reload", "leave_out"]
+    rows = [{"step": step, "problem": f"it {action}", "action": action} for step, action in enumerate(actions, 1)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    assert "Steps judged bad: 2; the last: step 3, it rollback." in explain(run)
+    assert "Other findings of the guard: 4; the last: step 6, it leave_out." in explain(run)
+    path.write_text(text + "x" * (1 << 16) + "\n" + text)
+    assert "Steps judged bad: at least 2;" in explain(run)
+    path.write_text(json.dumps(rows[1]))
+    assert "judged bad" not in explain(run)
 
 
 def test_a_run_that_ended_needs_nothing(run: RunDirectory) -> None:

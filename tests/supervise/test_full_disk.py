@@ -246,6 +246,29 @@ def test_a_generation_without_room_starts_nothing_and_leaves_nothing(disk: Path,
     assert not heartbeat_folder(run, 1).exists()
 
 
+def test_a_generation_whose_log_cannot_be_read_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start, whole = subprocess.Popen, Path.open
+
+    def noted(*inputs: Any, **named: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*inputs, **named))
+        return started[-1]
+
+    def opened(self: Path, mode: str = "r", *inputs: Any, **named: Any) -> Any:
+        if (self.name, mode) == ("rank-00000.log", "rb"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return whole(self, mode, *inputs, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setattr(Path, "open", opened)
+    place = Place([0, 1], 0, 2, 0, 1, "127.0.0.1", 1, "x")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        Generation(1, place, ["/bin/sleep", "60"], RunDirectory(tmp_path))
+    assert all(process.poll() is not None for process in started)
+
+
 def test_a_process_begins_no_heartbeat_that_its_memory_would_end(disk: Path) -> None:
     """A page that is mapped and has no place on the disk is the end of who writes into it (SIGBUS)."""
     folder = disk / "heartbeats"

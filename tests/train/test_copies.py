@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rank_pool import run_ranks
 from test_guard import STEPS, Tokens
 
+from anychip.errors import UnfitError
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import CheckpointConfig, GuardConfig, LogConfig, OptimizerConfig, ParallelConfig
 from anychip.train import loop
@@ -36,7 +37,7 @@ def test_one_flipped_bit_always_changes_the_digest(dtype: torch.dtype, data: st.
     assert int(digest(tensor)) != before
 
 
-def job_in(folder: Path, parallel: dict[str, Any]) -> TrainingJob:
+def job_in(folder: Path, parallel: dict[str, Any], patience: int) -> TrainingJob:
     return TrainingJob(
         title="copies",
         directory=folder,
@@ -54,11 +55,11 @@ def job_in(folder: Path, parallel: dict[str, Any]) -> TrainingJob:
         checkpoint=CheckpointConfig(save_interval=6, keep=0, asynchronous=False),
         log=LogConfig(interval=1, tensorboard=False),
         compute_dtype="fp32",
-        guard=GuardConfig(digest_interval=4),
+        guard=GuardConfig(digest_interval=4, patience=patience),
     )
 
 
-def train_with_a_flip(argument: tuple[Path, dict[str, Any], int | None, str, int]) -> None:
+def train_with_a_flip(argument: tuple[Path, dict[str, Any], int | None, str, int], patience: int = 10) -> None:
     """Rank `victim` finds bit `bit` of the first element of tensor `name` turned over after step 9."""
     folder, parallel, victim, name, bit = argument
     torch.set_num_threads(1)
@@ -75,7 +76,12 @@ def train_with_a_flip(argument: tuple[Path, dict[str, Any], int | None, str, int
         return done
 
     loop.train_step = step_with_a_flip  # type: ignore[assignment]
-    run_training(job_in(folder, parallel))
+    run_training(job_in(folder, parallel, patience))
+
+
+def stop_at_a_flip(argument: tuple[Path, dict[str, Any], int | None, str, int]) -> None:
+    with pytest.raises(UnfitError, match="no majority says which is right; times that this was so: 1"):
+        train_with_a_flip(argument, patience=1)
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,3 +126,9 @@ def test_copies_of_shards_are_compared_shard_by_shard(tmp_path: Path) -> None:
     run_ranks(4, train_with_a_flip, (tmp_path / "run", parallel, 3, name, 3), tmp_path)
     reloaded = [event for event in events(tmp_path / "run") if event["tensor"] == name]
     assert [(event["step"], event["ranks"], event["action"]) for event in reloaded] == [(12, [1, 3], "reload")]
+
+
+def test_all_ranks_stop_for_copies_that_two_of_them_hold(tmp_path: Path) -> None:
+    parallel, name = {"data_parallel_replicate": 2, "data_parallel_shard": 2}, "model.layers.0.mlp.gate_proj.weight"
+    run_ranks(4, stop_at_a_flip, (tmp_path / "run", parallel, 3, name, 3), tmp_path)
+    assert {tuple(event["ranks"]) for event in events(tmp_path / "run")} == {(1, 3)}

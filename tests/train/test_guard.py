@@ -23,6 +23,7 @@ from anychip.recipe.schema import (
 )
 from anychip.rundir import RunDirectory
 from anychip.train.checkpoint import CheckpointStore
+from anychip.train.copies import Difference
 from anychip.train.guard import BadSteps, Guard, GuardState
 from anychip.train.loop import run_training
 
@@ -184,7 +185,29 @@ def test_a_damaged_record_of_left_out_batches_is_refused(text: str, tmp_path: Pa
         DataCursor.of_run(run)
 
 
+def test_copies_without_a_majority_are_counted_beside_rollbacks(tmp_path: Path) -> None:
+    bad_steps = BadSteps(GuardConfig(on_bad_step="rollback", patience=2), tmp_path / "guard.jsonl", writes=True)
+    differs = [Difference("norm", (1,), (0, 1, 2)), Difference("head", (), (0, 1))]
+    assert bad_steps.react(1, 0, "loss is nan", "none", [], 1) == "rollback"
+    assert bad_steps.heal(2, differs, 0)
+    bad_steps.go_back(differs)
+    with pytest.raises(UnfitError, match=r"head differs between ranks 0, 1, .* times that this was so: 2"):
+        bad_steps.go_back(differs)
+
+
 def test_a_full_disk_costs_the_record_and_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     BadSteps(GuardConfig(), Path("/dev/full"), writes=True).leave_out(3, 2, "damaged", ["a.txt"])
     said = capsys.readouterr().out
     assert "No space left on device" in said and "a.txt" in said and "training goes on" in said
+
+
+def test_a_row_behind_a_torn_one_begins_a_line(tmp_path: Path) -> None:
+    bad_steps, log = BadSteps(GuardConfig(), tmp_path / "guard.jsonl", writes=True), tmp_path / "guard.jsonl"
+    bad_steps.leave_out(3, 2, "damaged", ["a.txt"])
+    with log.open("a") as handle:
+        handle.write('{"step": 4, "prob')
+    for step in 5, 6:
+        bad_steps.leave_out(step, step - 1, "damaged", ["b.txt"])
+    rows = log.read_text().splitlines()
+    assert rows.pop(1) == '{"step": 4, "prob'
+    assert [json.loads(row)["step"] for row in rows] == [3, 5, 6]

@@ -146,7 +146,7 @@ def chaos(
         step=striker.step,
         steps=steps,
         failed_saves=striker.failed_saves,
-        generations=len(striker.generations()),
+        generations=striker.newest(),
         facts=len(facts),
         seconds=time.monotonic() - started,
         broken=tuple(broken),

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from anychip.rundir import RunDirectory
 from anychip.supervise.chaos.hosts import RunningHosts
-from anychip.supervise.processes import heartbeat_folders
+from anychip.supervise.processes import heartbeat_folders, next_number
 from anychip.supervise.watch import Beat, process_state, read_beat
 from anychip.train.heartbeat import BEFORE_TRAINING
 
@@ -27,8 +27,12 @@ class Sight:
         self.broken: list[str] = []
 
     def generations(self) -> list[Path]:
-        """The folders of heartbeats, oldest first."""
+        """The folders of heartbeats that are left, oldest first."""
         return heartbeat_folders(self._run)
+
+    def newest(self) -> int:
+        """The number of the newest generation; 0 before there is one."""
+        return next_number(self._run) - 1
 
     def beat(self, rank: int) -> Beat | None:
         """The newest beat of a process of the newest generation that is alive and came to training."""
@@ -66,9 +70,9 @@ class Sight:
 
     @contextmanager
     def without_restart(self, what: str) -> Iterator[None]:
-        before = len(self.generations())
+        before = self.newest()
         yield
-        if len(self.generations()) != before:
+        if self.newest() != before:
             self.broken.append(f"{what} led to a restart")
 
     def check_alone(self) -> None:
@@ -81,7 +85,10 @@ class Sight:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("rank-*") if not path.suffix]
+    try:
+        return [path for path in folder.glob("rank-*") if not path.suffix]
+    except FileNotFoundError:  # old, and removed in this moment
+        return []
 
 
 def _is_rank_of(pid: int, folder: Path) -> bool:

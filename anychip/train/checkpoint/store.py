@@ -56,10 +56,6 @@ class SaveReport:
     seconds: float
     stall_seconds: float
 
-    @property
-    def gigabytes_per_second(self) -> float:
-        return self.nbytes / 1e9 / max(self.seconds, 1e-9)
-
 
 @dataclass(frozen=True)
 class CheckpointInfo:
