@@ -239,8 +239,8 @@ class Hosts:
         elif kind == "ended":
             link.hear_ended(int(message["generation"]))
         elif kind == "leaving":
-            if message["all"]:
-                self._stop.requests += 1
+            if message["all"]:  # one request, which this process may have been sent as well
+                self._stop.requests = max(1, self._stop.requests)
             self._let_leave(link)
 
     def _let_leave(self, link: Link) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hosts import FakeAgent, Script, World
@@ -146,6 +149,45 @@ def test_when_too_few_are_left_all_stop_with_130(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RunFailed) as failed:
         world.play(script())
     assert failed.value.exit_code == 130
+
+
+class Slow(FakeAgent):
+    """Its processes leave a second after they are asked to, unless they are killed before. `asked` are signals."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.asked: list[int] = []
+        self.leaves_at = math.inf
+
+    def step(self) -> None:
+        super().step()
+        if self.world.clock.now > self.leaves_at:
+            self.kind, self.codes, self.leaves_at = "preempted", dict.fromkeys(self.ranks, 130), math.inf
+
+    def obey(self, message: dict[str, Any]) -> None:
+        if message["kind"] != "signal":
+            super().obey(message)
+            return
+        self.asked.append(message["number"])
+        self.leaves_at = min(self.leaves_at, self.world.clock.now + 1)
+        if message["number"] == signal.SIGKILL:
+            self.die(-9)
+
+
+def test_one_request_to_a_host_is_one_also_when_the_coordinator_is_sent_it_as_well(world: World) -> None:
+    a = Slow(world, "a")
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a)
+        world.stop.requests += 1
+        a.say("leaving", all=True)
+        yield lambda: False
+
+    with pytest.raises(RunFailed) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert a.asked == [signal.SIGTERM]
 
 
 def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
