@@ -36,7 +36,8 @@ class Clock:
 
 
 class FakeAgent:
-    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears."""
+    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears; `leaving` is
+    what it says when it joins, for all hosts."""
 
     def __init__(self, world: World, name: str, slots: int = 1) -> None:
         self.world, self.name, self.slots = world, name, slots
@@ -48,7 +49,7 @@ class FakeAgent:
         self.over: int | None = None
         self.notes: list[str] = []
         self.started: list[int] = []
-        self.cut = self.deaf = self.frozen = False
+        self.cut = self.deaf = self.frozen = self.leaving = False
         self.job = world.job
 
     def step(self) -> None:
@@ -65,7 +66,7 @@ class FakeAgent:
         if self.joined != self.client.connected:
             self.joined = self.client.connected
             self.say("join", name=self.name, address="127.0.0.1", slots=self.slots, start=self.start_id, job=self.job,
-                     generation=self.generation, leaving=False)  # fmt: skip
+                     generation=self.generation, leaving=self.leaving, all=self.leaving)  # fmt: skip
         self.step_made += 1
         self.say("report", generation=self.generation, ranks=[self.row(rank) for rank in self.ranks_now()])
 

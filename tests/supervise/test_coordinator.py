@@ -190,6 +190,22 @@ def test_one_request_to_a_host_is_one_also_when_the_coordinator_is_sent_it_as_we
     assert a.asked == [signal.SIGTERM]
 
 
+def test_a_coordinator_that_dies_as_all_are_to_leave_is_told_so_by_the_host_that_joins_again(world: World) -> None:
+    a, b = world.agent("a"), world.agent("b")
+
+    def script() -> Script:
+        yield world.running(a, b)
+        a.leaving = True
+        a.client.close()
+        yield lambda: False
+
+    with pytest.raises(RunFailed) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert world.stop.requests == 1
+    assert a.started == b.started == [1]  # b did not go on alone
+
+
 def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
     a = world.agent("a")
     late: list[FakeAgent] = []
