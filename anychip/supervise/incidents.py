@@ -47,7 +47,9 @@ class Incident:
 
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
-        done = "It was killed." if self.kind == "overdue" else _DONE.get(self.action, self.action)
+        done = _DONE.get(self.action, self.action)
+        if self.kind == "overdue":
+            done = "It was killed." if self.action == "stop" else f"It was killed. {done}"
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
         if self.kind == "lost":
             place = f"host {self.node} (of rank {self.rank} on)"

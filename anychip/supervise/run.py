@@ -147,8 +147,8 @@ class Supervisor:
     def _watch(self, generation: Running) -> Incident | Literal["done", "regroup"]:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
-        watch, regroup_since = Watch(generation, self._limits.patience), None
-        stop_since: float | None = None
+        watch = Watch(generation, self._limits.patience)
+        asked_since: float | None = None  # to save and leave, for good or for another generation
         while True:
             generation.show()
             self._incidents.catch_up()
@@ -157,7 +157,9 @@ class Supervisor:
             silence = watch.silence()
             death = generation.death() or (generation.unreachable() if silence is not None else None)
             if death is not None:
-                return "regroup" if regroup_since and not self._stop.requests else self._died(generation, watch, death)
+                if death.kind == "preempted" and not self._stop.requests and (asked_since or self._fleet.change()):
+                    return "regroup"  # also when who is to leave was sent the signal with all its processes
+                return self._died(generation, watch, death)
             if silence is not None:
                 return self._hung(generation, watch, watch.hang(silence))
             for slow in watch.stragglers():
@@ -165,15 +167,13 @@ class Supervisor:
                 self._incidents.note(slow_incident(slow, generation.number, pid, node))
             self._pass_on_requests(generation)
             if self._stop.requests:
-                stop_since = stop_since or time.monotonic()
-                if time.monotonic() - stop_since > self._limits.grace_seconds:
-                    return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
-            if regroup_since is None and not self._stop.requests and (why := self._fleet.change()):
+                asked_since = asked_since or time.monotonic()
+            elif asked_since is None and (why := self._fleet.change()):
                 print(f"{why}: every process saves and leaves", file=sys.stderr, flush=True)
                 generation.signal(signal.SIGTERM)
-                regroup_since = time.monotonic()
-            if regroup_since and time.monotonic() - regroup_since > self._limits.grace_seconds:
-                return "regroup"
+                asked_since = time.monotonic()
+            if asked_since and time.monotonic() - asked_since > self._limits.grace_seconds:
+                return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
             generation.pause(_POLL_SECONDS)
 
     def _pass_on_requests(self, generation: Running) -> None:
@@ -198,6 +198,8 @@ class Supervisor:
     ) -> Incident:
         unit = self._fleet.unit(generation, beat.rank)
         action = self._policy.after(kind, unit, watch.step, time.monotonic())
+        if kind == "overdue" and self._stop.requests:
+            action = "stop"
         if action == "leave_out":
             suspect = kind == "suspect"  # with it every result would be wrong
             why = "its chip computes wrongly" if suspect else f"{kind} again and again"

@@ -221,6 +221,72 @@ def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
     assert kinds(world) == []  # nothing went wrong
 
 
+class Failing(FakeAgent):
+    """Asked to leave, its processes end with `code`; without one they do not end."""
+
+    def __init__(self, world: World, name: str, code: int | None, kind: str) -> None:
+        super().__init__(world, name)
+        self.end = code, kind
+
+    def obey(self, message: dict[str, Any]) -> None:
+        code, kind = self.end
+        if message["kind"] != "signal":
+            super().obey(message)
+        elif message["number"] == signal.SIGTERM and code is not None:
+            self.kind, self.codes = kind, dict.fromkeys(self.ranks, code)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(5, "disk"), (1, "error"), (-9, "oom"), (None, "overdue")])
+def test_a_failure_while_all_leave_for_a_late_host_is_written_down_and_all_start_again(
+    world: World, code: int | None, kind: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+    late: list[FakeAgent] = []
+
+    def script() -> Script:
+        yield world.running(a, number=1)
+        late.append(world.agent("b"))
+        yield world.running(a, late[0], number=2)
+        yield lambda: finish(a, late[0])
+
+    world.play(script())
+    assert kinds(world) == [(kind, "a", "restart")]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, "bad_input"), (3, "unfit")])
+def test_what_no_start_can_mend_ends_the_run_also_while_all_leave_for_a_late_host(
+    world: World, code: int, kind: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a, number=1)
+        world.agent("b")
+        yield lambda: False
+
+    with pytest.raises(RunFailed, match="the last line") as failed:
+        world.play(script())
+    assert failed.value.exit_code == code
+
+
+def test_a_host_whose_processes_are_asked_with_it_to_leave_is_done_without(world: World) -> None:
+    a, b = world.agent("a"), world.agent("b")
+
+    def script() -> Script:
+        yield world.running(a, b)
+        for agent in (a, b):  # they agree, after every step
+            agent.kind, agent.codes = "preempted", dict.fromkeys(agent.ranks, 130)
+        b.say("leaving", all=False)
+        yield world.running(a)
+        assert b.over == 130
+        yield lambda: finish(a)
+
+    world.play(script())
+    assert kinds(world) == []
+
+
 def test_a_host_that_fails_again_and_again_is_replaced_for_good(world: World) -> None:
     a, b, c = (world.agent(name) for name in "abc")
 
