@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from anychip.errors import EXIT_BAD_INPUT, EXIT_DISK, EXIT_SUSPECT, EXIT_UNFIT
 
 EXIT_STOPPED = 130
+STOP_CODES = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)  # of processes that are made to stop
 _LONGEST_WAIT_SECONDS = 60.0
 _STRIKES, _STRIKE_SECONDS = 3, 600.0
 _SAME_ERROR = 2

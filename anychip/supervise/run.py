@@ -18,7 +18,7 @@ from anychip.errors import EXIT_DISK, EXIT_UNFIT, AnychipError, InputError, is_o
 from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
-from anychip.supervise.decide import EXIT_STOPPED, Policy
+from anychip.supervise.decide import EXIT_STOPPED, STOP_CODES, Policy
 from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, slow_incident
 from anychip.supervise.processes import Death, Running
 from anychip.supervise.silences import Patience
@@ -134,7 +134,7 @@ class Supervisor:
 
     def _react(self, incident: Incident) -> None:
         self._incidents.note(incident)
-        if incident.action == "stop":
+        if incident.action in ("stop", "end"):
             raise _failure(incident)
         self._wait(self._policy.wait_seconds)
 
@@ -184,7 +184,7 @@ class Supervisor:
 
     def _died(self, generation: Running, watch: Watch, death: Death) -> Incident:
         kind = death.kind
-        if self._stop.requests and death.code is not None and death.code < 0:
+        if self._stop.requests and kind == "crash" and death.code in STOP_CODES:
             kind = "preempted"
         last = {beat.rank: beat for beat in generation.beats()}
         beat = last.get(death.rank, Beat(death.rank, death.pid, 0, "start", 0.0))
@@ -198,12 +198,12 @@ class Supervisor:
     ) -> Incident:
         unit = self._fleet.unit(generation, beat.rank)
         action = self._policy.after(kind, unit, watch.step, time.monotonic())
-        if kind == "overdue" and self._stop.requests:
-            action = "stop"
         if action == "leave_out":
             suspect = kind == "suspect"  # with it every result would be wrong
             why = "its chip computes wrongly" if suspect else f"{kind} again and again"
             action = self._fleet.leave_out(generation, beat.rank, why) or ("stop" if suspect else "restart")
+        if self._stop.requests and action != "stop":
+            action = "end"
         return Incident(
             kind=kind,
             generation=generation.number,
@@ -224,10 +224,11 @@ class Supervisor:
 
 def _failure(incident: Incident) -> RunFailed:
     if incident.kind == "preempted":
-        return RunFailed("Training was stopped and saved its state.", EXIT_STOPPED, do="Run it again to continue.")
-    if incident.kind == "overdue":
-        do = "What it had saved is intact: run it again to continue."
-        return RunFailed(f"Training was stopped by force: {incident.sentence()}", EXIT_STOPPED, do=do)
+        return RunFailed(incident.closing(), EXIT_STOPPED)
+    if incident.action == "end":
+        how = "by force" if incident.kind == "overdue" else "when this had happened"
+        do = "What was saved before is intact: run it again to continue."
+        return RunFailed(f"Training was stopped {how}: {incident.sentence()}", EXIT_STOPPED, do=do)
     code = incident.code if incident.code is not None and incident.code > 0 else 1
     code = EXIT_UNFIT if incident.kind == "suspect" else code
     last = incident.detail[-1] if incident.detail else ""

@@ -271,6 +271,37 @@ def test_what_no_start_can_mend_ends_the_run_also_while_all_leave_for_a_late_hos
     assert failed.value.exit_code == code
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "written", "said"),
+    [
+        (-9, "crash", "preempted", "stopped by force before all had saved. What was saved before is intact"),
+        (-15, "crash", "preempted", "stopped by force before all had saved. What was saved before is intact"),
+        (-11, "crash", "crash", "killed by SIGSEGV"),
+        (-9, "oom", "oom", "ran out of memory"),
+        (1, "error", "error", "ended with exit code 1"),
+        (130, "preempted", "preempted", "saved its state"),
+    ],
+)
+def test_how_a_run_that_was_asked_to_stop_ended_is_told_as_it_was(
+    world: World, code: int, kind: str, written: str, said: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a)
+        world.stop.requests += 1
+        yield lambda: False
+
+    with pytest.raises(RunFailed, match=said) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert ("saved its state" in str(failed.value)) == (code == 130)
+    (incident,) = read_incidents(world.run.logs / "incidents.jsonl")
+    assert incident.kind == written
+    assert "started again from" not in incident.sentence() and "would not help" not in incident.sentence()
+
+
 def test_a_host_whose_processes_are_asked_with_it_to_leave_is_done_without(world: World) -> None:
     a, b = world.agent("a"), world.agent("b")
 

@@ -75,14 +75,33 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 
         (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
         (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
         (
-            incident("overdue", state="S", phase="save", seconds=60.0),
+            incident("overdue", state="S", phase="save", seconds=60.0, action="end"),
             "had not saved and left 60 s after it was asked to; it was waiting in step 41, phase save. It was killed.",
             "--grace",
         ),
         (incident("disk", code=5), "the disk did not take what it wrote", "make room"),
         (incident("error", code=1, detail=["ValueError: {x}"]), "ended with exit code 1", "mend this before the next"),
         (incident("unfit", code=3, detail=["anychip: NaN"]), "ended with exit code 3", "anychip: NaN"),
-        (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
+        (
+            incident("preempted", code=130, detail=["saved"]),
+            "ended with exit code 130 (saved) in step 41, phase reduce. Training was stopped and saved its state.",
+            "Start it again",
+        ),
+        (
+            incident("preempted", code=-9),
+            "was killed by SIGKILL in step 41, phase reduce. Training was stopped by force before all had saved.",
+            "Start it again",
+        ),
+        (
+            incident("preempted", code=130, step=0),
+            "ended with exit code 130 (no message) before its first step. Training was stopped by force before all",
+            "Start it again",
+        ),
+        (
+            incident("crash", code=-11, action="end"),
+            "was killed by SIGSEGV in step 41, phase reduce. The run had been asked to stop, and was not started",
+            "`anychip doctor` on node-7",
+        ),
         (incident("of tomorrow"), "rank 5", "Start it again"),
     ],
 )
