@@ -129,6 +129,7 @@ class Agent:
                 "job": self._job,
                 "generation": self._generation.number if self._generation else 0,
                 "leaving": self._passed_on > 0,
+                "all": self._is_for_all,
             }
         )
 
@@ -258,7 +259,12 @@ class Agent:
         self._passed_on = self._stop.requests
         if self._passed_on > 1 or not self._client.ready:
             raise RunFailed("Stopped.", EXIT_STOPPED, do="Run it again to continue.")
-        self._client.send({"kind": "leaving", "all": self._coordinator is not None})
+        self._client.send({"kind": "leaving", "all": self._is_for_all})
+
+    @property
+    def _is_for_all(self) -> bool:
+        """Whether the run stops when this host is asked to: without it nobody would keep the coordinator alive."""
+        return self._coordinator is not None
 
 
 def _unstarted(rank: int, why: str) -> dict[str, Any]:

@@ -239,12 +239,12 @@ class Hosts:
         elif kind == "ended":
             link.hear_ended(int(message["generation"]))
         elif kind == "leaving":
-            if message["all"]:
-                self._stop.requests += 1
-            self._let_leave(link)
+            self._let_leave(link, everyone=bool(message["all"]))
 
-    def _let_leave(self, link: Link) -> None:
+    def _let_leave(self, link: Link, *, everyone: bool) -> None:
         """At once when it is a spare, with the end of the generation when it takes part."""
+        if everyone:  # one request, which this process may have been sent, or told, before
+            self._stop.requests = max(1, self._stop.requests)
         link.leaving = True
         self._members.went(link.name)
         if self._running is None or link.name not in {share.name for share in self._running.shares}:
@@ -274,7 +274,7 @@ class Hosts:
         self._tell_spare(link)
         self._answer(link, message)
         if message["leaving"]:
-            self._let_leave(link)
+            self._let_leave(link, everyone=bool(message["all"]))
 
 
 def job_id(recipe: Recipe, run: RunDirectory) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from anychip.errors import EXIT_BAD_INPUT, EXIT_DISK, EXIT_SUSPECT, EXIT_UNFIT
 
 EXIT_STOPPED = 130
+STOP_CODES = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)  # of processes that are made to stop
 _LONGEST_WAIT_SECONDS = 60.0
 _STRIKES, _STRIKE_SECONDS = 3, 600.0
 _SAME_ERROR = 2
@@ -51,13 +53,13 @@ class Policy:
         self._without_progress = 0 if progressed else self._without_progress + 1
         repeats = kind in ("error", "oom")  # what comes again without progress would come for ever
         self._errors = self._errors + 1 if repeats and not progressed else int(repeats)
-        if kind in ("bad_input", "unfit", "preempted", "overdue") or self._errors >= _SAME_ERROR:
+        if kind in ("bad_input", "unfit", "preempted") or self._errors >= _SAME_ERROR:
             return "stop"
         if self._without_progress > self.budget:
             return "stop"
         if kind == "suspect":
             return "leave_out"
-        if kind == "disk":  # another unit would do no better
+        if kind in ("disk", "overdue"):  # another unit would do no better
             return "restart"
         strikes = [at for at in self._strikes[unit] if now - at < _STRIKE_SECONDS] + [now]
         self._strikes[unit] = strikes

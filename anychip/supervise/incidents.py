@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from anychip.supervise.decide import EXIT_STOPPED
 from anychip.supervise.lines import Lines
 from anychip.supervise.stragglers import Slow
 
@@ -20,7 +21,7 @@ LOG_NAME = "incidents.jsonl"
 @dataclass(frozen=True)
 class Incident:
     """`kind`: crash, oom, hang, slow, error, disk, bad_input, unfit, suspect, preempted, overdue (asked to stop,
-    it did not) or lost (a host). `action`: restart, shrink, replace, stop or none.
+    it did not) or lost (a host). `action`: restart, shrink, replace, stop, end (the run was asked to stop) or none.
 
     `collective` is the last one the process began, in words. A slow one takes `times` as long as its fellows since step
     `since`, and the others wait for it for a share `lost` of the time.
@@ -47,13 +48,22 @@ class Incident:
 
     def sentence(self) -> str:
         """Which rank, where, what, when, and what was done."""
-        done = "It was killed." if self.kind == "overdue" else _DONE.get(self.action, self.action)
         place = f"rank {self.rank} (process {self.pid} on {self.node})"
         if self.kind == "lost":
             place = f"host {self.node} (of rank {self.rank} on)"
         when = f"in step {self.step}, phase {self.phase}" if self.step else "before its first step"
         last = f" Its last collective: {self.collective}." if self.collective else ""
-        return f"{self.time}: {place} {self._what()} {when}.{last} {done}".strip()
+        return f"{self.time}: {place} {self._what()} {when}.{last} {self.closing()}".strip()
+
+    def closing(self) -> str:
+        """What was done."""
+        done = _DONE.get(self.action, self.action)
+        if self.kind == "overdue":
+            return "It was killed." if self.action == "end" else f"It was killed. {done}"
+        if self.kind == "preempted":
+            # before the first step that is the code of an interrupt, after which nothing is saved
+            return _SAVED if self.code == EXIT_STOPPED and self.step else _FORCED
+        return done
 
     def _what(self) -> str:
         last = self.detail[-1] if self.detail else "no message"
@@ -118,8 +128,13 @@ _DONE = {
     "shrink": "It is left out; training went on with fewer processes.",
     "replace": "It is left out; a spare host took its place.",
     "stop": "The run was stopped: starting again would not help.",
+    "end": "The run had been asked to stop, and was not started again.",
     "none": "Training goes on.",
 }
+_SAVED = "Training was stopped and saved its state. Run it again to continue."
+_FORCED = (
+    "Training was stopped by force before all had saved. What was saved before is intact: run it again to continue."
+)
 
 
 class IncidentLog:

@@ -252,8 +252,8 @@ class Generation:
 
 def first_death(deaths: Sequence[Death]) -> Death:
     """The one of several deaths, of about the same time, that tells the cause: a lost host, a signal, a suspicion, a
-    refusal, then any other error, which may be but the loss of a fellow."""
-    order = {"lost": 0, "oom": 1, "crash": 1, "suspect": 2, "bad_input": 3, "unfit": 3, "disk": 3}
+    refusal, any other error, which may be but the loss of a fellow, and last who left because it was asked to."""
+    order = {"lost": 0, "oom": 1, "crash": 1, "suspect": 2, "bad_input": 3, "unfit": 3, "disk": 3, "preempted": 5}
     return min(deaths, key=lambda death: (order.get(death.kind, 4), death.rank))
 
 

@@ -18,7 +18,7 @@ from anychip.errors import EXIT_DISK, EXIT_UNFIT, AnychipError, InputError, is_o
 from anychip.parallel.layout import check_batch, resolve_layout
 from anychip.recipe import Recipe
 from anychip.rundir import RunDirectory
-from anychip.supervise.decide import EXIT_STOPPED, Policy
+from anychip.supervise.decide import EXIT_STOPPED, STOP_CODES, Policy
 from anychip.supervise.incidents import LOG_NAME, Incident, IncidentLog, slow_incident
 from anychip.supervise.processes import Death, Running
 from anychip.supervise.silences import Patience
@@ -134,7 +134,7 @@ class Supervisor:
 
     def _react(self, incident: Incident) -> None:
         self._incidents.note(incident)
-        if incident.action == "stop":
+        if incident.action in ("stop", "end"):
             raise _failure(incident)
         self._wait(self._policy.wait_seconds)
 
@@ -147,8 +147,8 @@ class Supervisor:
     def _watch(self, generation: Running) -> Incident | Literal["done", "regroup"]:
         """Until the generation is done, or something happened to it; then its processes are still as they were found,
         but for those that were woken to write their stacks."""
-        watch, regroup_since = Watch(generation, self._limits.patience), None
-        stop_since: float | None = None
+        watch = Watch(generation, self._limits.patience)
+        asked_since: float | None = None  # to save and leave, for good or for another generation
         while True:
             generation.show()
             self._incidents.catch_up()
@@ -157,7 +157,9 @@ class Supervisor:
             silence = watch.silence()
             death = generation.death() or (generation.unreachable() if silence is not None else None)
             if death is not None:
-                return "regroup" if regroup_since and not self._stop.requests else self._died(generation, watch, death)
+                if death.kind == "preempted" and not self._stop.requests and (asked_since or self._fleet.change()):
+                    return "regroup"  # also when who is to leave was sent the signal with all its processes
+                return self._died(generation, watch, death)
             if silence is not None:
                 return self._hung(generation, watch, watch.hang(silence))
             for slow in watch.stragglers():
@@ -165,15 +167,13 @@ class Supervisor:
                 self._incidents.note(slow_incident(slow, generation.number, pid, node))
             self._pass_on_requests(generation)
             if self._stop.requests:
-                stop_since = stop_since or time.monotonic()
-                if time.monotonic() - stop_since > self._limits.grace_seconds:
-                    return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
-            if regroup_since is None and not self._stop.requests and (why := self._fleet.change()):
+                asked_since = asked_since or time.monotonic()
+            elif asked_since is None and (why := self._fleet.change()):
                 print(f"{why}: every process saves and leaves", file=sys.stderr, flush=True)
                 generation.signal(signal.SIGTERM)
-                regroup_since = time.monotonic()
-            if regroup_since and time.monotonic() - regroup_since > self._limits.grace_seconds:
-                return "regroup"
+                asked_since = time.monotonic()
+            if asked_since and time.monotonic() - asked_since > self._limits.grace_seconds:
+                return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
             generation.pause(_POLL_SECONDS)
 
     def _pass_on_requests(self, generation: Running) -> None:
@@ -184,7 +184,7 @@ class Supervisor:
 
     def _died(self, generation: Running, watch: Watch, death: Death) -> Incident:
         kind = death.kind
-        if self._stop.requests and death.code is not None and death.code < 0:
+        if self._stop.requests and kind == "crash" and death.code in STOP_CODES:
             kind = "preempted"
         last = {beat.rank: beat for beat in generation.beats()}
         beat = last.get(death.rank, Beat(death.rank, death.pid, 0, "start", 0.0))
@@ -202,6 +202,8 @@ class Supervisor:
             suspect = kind == "suspect"  # with it every result would be wrong
             why = "its chip computes wrongly" if suspect else f"{kind} again and again"
             action = self._fleet.leave_out(generation, beat.rank, why) or ("stop" if suspect else "restart")
+        if self._stop.requests and action != "stop":
+            action = "end"
         return Incident(
             kind=kind,
             generation=generation.number,
@@ -222,10 +224,11 @@ class Supervisor:
 
 def _failure(incident: Incident) -> RunFailed:
     if incident.kind == "preempted":
-        return RunFailed("Training was stopped and saved its state.", EXIT_STOPPED, do="Run it again to continue.")
-    if incident.kind == "overdue":
-        do = "What it had saved is intact: run it again to continue."
-        return RunFailed(f"Training was stopped by force: {incident.sentence()}", EXIT_STOPPED, do=do)
+        return RunFailed(incident.closing(), EXIT_STOPPED)
+    if incident.action == "end":
+        how = "by force" if incident.kind == "overdue" else "when this had happened"
+        do = "What was saved before is intact: run it again to continue."
+        return RunFailed(f"Training was stopped {how}: {incident.sentence()}", EXIT_STOPPED, do=do)
     code = incident.code if incident.code is not None and incident.code > 0 else 1
     code = EXIT_UNFIT if incident.kind == "suspect" else code
     last = incident.detail[-1] if incident.detail else ""

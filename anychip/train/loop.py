@@ -208,7 +208,8 @@ def run_training(job: TrainingJob) -> int:
                 clock = _Clock(time.perf_counter(), step)
             if step == job.end or (job.eval_interval and step % job.eval_interval == 0):
                 _evaluate(job, engine, step, log, heartbeat, clock)
-            leaving = processes.any(stop.requested) or step == job.end
+            stopping = processes.any(stop.requested)
+            leaving = stopping or step == job.end
             due = saves.due(step, leaving)
             interval = job.guard.digest_interval
             if copies and interval and verdict == "equal" and (due or step % interval == 0):
@@ -226,6 +227,7 @@ def run_training(job: TrainingJob) -> int:
                 heartbeat.beat("save")
                 saves.save(step, cursor, last=leaving)
             if leaving:
+                stop.over = stopping
                 break
     heartbeat.beat("leave")
     processes.barrier()
@@ -233,7 +235,7 @@ def run_training(job: TrainingJob) -> int:
     heartbeat.close()
     if log:
         log.close()
-    if step < job.end:
+    if stop.over and step < job.steps:
         raise Stopped(f"Stopped at step {step} of {job.steps}, which is saved.", do="Run it again to continue.")
     return step
 
@@ -362,15 +364,22 @@ class _Prefetch:
 
 @dataclass
 class _Stop:
+    """`over`: the state of all processes is saved, because one was asked to stop."""
+
     requested: bool = False
+    over: bool = False
 
 
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM asks to stop after this step; a second one acts at once."""
+    """The first SIGINT or SIGTERM asks to stop after this step; a second one acts at once. Not so under a supervisor:
+    it passes on what may have reached this process too, and ends by itself, with SIGKILL, who is to end at once."""
     stop, previous = _Stop(), {}
+    supervised = FOLDER_VARIABLE in os.environ
 
     def request(number: int, frame: FrameType | None) -> None:
+        if stop.requested and supervised:
+            return
         if stop.requested:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -385,5 +394,5 @@ def _stop_requests() -> Iterator[_Stop]:
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, handler in previous.items():  # what is passed on late must not end a process that leaves
+            signal.signal(number, signal.SIG_IGN if supervised and stop.over else handler)

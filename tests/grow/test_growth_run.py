@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from tiny_run import finish, write_tiny_recipe
 
+from anychip.stages import open_run, run_stage
+from anychip.train import loop
 from anychip.train.checkpoint import CheckpointStore
 
 TOKENS_A_STEP = 32 * 4
@@ -80,3 +85,21 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(grown: Path, kept:
     finish(grown, "train", str(recipe))
     got = newest(run / "checkpoints")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_request_to_stop_in_the_last_step_of_a_model_is_not_forgotten(
+    grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = open_run(growing_recipe(grown, "asked"), [], grown / "runs")
+    run_stage("data", recipe, run)
+    train_step, steps = loop.train_step, list[int]()
+
+    def asked(*values: Any, **more: Any) -> Any:
+        steps.append(len(steps) + 1)
+        if steps[-1] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*values, **more)
+
+    monkeypatch.setattr(loop, "train_step", asked)
+    with pytest.raises(loop.Stopped, match="Stopped at step 4 of 12, which is saved"):
+        run_stage("train", recipe, run)

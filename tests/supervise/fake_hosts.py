@@ -36,8 +36,8 @@ class Clock:
 
 
 class FakeAgent:
-    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears,
-    `stalls` freezes it in its next start."""
+    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears, `stalls` freezes it in
+    its next start; `leaving` is what it says when it joins, for all hosts."""
 
     def __init__(self, world: World, name: str, slots: int = 1) -> None:
         self.world, self.name, self.slots = world, name, slots
@@ -49,7 +49,7 @@ class FakeAgent:
         self.over: int | None = None
         self.notes: list[str] = []
         self.started: list[int] = []
-        self.cut = self.deaf = self.frozen = self.stalls = False
+        self.cut = self.deaf = self.frozen = self.stalls = self.leaving = False
         self.given_up = 0  # what it ended for want of a lease, and has not told
         self.job = world.job
 
@@ -69,7 +69,7 @@ class FakeAgent:
         if self.joined != self.client.connected:
             self.joined, self.given_up = self.client.connected, 0
             self.say("join", name=self.name, address="127.0.0.1", slots=self.slots, start=self.start_id, job=self.job,
-                     generation=self.generation, leaving=False)  # fmt: skip
+                     generation=self.generation, leaving=self.leaving, all=self.leaving)  # fmt: skip
         if self.given_up:  # a connection that stays loses nothing
             self.say("ended", generation=self.given_up)
             self.given_up = 0

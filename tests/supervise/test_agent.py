@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from many_hosts import wait_for
@@ -40,6 +41,8 @@ class Coordinator:
         self.report: dict[str, Any] = {"generation": 0, "ranks": []}
         self.connection: Connection | None = None
         self.joins, self.heard = 0, list[dict[str, Any]]()
+        self.join: dict[str, Any] = {}
+        self.leaving: dict[str, Any] | None = None
         self.answers, self.lease = True, 2.0
         self.run, self.stop, self.ended = RunDirectory(folder / "run"), Stop(), "not yet"
         client = Client("127.0.0.1", self.server.port, TOKEN)
@@ -59,7 +62,10 @@ class Coordinator:
     def until(self, condition: Any) -> Any:
         def heard() -> Any:
             for connection, message in self.server.poll(0.01):
-                self.joins += message["kind"] == "join"
+                if message["kind"] == "join":
+                    self.joins, self.join = self.joins + 1, message
+                if message["kind"] == "leaving":
+                    self.leaving = message
                 self.connection = connection
                 self.heard.append(message)
                 if message["kind"] == "report":
@@ -197,6 +203,21 @@ def test_a_broken_connection_within_the_lease_ends_nothing(coordinator: Coordina
     coordinator.until(lambda: coordinator.joins == 2)
     coordinator.until(lambda: coordinator.report["generation"] == 7)
     assert alive(pids) == pids == coordinator.pids()
+
+
+@pytest.mark.parametrize("beside_the_coordinator", [False, True])
+def test_who_is_to_leave_is_said_again_on_a_new_connection(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, beside_the_coordinator: bool
+) -> None:
+    if beside_the_coordinator:
+        monkeypatch.setattr(coordinator.agent, "_coordinator", MagicMock(**{"keep_alive.return_value": None}))
+    coordinator.stop.requests = 1
+    coordinator.until(lambda: coordinator.leaving is not None)
+    assert coordinator.leaving is not None and coordinator.leaving["all"] == beside_the_coordinator
+    assert coordinator.connection is not None
+    coordinator.connection.close()
+    coordinator.until(lambda: coordinator.joins == 2)
+    assert coordinator.join["leaving"] and coordinator.join["all"] == beside_the_coordinator
 
 
 def test_a_second_request_acts_at_once_and_leaves_nothing(coordinator: Coordinator) -> None:

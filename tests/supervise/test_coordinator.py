@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,61 @@ def test_when_too_few_are_left_all_stop_with_130(monkeypatch: pytest.MonkeyPatch
     assert failed.value.exit_code == 130
 
 
+class Slow(FakeAgent):
+    """Its processes leave a second after they are asked to, unless they are killed before. `asked` are signals."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.asked: list[int] = []
+        self.leaves_at = math.inf
+
+    def step(self) -> None:
+        super().step()
+        if self.world.clock.now > self.leaves_at:
+            self.kind, self.codes, self.leaves_at = "preempted", dict.fromkeys(self.ranks, 130), math.inf
+
+    def obey(self, message: dict[str, Any]) -> None:
+        if message["kind"] != "signal":
+            super().obey(message)
+            return
+        self.asked.append(message["number"])
+        self.leaves_at = min(self.leaves_at, self.world.clock.now + 1)
+        if message["number"] == signal.SIGKILL:
+            self.die(-9)
+
+
+def test_one_request_to_a_host_is_one_also_when_the_coordinator_is_sent_it_as_well(world: World) -> None:
+    a = Slow(world, "a")
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a)
+        world.stop.requests += 1
+        a.say("leaving", all=True)
+        yield lambda: False
+
+    with pytest.raises(RunFailed) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert a.asked == [signal.SIGTERM]
+
+
+def test_a_coordinator_that_dies_as_all_are_to_leave_is_told_so_by_the_host_that_joins_again(world: World) -> None:
+    a, b = world.agent("a"), world.agent("b")
+
+    def script() -> Script:
+        yield world.running(a, b)
+        a.leaving = True
+        a.client.close()
+        yield lambda: False
+
+    with pytest.raises(RunFailed) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert world.stop.requests == 1
+    assert a.started == b.started == [1]  # b did not go on alone
+
+
 def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
     a = world.agent("a")
     late: list[FakeAgent] = []
@@ -205,6 +262,103 @@ def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
 
     world.play(script())
     assert kinds(world) == []  # nothing went wrong
+
+
+class Failing(FakeAgent):
+    """Asked to leave, its processes end with `code`; without one they do not end."""
+
+    def __init__(self, world: World, name: str, code: int | None, kind: str) -> None:
+        super().__init__(world, name)
+        self.end = code, kind
+
+    def obey(self, message: dict[str, Any]) -> None:
+        code, kind = self.end
+        if message["kind"] != "signal":
+            super().obey(message)
+        elif message["number"] == signal.SIGTERM and code is not None:
+            self.kind, self.codes = kind, dict.fromkeys(self.ranks, code)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(5, "disk"), (1, "error"), (-9, "oom"), (None, "overdue")])
+def test_a_failure_while_all_leave_for_a_late_host_is_written_down_and_all_start_again(
+    world: World, code: int | None, kind: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+    late: list[FakeAgent] = []
+
+    def script() -> Script:
+        yield world.running(a, number=1)
+        late.append(world.agent("b"))
+        yield world.running(a, late[0], number=2)
+        yield lambda: finish(a, late[0])
+
+    world.play(script())
+    assert kinds(world) == [(kind, "a", "restart")]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, "bad_input"), (3, "unfit")])
+def test_what_no_start_can_mend_ends_the_run_also_while_all_leave_for_a_late_host(
+    world: World, code: int, kind: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a, number=1)
+        world.agent("b")
+        yield lambda: False
+
+    with pytest.raises(RunFailed, match="the last line") as failed:
+        world.play(script())
+    assert failed.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "written", "said"),
+    [
+        (-9, "crash", "preempted", "stopped by force before all had saved. What was saved before is intact"),
+        (-15, "crash", "preempted", "stopped by force before all had saved. What was saved before is intact"),
+        (-11, "crash", "crash", "killed by SIGSEGV"),
+        (-9, "oom", "oom", "ran out of memory"),
+        (1, "error", "error", "ended with exit code 1"),
+        (130, "preempted", "preempted", "saved its state"),
+    ],
+)
+def test_how_a_run_that_was_asked_to_stop_ended_is_told_as_it_was(
+    world: World, code: int, kind: str, written: str, said: str
+) -> None:
+    a = Failing(world, "a", code, kind)
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a)
+        world.stop.requests += 1
+        yield lambda: False
+
+    with pytest.raises(RunFailed, match=said) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert ("saved its state" in str(failed.value)) == (code == 130)
+    (incident,) = read_incidents(world.run.logs / "incidents.jsonl")
+    assert incident.kind == written
+    assert "started again from" not in incident.sentence() and "would not help" not in incident.sentence()
+
+
+def test_a_host_whose_processes_are_asked_with_it_to_leave_is_done_without(world: World) -> None:
+    a, b = world.agent("a"), world.agent("b")
+
+    def script() -> Script:
+        yield world.running(a, b)
+        for agent in (a, b):  # they agree, after every step
+            agent.kind, agent.codes = "preempted", dict.fromkeys(agent.ranks, 130)
+        b.say("leaving", all=False)
+        yield world.running(a)
+        assert b.over == 130
+        yield lambda: finish(a)
+
+    world.play(script())
+    assert kinds(world) == []
 
 
 def test_a_host_that_fails_again_and_again_is_replaced_for_good(world: World) -> None:

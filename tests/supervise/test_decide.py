@@ -13,6 +13,7 @@ from anychip.rundir import RunDirectory
 from anychip.supervise.decide import Chips, Policy, kind_of_exit
 from anychip.supervise.incidents import Incident, IncidentLog, read_incidents
 from anychip.supervise.many_hosts import RememberingPolicy
+from anychip.supervise.processes import Death, first_death
 from anychip.supervise.watch import Beat, culprit, describe_last, read_beat, training_stack, waits_for_others
 
 
@@ -79,6 +80,18 @@ def test_a_run_without_progress_always_ends_and_one_with_progress_never_does(ste
         assert (decide.after("crash", str(at % 4), step, 1000.0 * at) == "stop") == (since > 5)
         if since > 5:
             break
+
+
+def test_who_leaves_too_slowly_is_started_again_however_often() -> None:
+    decide = policy()
+    assert all(decide.after("overdue", "0", step, 0.0) == "restart" for step in range(1, 9))
+
+
+def test_who_left_as_it_was_asked_to_is_never_the_cause() -> None:
+    left = [Death(rank, 100 + rank, 130, "preempted") for rank in (0, 2)]
+    for kind in ("lost", "oom", "crash", "suspect", "bad_input", "unfit", "disk", "error"):
+        cause = Death(1, 101, None, kind)
+        assert first_death([left[0], cause, left[1]]) is cause
 
 
 def test_a_chip_that_computes_wrongly_is_left_out_at_once() -> None:

@@ -75,7 +75,7 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 
         (incident("crash", code=-64), "was killed by", "`anychip doctor` on node-7"),
         (incident("oom", code=-9), "ran out of memory and was killed by the system", "training.micro_batch_size"),
         (
-            incident("overdue", state="S", phase="save", seconds=60.0),
+            incident("overdue", state="S", phase="save", seconds=60.0, action="end"),
             "had not saved and left 60 s after it was asked to; it was waiting in step 41, phase save. It was killed.",
             "--grace",
         ),
@@ -87,7 +87,26 @@ def beat(run: RunDirectory, rank: int, step: int, phase: str, generation: int = 
             "was the one suspected of wrong results or of memory that changes, in step 41",
             "`anychip probe` on node-7",
         ),
-        (incident("preempted", code=130), "ended with exit code 130", "Start it again"),
+        (
+            incident("preempted", code=130, detail=["saved"]),
+            "ended with exit code 130 (saved) in step 41, phase reduce. Training was stopped and saved its state.",
+            "Start it again",
+        ),
+        (
+            incident("preempted", code=-9),
+            "was killed by SIGKILL in step 41, phase reduce. Training was stopped by force before all had saved.",
+            "Start it again",
+        ),
+        (
+            incident("preempted", code=130, step=0),
+            "ended with exit code 130 (no message) before its first step. Training was stopped by force before all",
+            "Start it again",
+        ),
+        (
+            incident("crash", code=-11, action="end"),
+            "was killed by SIGSEGV in step 41, phase reduce. The run had been asked to stop, and was not started",
+            "`anychip doctor` on node-7",
+        ),
         (incident("of tomorrow"), "rank 5", "Start it again"),
     ],
 )

@@ -100,6 +100,23 @@ def test_a_host_that_is_asked_to_leave_lets_all_save_and_the_same_hosts_go_on_la
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", [("one", "two"), ("two",)])
+def test_a_request_to_all_processes_of_hosts_lets_all_save(folder: Path, runs: Path, hosts: tuple[str, ...]) -> None:
+    """As of systemd or a scheduler: agents, coordinator and ranks, all at once."""
+    with Job(folder, runs, "2", SETTINGS) as job:
+        job.start("one", "two")
+        job.wait_for_step(12)
+        pids = [job.agents[name].pid for name in hosts]
+        pids += [job.beat(rank)["pid"] for rank, name in enumerate(job.hosts()) if name in hosts]
+        for pid in [*pids, job.coordinator()] if "one" in hosts else pids:
+            os.kill(pid, signal.SIGTERM)
+        assert [job.end(name) for name in ("one", "two")] == [130, 130], job.said("one")[-3000:]
+        saved = max(int(path.name[5:]) for path in (job.run / "checkpoints").glob("step-*"))
+        assert saved == job.steps()[-1][0] < STEPS
+        assert {row["kind"] for row in job.incidents()} <= {"preempted", "slow"}
+
+
+@pytest.mark.slow
 def test_a_host_that_fails_again_and_again_is_replaced_by_a_spare(folder: Path, runs: Path) -> None:
     with Job(folder, runs, "2", [*SETTINGS, "training.steps=300"]) as job:
         job.start("one", "two")
