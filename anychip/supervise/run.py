@@ -200,7 +200,7 @@ class Supervisor:
         action = self._policy.after(kind, unit, watch.step, time.monotonic())
         if action == "leave_out":
             suspect = kind == "suspect"  # with it every result would be wrong
-            why = "its chip computes wrongly" if suspect else f"{kind} again and again"
+            why = "suspected of wrong results or changed memory" if suspect else f"{kind} again and again"
             action = self._fleet.leave_out(generation, beat.rank, why) or ("stop" if suspect else "restart")
         if self._stop.requests and action != "stop":
             action = "end"

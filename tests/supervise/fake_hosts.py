@@ -36,8 +36,8 @@ class Clock:
 
 
 class FakeAgent:
-    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears, `stalls` freezes it in
-    its next start; `leaving` is what it says when it joins, for all hosts."""
+    """Does what agent.py does, without processes. `cut` loses what it says, `deaf` what it hears, `stalls` freezes it
+    in its next start; `leaving` is what it says when it joins, for all hosts."""
 
     def __init__(self, world: World, name: str, slots: int = 1) -> None:
         self.world, self.name, self.slots = world, name, slots
