@@ -243,11 +243,11 @@ class Hosts:
 
     def _let_leave(self, link: Link, *, everyone: bool) -> None:
         """At once when it is a spare, with the end of the generation when it takes part."""
-        if everyone:  # one request, which this process may have been sent, or told, before
-            self._stop.requests = max(1, self._stop.requests)
         link.leaving = True
         self._members.went(link.name)
-        if self._running is None or link.name not in {share.name for share in self._running.shares}:
+        if everyone:  # this host stays as long as the run: the coordinator ends with it
+            self._stop.told = True
+        elif self._running is None or link.name not in {share.name for share in self._running.shares}:
             self._release()
 
     def _answer(self, link: Link, message: dict[str, Any]) -> None:

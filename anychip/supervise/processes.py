@@ -6,12 +6,12 @@ import ctypes
 import errno
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 0.3
 _LAST_LINES = 15
 _KEPT_HEARTBEATS = 16  # generations; long enough that none of an older one is alive
+_FORGET_SECONDS = 1.0  # well within a lease
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,15 @@ def heartbeat_folders(run: RunDirectory) -> list[Path]:
 
 
 def forget_old_heartbeats(run: RunDirectory) -> None:
-    """The newest stay, whose numbers the next one follows."""
+    """The newest stay, whose numbers the next one follows. What takes long, on a slow disk, is left to later starts."""
+    until = time.monotonic() + _FORGET_SECONDS
     for folder in heartbeat_folders(run)[:-_KEPT_HEARTBEATS]:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in folder.iterdir():
+                path.unlink()
+                if time.monotonic() > until:
+                    return
+            folder.rmdir()
 
 
 def next_number(run: RunDirectory) -> int:

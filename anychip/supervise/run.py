@@ -25,6 +25,7 @@ from anychip.supervise.silences import Patience
 from anychip.supervise.watch import Beat, Hang, Watch
 
 _POLL_SECONDS = 0.05
+_FINAL = ("bad_input", "unfit", "suspect", "preempted")  # kinds that say more than that the run was asked to stop
 
 
 class RunFailed(AnychipError):
@@ -46,9 +47,14 @@ class Limits:
 
 @dataclass
 class Stop:
-    """How often the supervisor was asked to stop."""
+    """Whether the supervisor was asked to stop: how often by signals, and `told` by a host. Both may be one request."""
 
-    requests: int = 0
+    signals: int = 0
+    told: bool = False
+
+    @property
+    def requests(self) -> int:
+        return max(self.signals, int(self.told))
 
 
 class Fleet(Protocol):
@@ -157,8 +163,8 @@ class Supervisor:
             silence = watch.silence()
             death = generation.death() or (generation.unreachable() if silence is not None else None)
             if death is not None:
-                if death.kind == "preempted" and not self._stop.requests and (asked_since or self._fleet.change()):
-                    return "regroup"  # also when who is to leave was sent the signal with all its processes
+                if self._has_left(death, asked=asked_since is not None):
+                    return "regroup"
                 return self._died(generation, watch, death)
             if silence is not None:
                 return self._hung(generation, watch, watch.hang(silence))
@@ -175,6 +181,15 @@ class Supervisor:
             if asked_since and time.monotonic() - asked_since > self._limits.grace_seconds:
                 return self._hung(generation, watch, watch.hang(self._limits.grace_seconds), "overdue")
             generation.pause(_POLL_SECONDS)
+
+    def _has_left(self, death: Death, *, asked: bool) -> bool:
+        """Whether this is but how processes leave for another generation. One that has not come to training has
+        nothing to save, and ends by the signal."""
+        if self._stop.requests:
+            return False
+        if death.kind == "preempted":  # a host that leaves may have been sent the signal with all its processes
+            return asked or bool(self._fleet.change())
+        return asked and death.code == -signal.SIGTERM
 
     def _pass_on_requests(self, generation: Running) -> None:
         """The first request lets every process save and leave; a second one ends them."""
@@ -202,7 +217,7 @@ class Supervisor:
             suspect = kind == "suspect"  # with it every result would be wrong
             why = "suspected of wrong results or changed memory" if suspect else f"{kind} again and again"
             action = self._fleet.leave_out(generation, beat.rank, why) or ("stop" if suspect else "restart")
-        if self._stop.requests and action != "stop":
+        if self._stop.requests and not (action == "stop" and kind in _FINAL):
             action = "end"
         return Incident(
             kind=kind,
@@ -243,7 +258,7 @@ def stop_signals() -> Iterator[Stop]:
     stop, previous = Stop(), {}
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.requests += 1
+        stop.signals += 1
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, request)

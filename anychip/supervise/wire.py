@@ -239,7 +239,7 @@ class Client:
 
 def _look_up(host: str, port: int, bind: str | None) -> tuple[int, int, Any]:
     """Family, kind and address of a server, reached from `bind`: a name may have addresses of both families."""
-    own = socket.AF_UNSPEC if bind is None else socket.getaddrinfo(bind, 0, flags=socket.AI_NUMERICHOST)[0][0]
+    own = socket.AF_UNSPEC if bind is None else socket.getaddrinfo(bind, 0)[0][0]
     family, kind, _, _, address = socket.getaddrinfo(host, port, own, socket.SOCK_STREAM)[0]
     return family, kind, address
 

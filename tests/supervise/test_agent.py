@@ -93,7 +93,7 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     coordinator = Coordinator(tmp_path)
     coordinator.until(lambda: coordinator.joins == 1)
     yield coordinator
-    coordinator.stop.requests += 2
+    coordinator.stop.signals += 2
     coordinator.thread.join(timeout=30)
     coordinator.server.close()
 
@@ -211,7 +211,7 @@ def test_who_is_to_leave_is_said_again_on_a_new_connection(
 ) -> None:
     if beside_the_coordinator:
         monkeypatch.setattr(coordinator.agent, "_coordinator", MagicMock(**{"keep_alive.return_value": None}))
-    coordinator.stop.requests = 1
+    coordinator.stop.signals = 1
     coordinator.until(lambda: coordinator.leaving is not None)
     assert coordinator.leaving is not None and coordinator.leaving["all"] == beside_the_coordinator
     assert coordinator.connection is not None
@@ -224,7 +224,7 @@ def test_a_second_request_acts_at_once_and_leaves_nothing(coordinator: Coordinat
     coordinator.start(7)
     coordinator.until(lambda: len(alive(coordinator.pids())) == 2)
     pids = coordinator.pids()
-    coordinator.stop.requests = 2
+    coordinator.stop.signals = 2
     coordinator.until(lambda: coordinator.ended == "130")
     assert not alive(pids)
 

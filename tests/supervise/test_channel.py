@@ -237,9 +237,10 @@ def test_a_name_with_addresses_of_both_families(server: Server, monkeypatch: pyt
         return [row for row in found if family in (0, row[0])]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
-    client = Client("coordinator", server.port, TOKEN, bind="127.0.0.3")
-    assert exchange(server, client)
-    client.close()
+    for own in ("127.0.0.3", "localhost"):
+        client = Client("coordinator", server.port, TOKEN, bind=own)
+        assert exchange(server, client)
+        client.close()
 
 
 def test_a_client_comes_back_by_itself(server: Server) -> None:

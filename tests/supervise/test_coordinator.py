@@ -217,14 +217,19 @@ class Slow(FakeAgent):
             self.die(-9)
 
 
-def test_one_request_to_a_host_is_one_also_when_the_coordinator_is_sent_it_as_well(world: World) -> None:
+@pytest.mark.parametrize("first", ["signal", "message"])
+def test_one_request_to_a_host_is_one_also_when_the_coordinator_is_sent_it_as_well(world: World, first: str) -> None:
     a = Slow(world, "a")
     world.agents.append(a)
 
     def script() -> Script:
         yield world.running(a)
-        world.stop.requests += 1
-        a.say("leaving", all=True)
+        if first == "message":
+            a.say("leaving", all=True)
+            yield lambda: a.asked
+        world.stop.signals += 1
+        if first == "signal":
+            a.say("leaving", all=True)
         yield lambda: False
 
     with pytest.raises(RunFailed) as failed:
@@ -264,6 +269,26 @@ def test_a_late_host_joins_with_a_polite_restart(world: World) -> None:
     assert kinds(world) == []  # nothing went wrong
 
 
+def test_the_host_of_the_coordinator_stays_until_all_have_left_though_it_is_a_spare(world: World) -> None:
+    a, b = Slow(world, "a"), Slow(world, "b")
+    world.agents += [a, b]
+    late: list[FakeAgent] = []
+
+    def script() -> Script:
+        yield world.running(a, b)
+        late.append(world.agent("c"))
+        yield lambda: any("spare" in note for note in late[0].notes)
+        late[0].say("leaving", all=True)
+        yield lambda: a.asked
+        assert late[0].over is None
+        yield lambda: False
+
+    with pytest.raises(RunFailed) as failed:
+        world.play(script())
+    assert failed.value.exit_code == 130
+    assert late[0].over is None  # `dismiss` tells it, as all others
+
+
 class Failing(FakeAgent):
     """Asked to leave, its processes end with `code`; without one they do not end."""
 
@@ -295,6 +320,20 @@ def test_a_failure_while_all_leave_for_a_late_host_is_written_down_and_all_start
 
     world.play(script())
     assert kinds(world) == [(kind, "a", "restart")]
+
+
+def test_who_has_not_come_to_training_leaves_by_the_signal_for_a_host_that_leaves(world: World) -> None:
+    a, b = Failing(world, "a", -signal.SIGTERM, "crash"), world.agent("b")
+    world.agents.append(a)
+
+    def script() -> Script:
+        yield world.running(a, b)
+        b.say("leaving", all=False)
+        yield world.running(a)
+        yield lambda: finish(a)
+
+    world.play(script())
+    assert kinds(world) == []
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, "bad_input"), (3, "unfit")])
@@ -333,7 +372,7 @@ def test_how_a_run_that_was_asked_to_stop_ended_is_told_as_it_was(
 
     def script() -> Script:
         yield world.running(a)
-        world.stop.requests += 1
+        world.stop.signals += 1
         yield lambda: False
 
     with pytest.raises(RunFailed, match=said) as failed:

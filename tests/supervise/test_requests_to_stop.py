@@ -165,7 +165,7 @@ def test_hosts_whose_processes_do_not_leave_are_told_to_kill_them(
     def script() -> Script:
         yield world.running(a, b, number=1)
         asked.append(world.clock.now)
-        world.stop.requests += 1
+        world.stop.signals += 1
         yield lambda: False
 
     with pytest.raises(RunFailed, match="had not saved and left 60 s") as failed:
