@@ -37,7 +37,7 @@ def test_one_flipped_bit_always_changes_the_digest(dtype: torch.dtype, data: st.
     assert int(digest(tensor)) != before
 
 
-def job_in(folder: Path, parallel: dict[str, Any], patience: int) -> TrainingJob:
+def job_in(folder: Path, parallel: dict[str, Any], patience: int = 10) -> TrainingJob:
     return TrainingJob(
         title="copies",
         directory=folder,
