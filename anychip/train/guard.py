@@ -7,11 +7,13 @@ its own recent median.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -165,7 +167,10 @@ class BadSteps:
 def _append(path: Path, line: bytes) -> None:
     """Behind what a full disk left torn. That stays: other processes may have written behind it by now."""
     with path.open("a+b") as handle:
-        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # half of what another process writes now would be taken for a torn row
+        end = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, end - 1))
         is_torn = handle.read(1) not in (b"", b"\n")
         handle.write(b"\n" + line if is_torn else line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,25 @@ def test_a_full_disk_costs_the_record_and_not_the_run(capsys: pytest.CaptureFixt
     BadSteps(GuardConfig(), Path("/dev/full"), writes=True).leave_out(3, 2, "damaged", ["a.txt"])
     said = capsys.readouterr().out
     assert "No space left on device" in said and "a.txt" in said and "training goes on" in said
+
+
+def write_rows(path: Path, together: Any) -> None:
+    log = BadSteps(GuardConfig(), path, writes=True)
+    together.wait(60)
+    for step in range(1000):
+        log.passed(step, "a" * 150)
+
+
+def test_rows_of_several_processes_are_whole_and_none_is_taken_for_torn(tmp_path: Path) -> None:
+    path, context = tmp_path / "guard.jsonl", get_context("spawn")
+    together = context.Barrier(2)
+    writers = [context.Process(target=write_rows, args=(path, together)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert sorted(steps) == sorted([*range(1000)] * 2)
 
 
 def test_a_row_behind_a_torn_one_begins_a_line(tmp_path: Path) -> None:
