@@ -70,7 +70,8 @@ class ShardWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self.path, flags, 0o644)
         os.lseek(self._descriptor, header_room, os.SEEK_SET)
-        self._flusher, self._verifier = Worker("checkpoint-flush"), Worker("checkpoint-verify")
+        self._flusher = Worker("checkpoint-flush")
+        self._verifiers = deque(Worker("checkpoint-verify") for _ in range(_WINDOWS_BEHIND))  # whose turn is next first
 
     def has_room(self, box: Box) -> bool:
         """Whether the header can still name this tensor."""
@@ -120,7 +121,8 @@ class ShardWriter:
         """Release threads and the file; also after a failure."""
         if self._descriptor >= 0:
             self._flusher.close()
-            self._verifier.close()
+            for verifier in self._verifiers:
+                verifier.close()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -135,7 +137,8 @@ class ShardWriter:
             self.chunks += self._verifications.popleft().result()
         window, self._window = self._window, []
         flushed = self._flusher.submit(os.fdatasync, self._descriptor)
-        self._verifications.append(self._verifier.submit(self._verify, flushed, window))
+        self._verifications.append(self._verifiers[0].submit(self._verify, flushed, window))
+        self._verifiers.rotate(-1)
 
     def _verify(self, flushed: Future[None], window: list[_Written]) -> list[tuple[Box, Chunk]]:
         """Drop the flushed pages from memory, so that whoever reads them next reads the disk, and hash the boxes."""
