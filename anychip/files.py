@@ -1,17 +1,20 @@
-"""Files that are never half written: write beside, flush to disk, rename, flush the directory."""
+"""Files that are never half written: write beside, flush to disk, rename, flush the directory; and who writes alone."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 _HASH_BLOCK_BYTES = 1 << 22
+_LOCK_POLL_SECONDS = 0.1
 
 
 def fsync_directory(path: Path) -> None:
@@ -54,6 +57,28 @@ def json_text(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json_text(value))
+
+
+def lock_alone(file: int | IO[Any], seconds: float = 0.0) -> bool:
+    """Whether nobody else holds an open file, now or within so many seconds: then this process does, until it closes
+    the file or dies. True also on a file system without locks."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_LOCK_POLL_SECONDS)
+        except OSError:
+            return True
+
+
+def as_own_line(file: IO[bytes], line: bytes) -> bytes:
+    """`line`, behind a line end where the last line of the file is torn. `file` is open for appending and reading."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    return line if file.read(1) in (b"", b"\n") else b"\n" + line
 
 
 def sha256_file(path: Path) -> str:

@@ -7,11 +7,9 @@ wait in memory, as rows of the training log do.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,11 +20,10 @@ from typing import Any
 from anychip.attest.check.findings import canonical, sha256
 from anychip.attest.check.history import GENESIS
 from anychip.errors import InputError, UnfitError
-from anychip.files import fsync_directory
+from anychip.files import fsync_directory, lock_alone
 from anychip.train.fence import fence
 
-_LOCK_SECONDS = 10.0
-_LOCK_POLL_SECONDS = 0.1
+_LOCK_SECONDS = 10.0  # one that was killed may still be on its way out
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,9 @@ class Chain:
         self.close()
 
     def _lock(self) -> None:
-        until = time.monotonic() + _LOCK_SECONDS  # one that was killed may still be on its way out
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    do = "Run one training per run directory."
-                    raise InputError("another process writes this chain.", where=self._path, do=do) from None
-                time.sleep(_LOCK_POLL_SECONDS)
-            except OSError:
-                return  # a file system without locks: only the launcher guards against two writers
+        if not lock_alone(self._file, _LOCK_SECONDS):
+            do = "Run one training per run directory."
+            raise InputError("another process writes this chain.", where=self._path, do=do)
 
     def _cut_torn_line(self) -> int:
         """Drop what a dead process left of a line, and say so. Returns the length of the chain."""

@@ -269,7 +269,7 @@ class Hosts:
         self._names[connection] = name
         link.hear_join(connection, start, int(message["generation"]))
         if link.generation and (self._running is None or link.generation != self._running.number):
-            link.send({"kind": "end", "generation": link.generation})
+            link.end(link.generation)
         self._members.came(name, str(message["address"]), int(message["slots"]))
         self._tell_spare(link)
         self._answer(link, message)

@@ -12,7 +12,7 @@ from anychip.errors import EXIT_BAD_INPUT, EXIT_DISK, EXIT_SUSPECT, EXIT_UNFIT
 EXIT_STOPPED = 130
 STOP_CODES = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)  # of processes that are made to stop
 _LONGEST_WAIT_SECONDS = 60.0
-_STRIKES, _STRIKE_SECONDS = 3, 600.0
+STRIKES, STRIKE_SECONDS = 3, 600.0  # of one unit, after which it is left out
 _SAME_ERROR = 2
 OUT_OF_MEMORY_CODES = (-9, -6, 1)  # killed by the kernel, aborted by C++, ended by an exception
 
@@ -61,9 +61,9 @@ class Policy:
             return "leave_out"
         if kind in ("disk", "overdue"):  # another unit would do no better
             return "restart"
-        strikes = [at for at in self._strikes[unit] if now - at < _STRIKE_SECONDS] + [now]
+        strikes = [at for at in self._strikes[unit] if now - at < STRIKE_SECONDS] + [now]
         self._strikes[unit] = strikes
-        return "leave_out" if kind != "error" and len(strikes) >= _STRIKES else "restart"
+        return "leave_out" if kind != "error" and len(strikes) >= STRIKES else "restart"
 
     def after_no_start(self) -> bool:
         """Whether to try again when a generation could not be started; it counts as a restart without progress."""

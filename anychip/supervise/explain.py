@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anychip.rundir import TUNING_STAGES, RunDirectory
+from anychip.supervise.decide import STRIKE_SECONDS, STRIKES
 from anychip.supervise.incidents import LOG_NAME, Incident, read_incidents
 from anychip.supervise.left import is_cut, modified, rows_of, tail, written
 from anychip.supervise.processes import generation_number, heartbeat_folders
@@ -24,7 +25,6 @@ from anychip.train.checkpoint.directory import complete_steps
 from anychip.train.heartbeat_page import read_message
 
 _SHOWN = 5
-_LEMON, _LEMON_SECONDS = 3, 600.0  # as for the strikes after which the supervisor leaves a chip out
 _JUDGED = ("skip", "rollback", "stop")  # what the guard does after a step that it judged bad
 _AGAIN = "Start it again: it goes on from the newest good checkpoint."
 _CONSEQUENCES = ("Connection reset", "Connection closed", "Connection refused", "connectFullMesh", "Broken pipe")
@@ -234,7 +234,7 @@ def _step_and_problem(row: dict[str, Any]) -> str:
 def _advice(run: RunDirectory, incidents: Sequence[Incident]) -> str:
     ends = [incident for incident in incidents if incident.kind != "slow"]
     worst = Counter((i.node, i.rank) for i in _last_failures(ends)).most_common(1)
-    if worst and worst[0][1] >= _LEMON:
+    if worst and worst[0][1] >= STRIKES:
         (node, rank), count = worst[0]
         return f"rank {rank} on {node} failed {count} times: take its chip out and run `anychip doctor` there."
     if ends and (advise := _ADVICE.get(ends[-1].kind)):
@@ -252,7 +252,7 @@ def _last_failures(ends: Sequence[Incident]) -> list[Incident]:
     failures = [incident for incident in ends if incident.kind in ("crash", "hang")]
     if not failures or failures[-1] is not ends[-1]:
         return []
-    return [incident for incident in failures if abs(_at(ends[-1]) - _at(incident)) < _LEMON_SECONDS]
+    return [incident for incident in failures if abs(_at(ends[-1]) - _at(incident)) < STRIKE_SECONDS]
 
 
 def _at(incident: Incident) -> float:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from anychip.files import as_own_line
+
 _AGAIN_SECONDS = 1.0
 
 
@@ -58,8 +60,7 @@ def _append(path: Path, line: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as handle:
         end = handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, end - 1))
-        line = line if handle.read(1) in (b"", b"\n") else b"\n" + line
+        line = as_own_line(handle, line)
         try:
             if handle.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anychip.errors import InputError, is_of_disk
+from anychip.files import lock_alone
 from anychip.rundir import RunDirectory
 
 _NAME = "supervise.lock"
-_WAIT_SECONDS, _POLL_SECONDS = 5.0, 0.1
+_WAIT_SECONDS = 5.0  # a child that a killed supervisor has just forked keeps its files until it runs a program
 
 
 @contextmanager
@@ -26,7 +25,9 @@ def only_supervisor(run: RunDirectory) -> Iterator[None]:
         yield
         return
     try:
-        _lock(descriptor, path)
+        if not lock_alone(descriptor, _WAIT_SECONDS):
+            do = "Wait until it has ended, or end it with SIGTERM, which lets its processes save; then try again."
+            raise InputError("another `anychip supervise` holds this run.", where=path, do=do)
         yield
     finally:
         os.close(descriptor)
@@ -43,19 +44,3 @@ def _opened(path: Path) -> int | None:
         text = f"{path} cannot be written ({error.strerror}): a second supervisor of this run would not be noticed"
         print(text, file=sys.stderr, flush=True)
         return None
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Waits a while: a child that a killed supervisor has just forked keeps its files open until it runs a program."""
-    until = time.monotonic() + _WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > until:
-                do = "Wait until it has ended, or end it with SIGTERM, which lets its processes save; then try again."
-                raise InputError("another `anychip supervise` holds this run.", where=path, do=do) from None
-            time.sleep(_POLL_SECONDS)
-        except OSError:
-            return  # a file system without locks

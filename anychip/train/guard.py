@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anychip.errors import SuspectError, UnfitError
+from anychip.files import as_own_line
 from anychip.parallel.tensor import local
 from anychip.recipe.schema import GuardConfig
 from anychip.train.copies import Difference, Flip
@@ -169,10 +169,7 @@ def _append(path: Path, line: bytes) -> None:
     with path.open("a+b") as handle:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)  # half of what another process writes now would be taken for a torn row
-        end = handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, end - 1))
-        is_torn = handle.read(1) not in (b"", b"\n")
-        handle.write(b"\n" + line if is_torn else line)
+        handle.write(as_own_line(handle, line))
 
 
 LOG_NAME = "guard.jsonl"

@@ -166,11 +166,14 @@ def test_a_death_elsewhere_does_not_shorten_the_lease_of_a_host_that_is_cut_off(
     world.play(script())
 
 
-def test_a_host_that_leaves_lets_all_save_and_is_done_without(world: World) -> None:
+@pytest.mark.parametrize("with_its_processes", [False, True])
+def test_a_host_that_leaves_lets_all_save_and_is_done_without(world: World, with_its_processes: bool) -> None:
     a, b = world.agent("a"), world.agent("b")
 
     def script() -> Script:
         yield world.running(a, b)
+        for agent in (a, b) if with_its_processes else ():  # those asked agree with all, after every step
+            agent.kind, agent.codes = "preempted", dict.fromkeys(agent.ranks, 130)
         b.say("leaving", all=False)
         yield world.running(a)
         assert b.over == 130
@@ -382,22 +385,6 @@ def test_how_a_run_that_was_asked_to_stop_ended_is_told_as_it_was(
     (incident,) = read_incidents(world.run.logs / "incidents.jsonl")
     assert incident.kind == written
     assert "started again from" not in incident.sentence() and "would not help" not in incident.sentence()
-
-
-def test_a_host_whose_processes_are_asked_with_it_to_leave_is_done_without(world: World) -> None:
-    a, b = world.agent("a"), world.agent("b")
-
-    def script() -> Script:
-        yield world.running(a, b)
-        for agent in (a, b):  # they agree, after every step
-            agent.kind, agent.codes = "preempted", dict.fromkeys(agent.ranks, 130)
-        b.say("leaving", all=False)
-        yield world.running(a)
-        assert b.over == 130
-        yield lambda: finish(a)
-
-    world.play(script())
-    assert kinds(world) == []
 
 
 def test_a_host_that_fails_again_and_again_is_replaced_for_good(world: World) -> None:

@@ -212,7 +212,7 @@ class TwoCopies:
     def _write(self, directory: Path, step: int, *rest: Any) -> Any:
         others = {path: copies_module._bytes_below(path) for path in directory.parent.glob("step-*")}
         others.pop(directory, None)
-        self.beside[step] = sorted(int(path.name.split("-")[1]) for path in others)
+        self.beside[step] = sorted(copies_module.step_of(path.name) for path in others)
         if sum(others.values()) > max(others.values()):
             raise OSError(errno.ENOSPC, "No space left on device")
         return self._write_part(directory, step, *rest)

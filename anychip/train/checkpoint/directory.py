@@ -8,7 +8,6 @@ not a checkpoint. Whatever instant a process dies at, the directories with COMPL
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from anychip import alive
 from anychip.errors import AnychipError, InputError, UnfitError
-from anychip.files import atomic_writer, fsync_directory
+from anychip.files import atomic_writer, fsync_directory, lock_alone
 from anychip.train.checkpoint.manifest import LARGEST_MANIFEST_BYTES, MANIFEST_NAME, Manifest, parse_manifest
 from anychip.train.fence import fence
 
@@ -104,13 +103,9 @@ def only_writer(root: Path) -> Iterator[None]:
     """Hold the lock of the root; the system releases it when the process dies."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_alone(descriptor):
             do = "Run one training per run directory."
-            raise CheckpointError("another process is saving a checkpoint here", where=root, do=do) from error
-        except OSError:
-            pass  # a file system without locks: only the launcher guards against two writers
+            raise CheckpointError("another process is saving a checkpoint here", where=root, do=do)
         yield
     finally:
         with suppress(OSError):  # closed all the same
